@@ -1,0 +1,138 @@
+"""Ahead-of-time compilation of the Triton kernels, with no GPU at hand.
+
+Every kernel file lists the configurations it ships as `aot_specs() -> list[AotSpec]`. `compile_spec` builds one of
+them for a compute capability and `inspect` reads from the machine code what a review needs: registers, spills,
+shared memory and the tensor-core instructions. The tools it calls (cuobjdump, nvdisasm) come with the Triton wheel.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHS = (80, 90, 100)
+
+# Shared memory one block may opt in to, bytes (CUDA C++ Programming Guide, "Technical Specifications").
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+TRITON_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+@dataclass(frozen=True)
+class AotSpec:
+    """One configuration of one kernel.
+
+    kernel: the `@triton.jit` function.
+    name: what tells this configuration from its siblings, as the report prints it.
+    signature: run-time argument -> Triton type ("*bf16", "i32", "fp32"), without the constexprs.
+    constexprs: the constexpr arguments; a pointer that is absent is given here as None.
+    attrs: names of the arguments known to be multiples of 16 (pointers: bytes; integers: the value).
+    archs: the compute capabilities this configuration ships for.
+    """
+
+    kernel: Any
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    attrs: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ARCHS
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The machine code of one AotSpec for one compute capability."""
+
+    spec: AotSpec
+    arch: int
+    cubin: bytes
+    shared_bytes: int
+    asm: dict[str, Any]
+
+
+def compile_spec(spec: AotSpec, arch: int) -> Compiled:
+    """Compiles `spec` for compute capability `arch` (80, 90, 100).
+
+    Raises RuntimeError under TRITON_INTERPRET=1 (there is then no kernel to compile) and ValueError when the
+    spec does not name every argument of its kernel exactly once.
+    """
+    kernel = spec.kernel
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError(f"{spec.name}: kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    given = [*spec.signature, *spec.constexprs]
+    if sorted(given) != sorted(kernel.arg_names):
+        odd = sorted(set(given) ^ set(kernel.arg_names)) or "an argument given twice"
+        raise ValueError(f"{spec.name}: the spec and the kernel's arguments differ: {odd}")
+    signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.attrs}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=spec.constexprs, attrs=attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Compiled(spec, arch, built.asm["cubin"], built.metadata.shared, built.asm)
+
+
+def find_tool(name: str) -> str:
+    """Path of a CUDA binary tool: $TRITON_<NAME>_PATH, the Triton wheel's own, else PATH. Raises RuntimeError."""
+    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    for candidate in (os.environ.get(f"TRITON_{name.upper()}_PATH"), str(wheel), shutil.which(name)):
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise RuntimeError(f"{name} not found in the Triton wheel ({wheel.parent}) or on PATH; install the CUDA toolkit")
+
+
+def inspect(compiled: Compiled) -> dict[str, Any]:
+    """Reads the machine code of `compiled`.
+
+    Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a block),
+    shared_limit (None for an unknown capability) and mma: {tensor-core opcode: count in the code}.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    resources = _RESOURCES.search(usage)
+    if resources is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no resource line for {compiled.spec.name}")
+    mma = collections.Counter(opcode for opcode in _OPCODE.findall(code) if opcode.endswith("MMA"))
+    return {
+        "registers": int(resources[1]),
+        "spilled_bytes": int(resources[2]),
+        "shared_bytes": compiled.shared_bytes,
+        "shared_limit": SHARED_LIMIT.get(compiled.arch),
+        "mma": dict(mma),
+    }
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """What in a report of `inspect` must not ship: spills, or more shared memory than a block can have."""
+    found = []
+    if report["spilled_bytes"]:
+        found.append(f"spills {report['spilled_bytes']} bytes a thread")
+    limit = report["shared_limit"]
+    if limit is not None and report["shared_bytes"] > limit:
+        found.append(f"needs {report['shared_bytes']} bytes of shared memory, the limit is {limit}")
+    return found
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([find_tool(tool), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

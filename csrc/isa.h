@@ -1,0 +1,223 @@
+// Vectors of floats whose width follows the instruction set this file is compiled for.
+//
+// Each kernel source is compiled once per instruction set, with GPT2_ISA naming it, and everything lives in
+// namespace gpt2::GPT2_ISA. Kernel sources include no C++ standard library header with inline functions:
+// the linker would keep one copy of such a function, possibly the AVX-512 one, for all instruction sets.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifndef GPT2_ISA
+#error "GPT2_ISA names the instruction set"
+#endif
+
+#define GPT2_INLINE static inline __attribute__((always_inline))
+
+namespace gpt2 {
+using addr = uintptr_t;  // a raw device or host address, as Python passes it
+
+enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+namespace GPT2_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+GPT2_INLINE vf splat(float x) { return x - vf{}; }
+
+// Bit casts between vectors of the same size.
+template <class To, class From>
+GPT2_INLINE To as(From x) {
+  To r;
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  memcpy(&r, &x, sizeof(r));
+  return r;
+}
+
+GPT2_INLINE vf select(vi mask, vf a, vf b) { return as<vf>((mask & as<vi>(a)) | (~mask & as<vi>(b))); }
+
+// ---- load and store, always unaligned, always to and from float32 ----
+
+GPT2_INLINE vf load(const float* p) {
+  vf r;
+  memcpy(&r, p, sizeof(r));
+  return r;
+}
+GPT2_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
+
+GPT2_INLINE vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof(h));
+  return as<vf>(__builtin_convertvector(h, vu) << 16);
+}
+// Round to nearest even; NaN stays NaN (quiet).
+GPT2_INLINE void store(bf16* p, vf x) {
+  vu u = as<vu>(x);
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu nan = as<vu>(x != x);
+  vh h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh);
+  memcpy(p, &h, sizeof(h));
+}
+
+#if defined(__AVX512F__)
+GPT2_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+GPT2_INLINE void store(f16* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+GPT2_INLINE vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+GPT2_INLINE void store(f16* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+GPT2_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff, bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {  // subnormal: mantissa * 2^-24, exact in float32
+    float f = (float)mantissa * 5.9604644775390625e-8f;
+    memcpy(&bits, &f, 4);
+    bits |= sign;
+  }
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+GPT2_INLINE uint16_t float_to_half(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  uint32_t sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (a < 0x38800000) {  // subnormal in half: let the float adder round at bit 2^-24
+    float f;
+    memcpy(&f, &a, 4);
+    f += 0.5f;
+    memcpy(&a, &f, 4);
+    return (uint16_t)(sign | (a - 0x3f000000));
+  }
+  a += 0xc8000fff + ((a >> 13) & 1);
+  return (uint16_t)(sign | (a >> 13));
+}
+GPT2_INLINE vf load(const f16* p) {
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = half_to_float(p[i].bits);
+  return r;
+}
+GPT2_INLINE void store(f16* p, vf x) {
+  for (int i = 0; i < W; ++i) p[i].bits = float_to_half(x[i]);
+}
+#endif
+
+// The first n < W elements; the rest read as `fill` and are not written.
+template <class T>
+GPT2_INLINE vf load_tail(const T* p, int64_t n, float fill = 0.0f) {
+  T buffer[W];
+  memset(buffer, 0, sizeof(buffer));
+  memcpy(buffer, p, n * sizeof(T));
+  vf r = load(buffer);
+  for (int i = (int)n; i < W; ++i) r[i] = fill;
+  return r;
+}
+template <class T>
+GPT2_INLINE void store_tail(T* p, vf x, int64_t n) {
+  T buffer[W];
+  store(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+// Sum and maximum over the lanes, in a fixed order.
+GPT2_INLINE float hsum(vf x) {
+  float s[W];
+  memcpy(s, &x, sizeof(s));
+  for (int w = W / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) s[i] += s[i + w];
+  return s[0];
+}
+GPT2_INLINE float hmax(vf x) {
+  float s[W];
+  memcpy(s, &x, sizeof(s));
+  for (int w = W / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
+  return s[0];
+}
+GPT2_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+GPT2_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+
+// exp, to about one unit in the last place: Cody-Waite reduction and the Cephes expf polynomial.
+// Below -87.3 the result is 0, above 88.7 it is the largest power the exponent holds (inf).
+GPT2_INLINE vf vexp(vf x) {
+  vf clamped = vmin(vmax(x, splat(-87.33654f)), splat(88.72283f));
+  vf t = clamped * 1.44269504088896341f;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+  vf n = (t + 12582912.0f) - 12582912.0f;
+  vf r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  vf y = p * (r * r) + r + 1.0f;
+  // 2^n in two halves so that n = 128 does not overflow the exponent field early.
+  vi k = __builtin_convertvector(n, vi);
+  vi k1 = k >> 1, k2 = k - k1;
+  y = y * as<vf>((k1 + 127) << 23) * as<vf>((k2 + 127) << 23);
+  y = select(x < -87.33654f, vf{}, y);
+  return select(x != x, x, y);
+}
+
+// Row-wise parallel loops: `GPT2_PARALLEL_FOR(i, n) { ... }` with a static schedule, so that which thread
+// does what is a function of the sizes alone.
+#define GPT2_PRAGMA(x) _Pragma(#x)
+#define GPT2_PARALLEL_FOR(i, n) \
+  GPT2_PRAGMA(omp parallel for schedule(static)) \
+  for (int64_t i = 0; i < (n); ++i)
+
+// Runs `body` with T bound to the element type that `dtype` names.
+#define GPT2_DISPATCH(dtype, T, ...) \
+  do { \
+    if ((dtype) == F32) { \
+      using T = float; \
+      __VA_ARGS__; \
+    } else if ((dtype) == BF16) { \
+      using T = bf16; \
+      __VA_ARGS__; \
+    } else { \
+      using T = f16; \
+      __VA_ARGS__; \
+    } \
+  } while (0)
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

@@ -1,0 +1,39 @@
+// Every kernel of the extension: name and parameters, one entry each. bindings.cpp exposes the whole list to
+// Python and table.cpp fills one table of function pointers per instruction set, so a new kernel is an entry
+// here and its source. Addresses are raw (`addr`), sizes int64, dtypes the codes of isa.h.
+#pragma once
+
+#include <stdint.h>
+
+#define GPT2_KERNEL_LIST(KERNEL) \
+  GPT2_EMBEDDING_KERNELS(KERNEL) \
+  GPT2_ADD_LAYERNORM_KERNELS(KERNEL) \
+  GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
+  GPT2_ATTENTION_KERNELS(KERNEL) \
+  GPT2_ATTENTION_DECODE_KERNELS(KERNEL) \
+  GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
+  GPT2_ADAMW_KERNELS(KERNEL)
+
+#include "embedding.h"
+#include "add_layernorm.h"
+#include "layernorm_linear_gelu.h"
+#include "attention.h"
+#include "attention_decode.h"
+#include "linear_cross_entropy.h"
+#include "adamw.h"
+
+namespace gpt2 {
+using addr = uintptr_t;
+
+struct Kernels {
+#define GPT2_SLOT(name, params) void(*name) params;
+  GPT2_KERNEL_LIST(GPT2_SLOT)
+#undef GPT2_SLOT
+};
+
+// The table of the instruction set in use, and its name.
+const Kernels& kernels();
+const char* isa_name();
+// Chooses by name ("baseline", "avx2", "avx512", "avx512bf16"); false when this processor or build has it not.
+bool set_isa(const char* name);
+}  // namespace gpt2

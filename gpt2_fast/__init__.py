@@ -1,0 +1,1 @@
+"""GPT-2, exact to Hugging Face's, through fused kernels."""

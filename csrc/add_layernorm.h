@@ -1,4 +1,19 @@
 // Kernels of add_layernorm.cpp, for kernels.h.
+//
+// x [N, C] x_dtype, residual and h [N, C] h_dtype, y [N, C] y_dtype, weight and bias [C] float32,
+// mean and rstd [N] float32. Dtypes: all three equal, or h float32 and x, y float32 or one low-precision type.
+// residual 0: h is x itself (x_dtype == h_dtype), h and dx are not written and nothing is dropped.
+// Dropout is on where rng is not 0: threshold and scale as in philox_simd.h.
+// Backward: dh 0 for none; dx 0 where the caller reuses dresidual. partial [chunks, 2, C] float32 is scratch:
+// `chunks` is a function of the shape alone, so the sums do not depend on the number of threads.
 #pragma once
 
-#define GPT2_ADD_LAYERNORM_KERNELS(KERNEL)
+#define GPT2_ADD_LAYERNORM_KERNELS(KERNEL) \
+  KERNEL(add_layernorm_forward, \
+         (addr x, addr residual, addr weight, addr bias, addr y, addr h, addr mean, addr rstd, int64_t N, \
+          int64_t C, double eps, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, addr rng, \
+          int64_t threshold, double scale, int64_t site)) \
+  KERNEL(add_layernorm_backward, \
+         (addr dy, addr dh, addr h, addr weight, addr mean, addr rstd, addr dx, addr dresidual, addr partial, \
+          int64_t chunks, addr dweight, addr dbias, int64_t N, int64_t C, int64_t x_dtype, int64_t h_dtype, \
+          int64_t y_dtype, addr rng, int64_t threshold, double scale, int64_t site))

@@ -155,6 +155,27 @@ GPT2_INLINE void store_tail(T* p, vf x, int64_t n) {
   memcpy(p, buffer, n * sizeof(T));
 }
 
+// Vector load and store of n > 0 elements, all W of them where there are that many.
+template <class T>
+GPT2_INLINE vf load_n(const T* p, int64_t n, float fill = 0.0f) {
+  return n >= W ? load(p) : load_tail(p, n, fill);
+}
+template <class T>
+GPT2_INLINE void store_n(T* p, vf x, int64_t n) {
+  if (n >= W)
+    store(p, x);
+  else
+    store_tail(p, x, n);
+}
+
+// x as T holds it.
+template <class T>
+GPT2_INLINE vf rounded(vf x) {
+  T buffer[W];
+  store(buffer, x);
+  return load(buffer);
+}
+
 // Sum and maximum over the lanes, in a fixed order.
 GPT2_INLINE float hsum(vf x) {
   float s[W];

@@ -1,0 +1,157 @@
+"""Which implementation of an operation runs, and why.
+
+TABLE is the whole policy: for each operation and device type, the implementations in order of preference.
+``impl="auto"`` takes the first that can run; naming one that cannot run raises, naming what is missing.
+
+=========  ==========================================================================================
+cpp        the C++ extension's kernels (``csrc/<op>.cpp``), on the CPU
+aten       PyTorch's own products, the faster library of this machine chosen by ``ops/linear.py``
+cuda       ``csrc/embedding.cu``, built by nvcc or, at first use, by NVRTC
+triton     ``kernels/<op>.py``, on a CUDA device, or on the CPU in Triton's interpreter
+reference  plain PyTorch under autograd: what is correct, on every device and in float64
+=========  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "embedding": {"cuda": ("cuda", "reference"), "cpu": ("cpp", "reference")},
+    "add_layernorm": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "layernorm_linear_gelu": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "attention": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "attention_decode": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "linear_cross_entropy": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "linear": {"cuda": ("aten", "reference"), "cpu": ("aten", "reference")},
+}
+
+# Triton is in no row of a CPU: its interpreter is a test instrument, so it runs there only when asked for by name.
+ON_REQUEST = {"cpu": ("triton",)}
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/isa.h
+
+
+class ImplementationUnavailable(RuntimeError):
+    """An implementation was asked for by name and cannot run here."""
+
+
+def implementations(op: str, device_type: str) -> tuple[str, ...]:
+    """The names ``impl=`` accepts for `op` on this device type, best first."""
+    by_device = TABLE[op]
+    names = by_device.get(device_type, ("reference",))
+    known = {name for row in by_device.values() for name in row}
+    return names + tuple(n for n in ON_REQUEST.get(device_type, ()) if n in known)
+
+
+def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run on this device and dtype, with the fix; None when it can."""
+    if impl == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"{impl} kernels take float32, bfloat16 and float16, not {dtype}; use impl='reference'"
+    if impl == "aten":
+        return None
+    if impl == "cpp":
+        return _extension_missing()
+    if impl == "cuda":
+        return _cuda_missing() or _extension_missing()
+    return _triton_missing() or (
+        None
+        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        else "triton needs a CUDA device (TRITON_INTERPRET=1 runs its interpreter on the CPU, for tests)"
+    )
+
+
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation of `op` that runs for tensors on `device` of `dtype`.
+
+    Args:
+        op: a key of TABLE.
+        impl: "auto", or the name of one implementation, which then runs or raises.
+
+    Raises:
+        ValueError: `impl` is no implementation of `op` on this device.
+        ImplementationUnavailable: `impl` was named and cannot run; the message says what is missing.
+    """
+    return _constant_choice(op, impl, device.type, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """torch.compile takes the answer as a constant: how it is found would break its graph."""
+    return _choice(op, impl, device_type, dtype)
+
+
+@functools.cache
+def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+    names = implementations(op, device_type)
+    if impl == "auto":
+        return next(name for name in TABLE[op].get(device_type, ("reference",))
+                    if unavailable(name, device_type, dtype) is None)  # fmt: skip
+    if impl not in names:
+        raise ValueError(f"{op}: no implementation {impl!r} on {device_type}; choose auto, {', '.join(names)}")
+    reason = unavailable(impl, device_type, dtype)
+    if reason is not None:
+        raise ImplementationUnavailable(f"{op}: impl={impl!r} cannot run: {reason}")
+    return impl
+
+
+def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[tuple[str, str]]]:
+    """What ``impl="auto"`` chooses, and for each implementation before it why it was passed over."""
+    passed = []
+    for name in TABLE[op].get(device.type, ("reference",)):
+        reason = unavailable(name, device.type, dtype)
+        if reason is None:
+            return name, passed
+        passed.append((name, reason))
+    raise AssertionError("the reference always runs")
+
+
+@functools.cache
+def extension():
+    """The C++ extension module ``gpt2_fast._C``; ImportError when it was not built.
+
+    torch is imported first (above), so that both share one OpenMP runtime.
+    """
+    from gpt2_fast import _C
+
+    isa = os.environ.get("GPT2_FAST_ISA")
+    if isa:
+        _C.set_isa(isa)
+    return _C
+
+
+@functools.cache
+def _extension_missing() -> str | None:
+    try:
+        extension()
+    except ImportError as error:
+        return f"the C++ extension is not built ({error}); run: pip install -e ."
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install triton"
+    return None
+
+
+@functools.cache
+def _cuda_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU"
+    return None
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The raw address that a C++ kernel takes; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

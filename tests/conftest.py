@@ -1,0 +1,54 @@
+"""What every test runs under: poisoned memory, no network, Triton in its interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before triton is imported anywhere: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty returns NaN, so that a kernel that leaves an element unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
+def isa(request):
+    """Each instruction set that this build and processor have, in turn."""
+    from gpt2_fast.ops import dispatch
+
+    extension, before = dispatch.extension(), dispatch.extension().isa()
+    try:
+        extension.set_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor or build has no {request.param}")
+    yield request.param
+    extension.set_isa(before)

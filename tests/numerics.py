@@ -1,0 +1,88 @@
+"""How close is close enough: one rule and one table for the whole project.
+
+Truth is the reference in float64 on the same (already rounded) inputs. An implementation passes when
+
+    error(implementation) <= 2 * error(reference in the implementation's own dtype) + TINY[dtype] * scale
+
+where error is the largest absolute difference from truth and scale is truth's largest magnitude: it may be
+no worse than twice what plain PyTorch loses in that dtype. Values and every gradient are held to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A few units in the last place, for outputs where plain PyTorch happens to round nothing at all.
+TINY = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-45}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_as_exact(actual: Tensor, eager: Tensor, truth: Tensor, what: str, dtype: torch.dtype | None = None):
+    """Asserts the rule of this module for one tensor; `dtype` is what it was computed in, if not its own."""
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    actual, eager, truth = (t.detach().cpu().double() for t in (actual, eager, truth))
+    assert torch.equal(actual.isfinite(), truth.isfinite()), f"{what}: not finite where the reference is"
+    finite = truth.isfinite()
+    if not finite.any():
+        return
+    actual, eager, truth = actual[finite], eager[finite], truth[finite]
+    error, allowed = (actual - truth).abs().max(), (eager - truth).abs().max()
+    bound = 2 * allowed + TINY[dtype or torch.float32] * truth.abs().max()
+    assert error <= bound, f"{what}: error {error:.3e}, eager's {allowed:.3e}, bound {bound:.3e}"
+
+
+def evaluate(run: Callable, inputs: Sequence, upstream: Sequence[Tensor] | None = None):
+    """Outputs of run(*inputs) and the gradients of its floating inputs under random upstream gradients.
+
+    Gradients are asked for exactly those inputs that require them.
+    """
+    outputs = run(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    if not leaves:
+        return outputs, []
+    used = [(o, u) for o, u in zip(outputs, upstream or [None] * len(outputs), strict=True) if o.requires_grad]
+    gradients = torch.autograd.grad(
+        [o for o, _ in used], leaves, [u.to(o.device, o.dtype) for o, u in used], allow_unused=True
+    )
+    return outputs, [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
+
+
+def _leaves(inputs: Sequence, dtype: torch.dtype | None = None) -> list:
+    """Fresh copies of the inputs, floating ones requiring gradients, in `dtype` where given. Strides survive."""
+    fresh = []
+    for t in inputs:
+        if isinstance(t, Tensor) and t.is_floating_point():
+            t = t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
+        fresh.append(t)
+    return fresh
+
+
+def check_op(run: Callable, reference: Callable, inputs: Sequence, dtype: torch.dtype, what: str = "") -> None:
+    """Holds values and all gradients of `run` to the rule of this module against `reference`."""
+    with torch.no_grad():
+        shapes = reference(*inputs)
+    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in shapes]
+    truth, true_gradients = evaluate(reference, _leaves(inputs, torch.float64), upstream)
+    eager, eager_gradients = evaluate(reference, _leaves(inputs), upstream)
+    actual, gradients = evaluate(run, _leaves(inputs), upstream)
+    for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
+        assert a.dtype == e.dtype, f"{what} output {i}: {a.dtype}, expected {e.dtype}"
+        assert_as_exact(a, e, t, f"{what} output {i}", dtype)
+    for i, (a, e, t) in enumerate(zip(gradients, eager_gradients, true_gradients, strict=True)):
+        assert a.dtype == e.dtype, f"{what} gradient {i}: {a.dtype}, expected {e.dtype}"
+        assert_as_exact(a, e, t, f"{what} gradient {i}", dtype)
+
+
+def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor], what: str = "") -> None:
+    """Asserts that two runs gave the same bits."""
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert x.dtype == y.dtype, f"{what} tensor {i}: {x.dtype} and {y.dtype}"
+        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), (
+            f"{what} tensor {i}: two runs differ in their bits"
+        )

@@ -8,6 +8,7 @@ shared memory and the tensor-core instructions. The tools it calls (cuobjdump, n
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,6 +30,11 @@ ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 TRITON_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+# Every launch passes these, so that what runs is what was compiled here: Triton changes the default in 3.10.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+INTERPRETER = 0  # config_arch of a CPU tensor
 
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -82,9 +89,23 @@ def compile_spec(spec: AotSpec, arch: int) -> Compiled:
     signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.attrs}
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec.constexprs, attrs=attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH_OPTIONS}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return Compiled(spec, arch, built.asm["cubin"], built.metadata.shared, built.asm)
+
+
+def config_arch(device: torch.device) -> int:
+    """Which entry of a CONFIGS dict a device uses: 80, 90, 100, or INTERPRETER for the CPU.
+
+    Other capabilities take the configuration of sm_80, which asks for the least shared memory.
+    """
+    return INTERPRETER if device.type == "cpu" else _cuda_arch(device.index)
+
+
+@functools.lru_cache
+def _cuda_arch(index: int | None) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: 90, 10: 100}.get(major, 80)
 
 
 def find_tool(name: str) -> str:

@@ -1,0 +1,126 @@
+"""Sums over the rows of a matrix (a bias gradient, a LayerNorm weight gradient) in two stages, without atomics.
+
+Stage one belongs to the caller, or to `column_sum` here: each of P programs adds up its own rows in float32 and
+writes one row of a [P, C] buffer. Stage two, `reduce_partials`, adds those P rows. P depends on the shape alone and
+the order of both sums is fixed, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .aot import LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec
+
+# Rows of partial sums, the launch shape of every stage one.
+PARTIALS = 256
+
+CONFIGS = {
+    "reduce_partials": {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4},
+    "column_sum": {"BLOCK_N": 16, "BLOCK_C": 256, "num_warps": 4, "programs": 64},
+}
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partial_ptr,  # float32 [K, P, C]
+    out_ptr,  # float32 [K, C]
+    P,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    k = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in tl.range(0, P, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)
+        mask = (rows[:, None] < P) & (cols[None, :] < C)
+        total += tl.load(partial_ptr + (k * P + rows[:, None]) * C + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + k * C + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
+@triton.jit
+def column_sum_kernel(
+    x_ptr,  # [N, C]
+    partial_ptr,  # float32 [P, C]
+    N,
+    C,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in tl.range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        mask = (rows[:, None] < N) & (cols[None, :] < C)
+        x = tl.load(x_ptr + rows[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0)
+        total += x.to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
+def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
+    """partials float32 [K, P, C] -> float32 [K, C], the sum over P."""
+    kinds, rows, cols = partials.shape
+    out = torch.empty((kinds, cols), dtype=torch.float32, device=partials.device)
+    config = CONFIGS["reduce_partials"]
+    grid = (triton.cdiv(cols, config["BLOCK_C"]), kinds)
+    reduce_partials_kernel[grid](
+        partials,
+        out,
+        rows,
+        cols,
+        BLOCK_P=config["BLOCK_P"],
+        BLOCK_C=config["BLOCK_C"],
+        num_warps=config["num_warps"],
+        **LAUNCH_OPTIONS,
+    )
+    return out
+
+
+def column_sum(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C] contiguous, any float dtype -> float32 [C], the sum over N (a linear layer's bias gradient)."""
+    rows, cols = x.shape
+    config = CONFIGS["column_sum"]
+    programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
+    partials = torch.empty((1, programs, cols), dtype=torch.float32, device=x.device)
+    column_sum_kernel[(triton.cdiv(cols, config["BLOCK_C"]), programs)](
+        x,
+        partials,
+        rows,
+        cols,
+        BLOCK_N=config["BLOCK_N"],
+        BLOCK_C=config["BLOCK_C"],
+        num_warps=config["num_warps"],
+        **LAUNCH_OPTIONS,
+    )
+    return reduce_partials(partials)[0]
+
+
+def aot_specs() -> list[AotSpec]:
+    """Every configuration of this file."""
+    config = CONFIGS["reduce_partials"]
+    specs = [
+        AotSpec(
+            kernel=reduce_partials_kernel,
+            name="reduce_partials",
+            signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "C": "i32"},
+            constexprs={"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]},
+            num_warps=config["num_warps"],
+            attrs=("partial_ptr", "out_ptr", "P", "C"),
+        )
+    ]
+    config = CONFIGS["column_sum"]
+    for dtype, short in TRITON_DTYPE.items():
+        specs.append(
+            AotSpec(
+                kernel=column_sum_kernel,
+                name=f"column_sum {dtype}",
+                signature={"x_ptr": f"*{short}", "partial_ptr": "*fp32", "N": "i32", "C": "i32"},
+                constexprs={"BLOCK_N": config["BLOCK_N"], "BLOCK_C": config["BLOCK_C"]},
+                num_warps=config["num_warps"],
+                attrs=("x_ptr", "partial_ptr", "N", "C"),
+            )
+        )
+    return specs

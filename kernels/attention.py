@@ -1,0 +1,481 @@
+"""Causal flash attention on packed qkv [B, T, 3, H, D], forward and backward (Dao, FlashAttention-2, 2023).
+
+    S = scale Q K^T     P = softmax(S over visible keys)     O = dropout(P) V     lse = log sum exp S
+
+Query i sees key j iff j <= i and, with segments, segments[j] equals i's document (kernels read `segments` as
+the op defines it: a value >= 0 is a document, a value < 0 is padding of document ~value: blind to nobody, seen
+by nobody). A query that sees nothing has O = 0, lse = -inf and no gradient.
+
+Saved for backward: qkv, O and lse [B, H, T] (float32, natural log); P is recomputed, and its dropout mask is
+regenerated from coordinates (z = b H + h, row = i, column = j).
+
+    dV = dropout(P)^T dO    dP = dropout'(dO V^T)    delta = rowsum(dO * O)
+    dS = P * (dP - delta)   dQ = scale dS K          dK = scale dS^T Q
+
+Differs from the usual way: heads are read in place by strides, so nothing is transposed or copied and dqkv is
+written packed; delta is a by-product of the dQ kernel, not a pass of its own; dQ and dK, dV are two kernels
+that each own what they write, so there are no atomics and the same inputs give the same bits.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import LN2, LOG2E, block_d, config, config_arch, document, hide, load_tile, store_tile
+from .philox import keep_scale, keep_tile, load_key, threshold_bits
+
+
+@triton.jit
+def _forward_tiles(
+    acc,  # [BM, BD] f32, unnormalised output
+    m,  # [BM] f32, running maximum of the scores, in units of log 2
+    l,  # [BM] f32, running sum
+    q,  # [BM, BD]
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    lo,  # first key
+    hi,  # end of keys
+    rows,  # [BM]
+    doc,  # [BM]
+    scale2,  # scale * log2(e)
+    key_lo,
+    key_hi,
+    threshold,
+    site,
+    z,
+    T,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    for start in range(lo, hi, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        seg = cols
+        if SEGMENTS:
+            seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
+        s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
+        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+        shift = m_new
+        if SEGMENTS:
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(s * scale2 - shift[:, None])
+        alpha = tl.math.exp2(m - shift)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
+        if DROPOUT:
+            p = tl.where(keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N), p, 0.0)
+        v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
+def _forward(
+    qkv_ptr,  # [B, T, 3, H, D]
+    segments_ptr,  # [B, T] int32 or None
+    rng_ptr,  # [1] int64 or None
+    out_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] f32
+    scale,  # f32, > 0
+    kept_scale,  # f32, 1 / (1 - p)
+    threshold,  # int32 bits
+    site,  # int32
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    # The last query blocks have the most keys: they start first, and the short ones fill the end.
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    z = tl.program_id(2) * H + h
+    row_stride = 3 * H * HEAD_DIM
+    q_ptr = qkv_ptr + b * T * row_stride + h * HEAD_DIM
+    k_ptr = q_ptr + H * HEAD_DIM
+    v_ptr = k_ptr + H * HEAD_DIM
+    rows = start + tl.arange(0, BLOCK_M)
+    doc = rows
+    if SEGMENTS:
+        segments_ptr += b * T
+        doc = document(segments_ptr, rows, T)
+    key_lo, key_hi = 0, 0
+    if DROPOUT:
+        key_lo, key_hi = load_key(rng_ptr)
+    q = load_tile(q_ptr, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    scale2 = scale * LOG2E
+    diagonal = start // BLOCK_N * BLOCK_N
+    acc, m, l = _forward_tiles(
+        acc, m, l, q, k_ptr, v_ptr, segments_ptr, 0, diagonal, rows, doc, scale2, key_lo, key_hi, threshold,
+        site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, False, SEGMENTS, DROPOUT,
+    )  # fmt: skip
+    acc, m, l = _forward_tiles(
+        acc, m, l, q, k_ptr, v_ptr, segments_ptr, diagonal, tl.minimum(start + BLOCK_M, T), rows, doc, scale2,
+        key_lo, key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True, SEGMENTS, DROPOUT,
+    )  # fmt: skip
+    tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.math.log2(l)) * LN2, mask=rows < T)
+    if SEGMENTS:
+        l = tl.where(l == 0.0, 1.0, l)
+    acc *= (kept_scale / l)[:, None]
+    store_tile(out_ptr + (b * T * H + h) * HEAD_DIM, acc, start, H * HEAD_DIM, T, HEAD_DIM)
+
+
+@triton.jit
+def _dq_tiles(
+    dq,  # [BM, BD] f32
+    q,  # [BM, BD]
+    do,  # [BM, BD]
+    lse2,  # [BM], lse * log2(e), +inf where nothing is seen
+    delta,  # [BM]
+    k_ptr,
+    v_ptr,
+    segments_ptr,
+    lo,  # first key
+    hi,  # end of keys
+    rows,  # [BM]
+    doc,  # [BM]
+    scale2,  # scale * log2(e)
+    kept_scale,
+    key_lo,
+    key_hi,
+    threshold,
+    site,
+    z,
+    T,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    for start in range(lo, hi, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
+        v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
+        seg = cols
+        if SEGMENTS:
+            seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
+        p = tl.math.exp2(s * scale2 - lse2[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            keep = keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
+def _backward_dq(
+    qkv_ptr,  # [B, T, 3, H, D]
+    segments_ptr,  # [B, T] int32 or None
+    rng_ptr,  # [1] int64 or None
+    out_ptr,  # [B, T, H, D]
+    dout_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] f32
+    delta_ptr,  # [B, H, T] f32, written
+    dqkv_ptr,  # [B, T, 3, H, D], part 0 written
+    scale,  # f32, > 0
+    kept_scale,  # f32, 1 / (1 - p)
+    threshold,  # int32 bits
+    site,  # int32
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    z = tl.program_id(2) * H + h
+    row_stride = 3 * H * HEAD_DIM
+    head = b * T * row_stride + h * HEAD_DIM
+    k_ptr = qkv_ptr + head + H * HEAD_DIM
+    v_ptr = k_ptr + H * HEAD_DIM
+    head_out = (b * T * H + h) * HEAD_DIM
+    rows = start + tl.arange(0, BLOCK_M)
+    doc = rows
+    lse2 = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf")) * LOG2E
+    if SEGMENTS:
+        segments_ptr += b * T
+        doc = document(segments_ptr, rows, T)
+        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    key_lo, key_hi = 0, 0
+    if DROPOUT:
+        key_lo, key_hi = load_key(rng_ptr)
+    do = load_tile(dout_ptr + head_out, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    o = load_tile(out_ptr + head_out, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
+    q = load_tile(qkv_ptr + head, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
+    diagonal = start // BLOCK_N * BLOCK_N
+    dq = _dq_tiles(
+        dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, 0, diagonal, rows, doc, scale2, kept_scale, key_lo,
+        key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, False, SEGMENTS, DROPOUT,
+    )  # fmt: skip
+    dq = _dq_tiles(
+        dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, diagonal, tl.minimum(start + BLOCK_M, T), rows, doc,
+        scale2, kept_scale, key_lo, key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True,
+        SEGMENTS, DROPOUT,
+    )  # fmt: skip
+    store_tile(dqkv_ptr + head, dq * scale, start, row_stride, T, HEAD_DIM)
+
+
+@triton.jit
+def _dkdv_tiles(
+    dk,  # [BN, BD] f32
+    dv,  # [BN, BD] f32
+    k,  # [BN, BD]
+    v,  # [BN, BD]
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    segments_ptr,
+    lo,  # first query
+    hi,  # end of queries
+    cols,  # [BN]
+    seg,  # [BN]
+    start_n,  # first key
+    scale2,  # scale * log2(e)
+    kept_scale,
+    key_lo,
+    key_hi,
+    threshold,
+    site,
+    z,
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    for start in range(lo, hi, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q = load_tile(q_ptr, start, 3 * H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        do = load_tile(dout_ptr, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        doc = rows
+        if SEGMENTS:
+            doc = document(segments_ptr, rows, T)
+            lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = hide(s, rows[None, :], cols[:, None], doc[None, :], seg[:, None], DIAGONAL, SEGMENTS)
+        p = tl.math.exp2(s * scale2 - lse2[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        kept = p
+        if DROPOUT:
+            keep = tl.trans(keep_tile(key_lo, key_hi, threshold, site, z, rows, start_n, BLOCK_N))
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
+def _backward_dkdv(
+    qkv_ptr,  # [B, T, 3, H, D]
+    segments_ptr,  # [B, T] int32 or None
+    rng_ptr,  # [1] int64 or None
+    dout_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] f32
+    delta_ptr,  # [B, H, T] f32
+    dqkv_ptr,  # [B, T, 3, H, D], parts 1 and 2 written
+    scale,  # f32, > 0
+    kept_scale,  # f32, 1 / (1 - p)
+    threshold,  # int32 bits
+    site,  # int32
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    # The first key blocks are seen by the most queries.
+    start = tl.program_id(0) * BLOCK_N
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    z = tl.program_id(2) * H + h
+    row_stride = 3 * H * HEAD_DIM
+    q_head = b * T * row_stride + h * HEAD_DIM
+    k_head = q_head + H * HEAD_DIM
+    v_head = k_head + H * HEAD_DIM
+    q_ptr = qkv_ptr + q_head
+    dout_ptr += (b * T * H + h) * HEAD_DIM
+    lse_ptr += (b * H + h) * T
+    delta_ptr += (b * H + h) * T
+    cols = start + tl.arange(0, BLOCK_N)
+    seg = cols
+    if SEGMENTS:
+        segments_ptr += b * T
+        seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
+    key_lo, key_hi = 0, 0
+    if DROPOUT:
+        key_lo, key_hi = load_key(rng_ptr)
+    k = load_tile(qkv_ptr + k_head, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(qkv_ptr + v_head, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
+    diagonal_end = tl.minimum(tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M, T)
+    dk, dv = _dkdv_tiles(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, segments_ptr, start // BLOCK_M * BLOCK_M, diagonal_end,
+        cols, seg, start, scale2, kept_scale, key_lo, key_hi, threshold, site, z, T, H, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, True, SEGMENTS, DROPOUT,
+    )  # fmt: skip
+    dk, dv = _dkdv_tiles(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, segments_ptr, diagonal_end, T, cols, seg, start, scale2,
+        kept_scale, key_lo, key_hi, threshold, site, z, T, H, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, SEGMENTS,
+        DROPOUT,
+    )  # fmt: skip
+    store_tile(dqkv_ptr + k_head, dk * scale, start, row_stride, T, HEAD_DIM)
+    store_tile(dqkv_ptr + v_head, dv * kept_scale, start, row_stride, T, HEAD_DIM)
+
+
+def forward(
+    qkv: torch.Tensor,
+    scale: float,
+    segments: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: torch.Tensor | None = None,
+    site: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of qkv [B, T, 3, H, D] (contiguous; float32, bfloat16 or float16).
+
+    scale > 0 multiplies the scores. segments: int32 [B, T]. rng: int64 [1], read when dropout_p > 0.
+    Returns out [B, T, H, D] in qkv's dtype and lse [B, H, T] float32, natural log.
+    Raises ValueError for a head size outside 16..128 or a scale that is not positive.
+    """
+    B, T, _, H, D = qkv.shape
+    out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
+    common = _common(qkv, scale, dropout_p, site)
+    rng = rng if dropout_p > 0.0 else None
+    with torch.cuda.device_of(qkv):
+        _launch("forward", (qkv, segments, rng, out, lse), common)
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    segments: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: torch.Tensor | None = None,
+    site: int = 0,
+) -> torch.Tensor:
+    """Gradient dqkv [B, T, 3, H, D] from dout [B, T, H, D] (contiguous, qkv's dtype) and what forward returned.
+
+    The other arguments are forward's, unchanged. Every element of dqkv is written, each by one program.
+    """
+    dqkv = torch.empty_like(qkv)
+    delta = torch.empty_like(lse)
+    common = _common(qkv, scale, dropout_p, site)
+    rng = rng if dropout_p > 0.0 else None
+    with torch.cuda.device_of(qkv):
+        _launch("backward_dq", (qkv, segments, rng, out, dout, lse, delta, dqkv), common)
+        _launch("backward_dkdv", (qkv, segments, rng, dout, lse, delta, dqkv), common)
+    return dqkv
+
+
+def _common(qkv: torch.Tensor, scale: float, dropout_p: float, site: int) -> tuple:
+    """The scalar arguments that end every kernel's run-time list."""
+    if not scale > 0.0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    _, T, _, H, _ = qkv.shape
+    return scale, keep_scale(dropout_p), threshold_bits(dropout_p), site, T, H
+
+
+def _launch(name: str, tensors: tuple, common: tuple) -> None:
+    kernel, owned = KERNELS[name]
+    qkv, segments, rng = tensors[:3]
+    B, T, _, H, D = qkv.shape
+    block_m, block_n, num_warps, num_stages = config(name, config_arch(qkv.device), qkv.element_size(), D)
+    grid = (triton.cdiv(T, block_m if owned == "queries" else block_n), H, B)
+    kernel[grid](
+        *tensors,
+        *common,
+        HEAD_DIM=D,
+        BLOCK_D=block_d(D),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SEGMENTS=segments is not None,
+        DROPOUT=rng is not None,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+# What a program of each kernel owns: a block of queries or of keys.
+KERNELS = {
+    "forward": (_forward, "queries"),
+    "backward_dq": (_backward_dq, "queries"),
+    "backward_dkdv": (_backward_dkdv, "keys"),
+}
+
+
+def aot_specs() -> list:
+    """Every shipped configuration: each key of CONFIGS with segments and dropout, its largest form; at head
+    size 64 every form, and float16; at 128 the padded head size 80."""
+    from .aot import AotSpec
+
+    types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    types |= {"scale": "fp32", "kept_scale": "fp32", "threshold": "i32", "site": "i32", "T": "i32", "H": "i32"}
+    both = (True, True)
+    forms = [(D, "bf16", 2, *both) for D in (32, 80, 128)] + [(D, "fp32", 4, *both) for D in (32, 64, 80, 128)]
+    forms += [(64, "fp16", 2, *both), (64, "fp32", 4, False, False)]
+    forms += [(64, "bf16", 2, segments, dropout) for segments in (False, True) for dropout in (False, True)]
+    specs = []
+    for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), (80, 90, 100), forms):
+        D, dtype, itemsize, segments, dropout = form
+        block_m, block_n, num_warps, num_stages = config(name, arch, itemsize, D)
+        constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
+        constexprs |= {"SEGMENTS": segments, "DROPOUT": dropout}
+        constexprs |= {} if segments else {"segments_ptr": None}
+        constexprs |= {} if dropout else {"rng_ptr": None}
+        signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
+        label = f"attention.{name} {dtype} D={D}{' segments' * segments}{' dropout' * dropout}"
+        pointers = tuple(a for a in signature if a.endswith("_ptr"))
+        specs.append(
+            AotSpec(kernel, label, signature, constexprs, num_warps, num_stages, pointers, archs=(arch,))
+        )
+    return specs

@@ -1,8 +1,9 @@
 """Ahead-of-time compilation of the Triton kernels, with no GPU at hand.
 
-Every kernel file lists the configurations it ships as `aot_specs() -> list[AotSpec]`. `compile_spec` builds one of
-them for a compute capability and `inspect` reads from the machine code what a review needs: registers, spills,
-shared memory and the tensor-core instructions. The tools it calls (cuobjdump, nvdisasm) come with the Triton wheel.
+Every kernel file lists the configurations it ships as `aot_specs() -> list[AotSpec]`. `compile_spec` builds
+one of them for a compute capability and `inspect` reads from the machine code what a review needs: registers,
+spills, shared memory and the tensor-core instructions. The tools it calls (cuobjdump, nvdisasm) come with the
+Triton wheel.
 """
 
 from __future__ import annotations
@@ -73,6 +74,27 @@ class Compiled:
     asm: dict[str, Any]
 
 
+def make_spec(
+    kernel: Any,
+    name: str,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    archs: tuple[int, ...] = ARCHS,
+    unaligned: tuple[str, ...] = (),
+) -> AotSpec:
+    """An AotSpec whose pointers and integers are multiples of 16, but for those named in `unaligned`.
+
+    The arguments named *_ptr that `types` leaves out are None.
+    """
+    absent = [arg for arg in kernel.arg_names if arg.endswith("_ptr") and arg not in types]
+    attrs = tuple(arg for arg, kind in types.items() if kind != "fp32" and arg not in unaligned)
+    return AotSpec(
+        kernel, name, types, {**dict.fromkeys(absent), **constexprs}, num_warps, num_stages, attrs, archs
+    )
+
+
 def compile_spec(spec: AotSpec, arch: int) -> Compiled:
     """Compiles `spec` for compute capability `arch` (80, 90, 100).
 
@@ -109,19 +131,21 @@ def _cuda_arch(index: int | None) -> int:
 
 
 def find_tool(name: str) -> str:
-    """Path of a CUDA binary tool: $TRITON_<NAME>_PATH, the Triton wheel's own, else PATH. Raises RuntimeError."""
+    """Path of a CUDA tool: $TRITON_<NAME>_PATH, the Triton wheel's own, else PATH. Raises RuntimeError."""
     wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     for candidate in (os.environ.get(f"TRITON_{name.upper()}_PATH"), str(wheel), shutil.which(name)):
         if candidate and os.access(candidate, os.X_OK):
             return candidate
-    raise RuntimeError(f"{name} not found in the Triton wheel ({wheel.parent}) or on PATH; install the CUDA toolkit")
+    raise RuntimeError(
+        f"{name} not found in the Triton wheel ({wheel.parent}) or on PATH; install the CUDA toolkit"
+    )
 
 
 def inspect(compiled: Compiled) -> dict[str, Any]:
     """Reads the machine code of `compiled`.
 
-    Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a block),
-    shared_limit (None for an unknown capability) and mma: {tensor-core opcode: count in the code}.
+    Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a
+    block), shared_limit (None for an unknown capability) and mma: {tensor-core opcode: count in the code}.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.cubin)

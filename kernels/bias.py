@@ -1,8 +1,8 @@
-"""Sums over the rows of a matrix (a bias gradient, a LayerNorm weight gradient) in two stages, without atomics.
+"""Sums over the rows of a matrix (a bias gradient, a LayerNorm weight gradient), two stages, no atomics.
 
-Stage one belongs to the caller, or to `column_sum` here: each of P programs adds up its own rows in float32 and
-writes one row of a [P, C] buffer. Stage two, `reduce_partials`, adds those P rows. P depends on the shape alone and
-the order of both sums is fixed, so the same input gives the same bits.
+Stage one belongs to the caller, or to `column_sum` here: each of P programs adds up its own rows in float32
+and writes one row of a [P, C] buffer. Stage two, `reduce_partials`, adds those P rows. P depends on the shape
+alone and the order of both sums is fixed, so the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .aot import LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec
+from .aot import LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, make_spec
 
 # Rows of partial sums, the launch shape of every stage one.
-PARTIALS = 256
+PARTIALS = 512
 
 CONFIGS = {
     "reduce_partials": {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4},
@@ -80,7 +80,7 @@ def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
 
 
 def column_sum(x: torch.Tensor) -> torch.Tensor:
-    """x [N, C] contiguous, any float dtype -> float32 [C], the sum over N (a linear layer's bias gradient)."""
+    """x [N, C] contiguous -> float32 [C], the sum over N: the bias gradient of a linear layer."""
     rows, cols = x.shape
     config = CONFIGS["column_sum"]
     programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
@@ -100,27 +100,14 @@ def column_sum(x: torch.Tensor) -> torch.Tensor:
 
 def aot_specs() -> list[AotSpec]:
     """Every configuration of this file."""
+    sizes = {"partial_ptr": "*fp32", "C": "i32"}
     config = CONFIGS["reduce_partials"]
-    specs = [
-        AotSpec(
-            kernel=reduce_partials_kernel,
-            name="reduce_partials",
-            signature={"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "C": "i32"},
-            constexprs={"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]},
-            num_warps=config["num_warps"],
-            attrs=("partial_ptr", "out_ptr", "P", "C"),
-        )
-    ]
+    blocks = {"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]}
+    types = {**sizes, "out_ptr": "*fp32", "P": "i32"}
+    specs = [make_spec(reduce_partials_kernel, "reduce_partials", types, blocks, config["num_warps"])]
     config = CONFIGS["column_sum"]
-    for dtype, short in TRITON_DTYPE.items():
-        specs.append(
-            AotSpec(
-                kernel=column_sum_kernel,
-                name=f"column_sum {dtype}",
-                signature={"x_ptr": f"*{short}", "partial_ptr": "*fp32", "N": "i32", "C": "i32"},
-                constexprs={"BLOCK_N": config["BLOCK_N"], "BLOCK_C": config["BLOCK_C"]},
-                num_warps=config["num_warps"],
-                attrs=("x_ptr", "partial_ptr", "N", "C"),
-            )
-        )
+    blocks = {"BLOCK_N": config["BLOCK_N"], "BLOCK_C": config["BLOCK_C"]}
+    for dtype in TRITON_DTYPE.values():
+        types = {**sizes, "x_ptr": f"*{dtype}", "N": "i32"}
+        specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, blocks, config["num_warps"]))
     return specs

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import LN2, LOG2E, block_d, config, config_arch, document, hide, load_tile, store_tile
+from .interpreter import cast, dot
 from .philox import keep_scale, keep_tile, load_key, threshold_bits
 
 
@@ -58,7 +59,7 @@ def _forward_tiles(
     for start in range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = dot(q, tl.trans(k))
         seg = cols
         if SEGMENTS:
             seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
@@ -74,7 +75,7 @@ def _forward_tiles(
         if DROPOUT:
             p = tl.where(keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N), p, 0.0)
         v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
     return acc, m, l
 
 
@@ -173,15 +174,15 @@ def _dq_tiles(
         seg = cols
         if SEGMENTS:
             seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = dot(q, tl.trans(k))
         s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
         p = tl.math.exp2(s * scale2 - lse2[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        dp = dot(do, tl.trans(v))
         if DROPOUT:
             keep = keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N)
             dp = tl.where(keep, dp * kept_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = dot(cast(ds, k.dtype), k, dq)
     return dq
 
 
@@ -290,18 +291,18 @@ def _dkdv_tiles(
         if SEGMENTS:
             doc = document(segments_ptr, rows, T)
             lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = dot(k, tl.trans(q))
         s = hide(s, rows[None, :], cols[:, None], doc[None, :], seg[:, None], DIAGONAL, SEGMENTS)
         p = tl.math.exp2(s * scale2 - lse2[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dp = dot(v, tl.trans(do))
         kept = p
         if DROPOUT:
             keep = tl.trans(keep_tile(key_lo, key_hi, threshold, site, z, rows, start_n, BLOCK_N))
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * kept_scale, 0.0)
-        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        dv = dot(cast(kept, do.dtype), do, dv)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = dot(cast(ds, q.dtype), q, dk)
     return dk, dv
 
 
@@ -475,7 +476,5 @@ def aot_specs() -> list:
         signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
         label = f"attention.{name} {dtype} D={D}{' segments' * segments}{' dropout' * dropout}"
         pointers = tuple(a for a in signature if a.endswith("_ptr"))
-        specs.append(
-            AotSpec(kernel, label, signature, constexprs, num_warps, num_stages, pointers, archs=(arch,))
-        )
+        specs.append(AotSpec(kernel, label, signature, constexprs, num_warps, num_stages, pointers, archs=(arch,)))
     return specs

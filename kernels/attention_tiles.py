@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .interpreter import cast
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -50,7 +52,7 @@ def store_tile(
     rows = tl.arange(0, tile.shape[0])
     cols = tl.arange(0, tile.shape[1])
     ptrs = ptr + tl.cast(start, tl.int64) * row_stride + (rows[:, None] * row_stride + cols[None, :])
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + rows < T)[:, None] & (cols < HEAD_DIM)[None, :])
+    tl.store(ptrs, cast(tile, ptr.dtype.element_ty), mask=(start + rows < T)[:, None] & (cols < HEAD_DIM)[None, :])
 
 
 @triton.jit

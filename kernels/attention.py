@@ -23,7 +23,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import LN2, LOG2E, block_d, config, config_arch, document, hide, load_tile, store_tile
+from .attention_backward import backward_dkdv_kernel, backward_dq_kernel
+from .attention_tiles import (
+    LN2,
+    LOG2E,
+    block_d,
+    config,
+    config_arch,
+    document,
+    hide,
+    load_segments,
+    load_tile,
+    store_tile,
+)
 from .interpreter import cast, dot
 from .philox import keep_scale, keep_tile, load_key, threshold_bits
 
@@ -34,16 +46,14 @@ def _forward_tiles(
     m,  # [BM] f32, running maximum of the scores, in units of log 2
     l,  # [BM] f32, running sum
     q,  # [BM, BD]
-    k_ptr,
+    k_ptr,  # this head's keys, likewise v_ptr
     v_ptr,
-    segments_ptr,
+    segments_ptr,  # this sequence's
+    rng_ptr,
+    rows,  # [BM] queries
     lo,  # first key
     hi,  # end of keys
-    rows,  # [BM]
-    doc,  # [BM]
     scale2,  # scale * log2(e)
-    key_lo,
-    key_hi,
     threshold,
     site,
     z,
@@ -56,13 +66,14 @@ def _forward_tiles(
     SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    doc = document(segments_ptr, rows, T, SEGMENTS)
+    if DROPOUT:
+        key_lo, key_hi = load_key(rng_ptr)
     for start in range(lo, hi, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
         s = dot(q, tl.trans(k))
-        seg = cols
-        if SEGMENTS:
-            seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
+        seg = load_segments(segments_ptr, cols, T, SEGMENTS)
         s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
         m_new = tl.maximum(m, tl.max(s, 1) * scale2)
         shift = m_new
@@ -80,7 +91,7 @@ def _forward_tiles(
 
 
 @triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
-def _forward(
+def forward_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     segments_ptr,  # [B, T] int32 or None
     rng_ptr,  # [1] int64 or None
@@ -108,265 +119,26 @@ def _forward(
     q_ptr = qkv_ptr + b * T * row_stride + h * HEAD_DIM
     k_ptr = q_ptr + H * HEAD_DIM
     v_ptr = k_ptr + H * HEAD_DIM
-    rows = start + tl.arange(0, BLOCK_M)
-    doc = rows
     if SEGMENTS:
         segments_ptr += b * T
-        doc = document(segments_ptr, rows, T)
-    key_lo, key_hi = 0, 0
-    if DROPOUT:
-        key_lo, key_hi = load_key(rng_ptr)
+    rows = start + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    scale2 = scale * LOG2E
     diagonal = start // BLOCK_N * BLOCK_N
-    acc, m, l = _forward_tiles(
-        acc, m, l, q, k_ptr, v_ptr, segments_ptr, 0, diagonal, rows, doc, scale2, key_lo, key_hi, threshold,
-        site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, False, SEGMENTS, DROPOUT,
-    )  # fmt: skip
-    acc, m, l = _forward_tiles(
-        acc, m, l, q, k_ptr, v_ptr, segments_ptr, diagonal, tl.minimum(start + BLOCK_M, T), rows, doc, scale2,
-        key_lo, key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True, SEGMENTS, DROPOUT,
-    )  # fmt: skip
+    end = tl.minimum(start + BLOCK_M, T)
+    for crossing in tl.static_range(2):
+        acc, m, l = _forward_tiles(
+            acc, m, l, q, k_ptr, v_ptr, segments_ptr, rng_ptr, rows, diagonal if crossing else 0,
+            end if crossing else diagonal, scale * LOG2E, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D,
+            BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
+        )  # fmt: skip
     tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.math.log2(l)) * LN2, mask=rows < T)
     if SEGMENTS:
         l = tl.where(l == 0.0, 1.0, l)
     acc *= (kept_scale / l)[:, None]
     store_tile(out_ptr + (b * T * H + h) * HEAD_DIM, acc, start, H * HEAD_DIM, T, HEAD_DIM)
-
-
-@triton.jit
-def _dq_tiles(
-    dq,  # [BM, BD] f32
-    q,  # [BM, BD]
-    do,  # [BM, BD]
-    lse2,  # [BM], lse * log2(e), +inf where nothing is seen
-    delta,  # [BM]
-    k_ptr,
-    v_ptr,
-    segments_ptr,
-    lo,  # first key
-    hi,  # end of keys
-    rows,  # [BM]
-    doc,  # [BM]
-    scale2,  # scale * log2(e)
-    kept_scale,
-    key_lo,
-    key_hi,
-    threshold,
-    site,
-    z,
-    T,
-    row_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    for start in range(lo, hi, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        seg = cols
-        if SEGMENTS:
-            seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
-        s = dot(q, tl.trans(k))
-        s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
-        p = tl.math.exp2(s * scale2 - lse2[:, None])
-        dp = dot(do, tl.trans(v))
-        if DROPOUT:
-            keep = keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N)
-            dp = tl.where(keep, dp * kept_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = dot(cast(ds, k.dtype), k, dq)
-    return dq
-
-
-@triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
-def _backward_dq(
-    qkv_ptr,  # [B, T, 3, H, D]
-    segments_ptr,  # [B, T] int32 or None
-    rng_ptr,  # [1] int64 or None
-    out_ptr,  # [B, T, H, D]
-    dout_ptr,  # [B, T, H, D]
-    lse_ptr,  # [B, H, T] f32
-    delta_ptr,  # [B, H, T] f32, written
-    dqkv_ptr,  # [B, T, 3, H, D], part 0 written
-    scale,  # f32, > 0
-    kept_scale,  # f32, 1 / (1 - p)
-    threshold,  # int32 bits
-    site,  # int32
-    T,
-    H,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    z = tl.program_id(2) * H + h
-    row_stride = 3 * H * HEAD_DIM
-    head = b * T * row_stride + h * HEAD_DIM
-    k_ptr = qkv_ptr + head + H * HEAD_DIM
-    v_ptr = k_ptr + H * HEAD_DIM
-    head_out = (b * T * H + h) * HEAD_DIM
-    rows = start + tl.arange(0, BLOCK_M)
-    doc = rows
-    lse2 = tl.load(lse_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf")) * LOG2E
-    if SEGMENTS:
-        segments_ptr += b * T
-        doc = document(segments_ptr, rows, T)
-        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-    key_lo, key_hi = 0, 0
-    if DROPOUT:
-        key_lo, key_hi = load_key(rng_ptr)
-    do = load_tile(dout_ptr + head_out, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    o = load_tile(out_ptr + head_out, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
-    q = load_tile(qkv_ptr + head, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    scale2 = scale * LOG2E
-    diagonal = start // BLOCK_N * BLOCK_N
-    dq = _dq_tiles(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, 0, diagonal, rows, doc, scale2, kept_scale, key_lo,
-        key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, False, SEGMENTS, DROPOUT,
-    )  # fmt: skip
-    dq = _dq_tiles(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, diagonal, tl.minimum(start + BLOCK_M, T), rows, doc,
-        scale2, kept_scale, key_lo, key_hi, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True,
-        SEGMENTS, DROPOUT,
-    )  # fmt: skip
-    store_tile(dqkv_ptr + head, dq * scale, start, row_stride, T, HEAD_DIM)
-
-
-@triton.jit
-def _dkdv_tiles(
-    dk,  # [BN, BD] f32
-    dv,  # [BN, BD] f32
-    k,  # [BN, BD]
-    v,  # [BN, BD]
-    q_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    segments_ptr,
-    lo,  # first query
-    hi,  # end of queries
-    cols,  # [BN]
-    seg,  # [BN]
-    start_n,  # first key
-    scale2,  # scale * log2(e)
-    kept_scale,
-    key_lo,
-    key_hi,
-    threshold,
-    site,
-    z,
-    T,
-    H,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    for start in range(lo, hi, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr, start, 3 * H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        do = load_tile(dout_ptr, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
-        doc = rows
-        if SEGMENTS:
-            doc = document(segments_ptr, rows, T)
-            lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-        s = dot(k, tl.trans(q))
-        s = hide(s, rows[None, :], cols[:, None], doc[None, :], seg[:, None], DIAGONAL, SEGMENTS)
-        p = tl.math.exp2(s * scale2 - lse2[None, :])
-        dp = dot(v, tl.trans(do))
-        kept = p
-        if DROPOUT:
-            keep = tl.trans(keep_tile(key_lo, key_hi, threshold, site, z, rows, start_n, BLOCK_N))
-            kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * kept_scale, 0.0)
-        dv = dot(cast(kept, do.dtype), do, dv)
-        ds = p * (dp - delta[None, :])
-        dk = dot(cast(ds, q.dtype), q, dk)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
-def _backward_dkdv(
-    qkv_ptr,  # [B, T, 3, H, D]
-    segments_ptr,  # [B, T] int32 or None
-    rng_ptr,  # [1] int64 or None
-    dout_ptr,  # [B, T, H, D]
-    lse_ptr,  # [B, H, T] f32
-    delta_ptr,  # [B, H, T] f32
-    dqkv_ptr,  # [B, T, 3, H, D], parts 1 and 2 written
-    scale,  # f32, > 0
-    kept_scale,  # f32, 1 / (1 - p)
-    threshold,  # int32 bits
-    site,  # int32
-    T,
-    H,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    # The first key blocks are seen by the most queries.
-    start = tl.program_id(0) * BLOCK_N
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    z = tl.program_id(2) * H + h
-    row_stride = 3 * H * HEAD_DIM
-    q_head = b * T * row_stride + h * HEAD_DIM
-    k_head = q_head + H * HEAD_DIM
-    v_head = k_head + H * HEAD_DIM
-    q_ptr = qkv_ptr + q_head
-    dout_ptr += (b * T * H + h) * HEAD_DIM
-    lse_ptr += (b * H + h) * T
-    delta_ptr += (b * H + h) * T
-    cols = start + tl.arange(0, BLOCK_N)
-    seg = cols
-    if SEGMENTS:
-        segments_ptr += b * T
-        seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
-    key_lo, key_hi = 0, 0
-    if DROPOUT:
-        key_lo, key_hi = load_key(rng_ptr)
-    k = load_tile(qkv_ptr + k_head, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(qkv_ptr + v_head, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    scale2 = scale * LOG2E
-    diagonal_end = tl.minimum(tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M, T)
-    dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, segments_ptr, start // BLOCK_M * BLOCK_M, diagonal_end,
-        cols, seg, start, scale2, kept_scale, key_lo, key_hi, threshold, site, z, T, H, HEAD_DIM, BLOCK_D, BLOCK_M,
-        BLOCK_N, True, SEGMENTS, DROPOUT,
-    )  # fmt: skip
-    dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, segments_ptr, diagonal_end, T, cols, seg, start, scale2,
-        kept_scale, key_lo, key_hi, threshold, site, z, T, H, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, SEGMENTS,
-        DROPOUT,
-    )  # fmt: skip
-    store_tile(dqkv_ptr + k_head, dk * scale, start, row_stride, T, HEAD_DIM)
-    store_tile(dqkv_ptr + v_head, dv * kept_scale, start, row_stride, T, HEAD_DIM)
 
 
 def forward(
@@ -448,9 +220,9 @@ def _launch(name: str, tensors: tuple, common: tuple) -> None:
 
 # What a program of each kernel owns: a block of queries or of keys.
 KERNELS = {
-    "forward": (_forward, "queries"),
-    "backward_dq": (_backward_dq, "queries"),
-    "backward_dkdv": (_backward_dkdv, "keys"),
+    "forward": (forward_kernel, "queries"),
+    "backward_dq": (backward_dq_kernel, "queries"),
+    "backward_dkdv": (backward_dkdv_kernel, "keys"),
 }
 
 

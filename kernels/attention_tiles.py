@@ -74,10 +74,28 @@ def hide(
 
 
 @triton.jit
-def document(segments_ptr, rows, T):
-    """Document of each query: ~value for padding."""
-    seg = tl.load(segments_ptr + rows, mask=rows < T, other=0)
-    return tl.where(seg < 0, ~seg, seg)
+def load_segments(segments_ptr, cols, T, SEGMENTS: tl.constexpr):
+    """Segment of each key; without segments, a placeholder of the same shape."""
+    seg = cols
+    if SEGMENTS:
+        seg = tl.load(segments_ptr + cols, mask=cols < T, other=-1)
+    return seg
+
+
+@triton.jit
+def document(segments_ptr, rows, T, SEGMENTS: tl.constexpr):
+    """Document of each query, ~value for padding; without segments, a placeholder of the same shape."""
+    doc = load_segments(segments_ptr, rows, T, SEGMENTS)
+    return tl.where(doc < 0, ~doc, doc)
+
+
+@triton.jit
+def load_lse2(lse_ptr, rows, T, SEGMENTS: tl.constexpr):
+    """lse * log2(e); +inf, which makes every P of the row 0, beyond T and where the query sees nothing."""
+    lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E
+    if SEGMENTS:
+        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    return lse2
 
 
 # (kernel, compute capability, bytes an element, BLOCK_D) -> (BLOCK_M, BLOCK_N, num_warps, num_stages).

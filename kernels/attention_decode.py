@@ -1,0 +1,172 @@
+"""Attention of one query a head against a KV cache, split over keys (Flash-Decoding, Dao et al., 2023).
+
+    out = softmax(scale q K^T) V  over the keys starts <= j < lengths of each sequence
+
+1. Each program takes SPLIT consecutive keys of one head, counted from the sequence's first visible key, and
+   writes the maximum of their scores, the sum of exponentials and the unnormalised output, in float32.
+2. One program a head combines the splits in order of their index.
+
+The cut depends only on where a sequence starts, never on the batch, its padding or the cache's capacity, and no
+atomics are used: a sequence decodes to the same bits alone and in any batch. Nothing here is a matrix product
+worth a tensor core (one row a head); the bound is reading K and V once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import LOG2E, block_d, config_arch
+from .interpreter import cast
+
+# Keys a program of the first kernel, and splits a step of the second.
+SPLIT = 128
+COMBINE = 16
+
+# (kernel, compute capability, bytes an element, BLOCK_D) -> (BLOCK_N, num_warps, num_stages): what a thread
+# holds of K and V stays well inside its registers, and enough loads are in flight to cover memory latency.
+CONFIGS = {
+    ("split", arch, itemsize, width): (block_n, 4, 2)
+    for arch in (80, 90, 100)
+    for itemsize, width, block_n in ((2, 32, 128), (2, 64, 64), (2, 128, 32), (4, 32, 64), (4, 64, 32), (4, 128, 16))
+}
+INTERPRETER_CONFIG = (32, 4, 1)
+
+
+@triton.jit(do_not_specialize=["S", "H"])
+def split_kernel(
+    q_ptr,  # [B, H, D]
+    k_ptr,  # [B, H, S, D]
+    v_ptr,  # [B, H, S, D]
+    starts_ptr,  # [B] int32, first visible key
+    lengths_ptr,  # [B] int32, end of the visible keys
+    acc_ptr,  # [B, H, P, D] f32, unnormalised output of each split
+    stats_ptr,  # [B, H, P, 2] f32: maximum (in units of log 2) and sum
+    scale,  # f32
+    S,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,  # keys of a split
+):
+    split = tl.program_id(0)
+    b = tl.program_id(2)
+    head = b.to(tl.int64) * H + tl.program_id(1)
+    first = tl.load(starts_ptr + b) + split * KEYS
+    end = tl.minimum(tl.minimum(first + KEYS, tl.load(lengths_ptr + b)), S)
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < HEAD_DIM
+    q = tl.load(q_ptr + head * HEAD_DIM + d, mask=in_head, other=0.0).to(tl.float32) * (scale * LOG2E)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_N):
+        n = tl.arange(0, BLOCK_N)
+        visible = start + n < end
+        mask = visible[:, None] & in_head[None, :]
+        offset = (head * S + start) * HEAD_DIM
+        k = tl.load(k_ptr + offset + (n[:, None] * HEAD_DIM + d[None, :]), mask=mask, other=0.0)
+        v = tl.load(v_ptr + offset + (n[:, None] * HEAD_DIM + d[None, :]), mask=mask, other=0.0)
+        s = tl.where(visible, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 0))
+        p = tl.math.exp2(s - m_new)
+        alpha = tl.math.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        m = m_new
+    part = head * tl.num_programs(0) + split
+    tl.store(acc_ptr + part * HEAD_DIM + d, acc, mask=in_head)
+    tl.store(stats_ptr + part * 2, m)
+    tl.store(stats_ptr + part * 2 + 1, l)
+
+
+@triton.jit(do_not_specialize=["P"])
+def combine_kernel(
+    acc_ptr,  # [B, H, P, D] f32
+    stats_ptr,  # [B, H, P, 2] f32
+    out_ptr,  # [B, H, D]
+    P,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full([], float("-inf"), tl.float32)
+    l = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        splits = start + tl.arange(0, BLOCK_P)
+        part = head * P + splits
+        m_part = tl.load(stats_ptr + part * 2, mask=splits < P, other=float("-inf"))
+        l_part = tl.load(stats_ptr + part * 2 + 1, mask=splits < P, other=0.0)
+        mask = (splits < P)[:, None] & (d < HEAD_DIM)[None, :]
+        acc_part = tl.load(acc_ptr + part[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(m_part, 0))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.math.exp2(m_part - shift)
+        alpha = tl.math.exp2(m - shift)
+        l = l * alpha + tl.sum(weight * l_part, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * acc_part, 0)
+        m = m_new
+    out = acc / tl.where(l == 0.0, 1.0, l)
+    tl.store(out_ptr + head * HEAD_DIM + d, cast(out, out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Output [B, H, D] of q [B, H, D] against k_cache and v_cache [B, H, S, D] (contiguous, one dtype).
+
+    starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b], and is 0 where that is empty.
+    Reads nothing back to the host. Raises ValueError for a head size outside 16..128.
+    """
+    B, H, S, D = k_cache.shape
+    width = block_d(D)
+    arch = config_arch(q.device)
+    config = INTERPRETER_CONFIG if arch == "interpret" else CONFIGS["split", arch, q.element_size(), width]
+    block_n, num_warps, num_stages = config
+    n_splits = triton.cdiv(S, SPLIT)
+    out = torch.empty_like(q)
+    acc = torch.empty((B, H, n_splits, D), dtype=torch.float32, device=q.device)
+    stats = torch.empty((B, H, n_splits, 2), dtype=torch.float32, device=q.device)
+    tile = {"HEAD_DIM": D, "BLOCK_D": width}
+    with torch.cuda.device_of(q):
+        split_kernel[(n_splits, H, B)](
+            q, k_cache, v_cache, starts, lengths, acc, stats, scale, S, H, **tile,
+            BLOCK_N=block_n, KEYS=SPLIT, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        combine_kernel[(B * H,)](acc, stats, out, n_splits, **tile, BLOCK_P=COMBINE, num_warps=4, num_stages=2)
+    return out
+
+
+def aot_specs() -> list:
+    """Every key of CONFIGS with its combine kernel; at two bytes bfloat16, and float16 for head size 64; the
+    padded head size 80 too."""
+    from .aot import AotSpec
+
+    forms = [(D, "bf16", 2) for D in (32, 64, 80, 128)] + [(64, "fp16", 2)]
+    forms += [(D, "fp32", 4) for D in (32, 64, 80, 128)]
+    specs = []
+    for arch in (80, 90, 100):
+        for D, dtype, itemsize in forms:
+            tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
+            label = f"{dtype} D={D}"
+            block_n, num_warps, num_stages = CONFIGS["split", arch, itemsize, block_d(D)]
+            signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
+            signature |= {"starts_ptr": "*i32", "lengths_ptr": "*i32", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
+            pointers = tuple(signature)
+            signature |= {"scale": "fp32", "S": "i32", "H": "i32"}
+            constexprs = tile | {"BLOCK_N": block_n, "KEYS": SPLIT}
+            name = f"attention_decode.split {label}"
+            specs.append(AotSpec(split_kernel, name, signature, constexprs, num_warps, num_stages, pointers, (arch,)))
+            signature = {"acc_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": f"*{dtype}", "P": "i32"}
+            constexprs = tile | {"BLOCK_P": COMBINE}
+            name = f"attention_decode.combine {label}"
+            specs.append(AotSpec(combine_kernel, name, signature, constexprs, 4, 2, tuple(signature)[:3], (arch,)))
+    return specs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -33,10 +33,11 @@ def atomic_write(path: str | os.PathLike[str], advice: str = "choose a folder yo
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # An error about another file, such as one that is being read, is not ours to explain.
-        if error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents):
+        # An error about another file, or one that is explained already (no errno), stays as it is.
+        named = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else path
+        if error.errno is None or named not in (temporary, path, *path.parents):
             raise
-        raise OSError(error.errno, f"cannot write {path} ({error.strerror or error}); {advice}") from None
+        raise OSError(f"cannot write {path} ({error.strerror or error}); {advice}") from None
     finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()

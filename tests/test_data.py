@@ -1,0 +1,293 @@
+"""Token data: formats, splits, the cache, batches that depend on the step alone, and clear refusals."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2_fast import data
+from gpt2_fast.data import Shard, TokenDataset, load_data, load_tokens, read_bin, write_bin
+from gpt2_fast.tokenizer import get_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def counting(n, path="x.bin", start=0):
+    """A shard in which every token is its own position."""
+    return Shard(path, np.arange(start, start + n, dtype=np.uint16))
+
+
+def dataset(*lengths, context=4, vocab_size=50257):
+    starts = np.cumsum([0, *lengths])
+    return TokenDataset(
+        [counting(n, f"{i}.bin", start) for i, (n, start) in enumerate(zip(lengths, starts, strict=False))],
+        context=context,
+        vocab_size=vocab_size,
+    )
+
+
+def assert_one_line(error, words):
+    message = str(error)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, message
+
+
+def test_batch_is_the_data_and_the_next_tokens():
+    x, y = dataset(1000, context=7).batch(3, 1, batch_size=5, seed=2)
+    assert x.shape == y.shape == (5, 7)
+    assert x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    assert torch.equal(x, x[:, :1] + torch.arange(7))
+    assert torch.equal(y, x + 1)
+
+
+def test_batch_depends_on_seed_step_and_micro_step_only():
+    tokens = dataset(50000)
+    first = tokens.batch(5, 2, batch_size=8, seed=1)[0]
+    tokens.batch(6, 0, batch_size=8, seed=1)
+    assert torch.equal(first, tokens.batch(5, 2, batch_size=8, seed=1)[0])
+    for step, micro_step, seed in [(4, 2, 1), (5, 1, 1), (5, 2, 0), (2, 5, 1), (1, 2, 5), (5, 2, -1)]:
+        assert not torch.equal(first, tokens.batch(step, micro_step, batch_size=8, seed=seed)[0])
+
+
+def test_batch_values_are_fixed_for_good():
+    """A run resumed on another NumPy sees the same data: Philox4x64-10 of key (1, 5) and counter (1, 0, 0, 2)."""
+    starts = dataset(50000).batch(5, 2, batch_size=4, seed=1)[0][:, 0]
+    assert starts.tolist() == [6390, 5181, 21078, 46790]
+
+
+def test_every_start_is_drawn_and_no_window_crosses_shards():
+    tokens = dataset(9, 3, 6)  # the second is shorter than a window of 5
+    x, y = tokens.batch(0, batch_size=2000)
+    starts, counts = torch.unique(x[:, 0], return_counts=True)
+    assert starts.tolist() == [0, 1, 2, 3, 4, 12, 13]
+    assert torch.equal(y, x + 1)
+    assert counts.min() > 2000 / 7 * 0.7
+    assert len(tokens) == 15
+
+
+def test_windows_do_not_overlap_and_cover_the_data():
+    tokens = dataset(13, 4, 9)  # (13 - 1) // 4 + (9 - 1) // 4
+    batches = list(tokens.windows(batch_size=2))
+    assert [len(x) for x, _ in batches] == [2, 2, 1]
+    x = torch.cat([x for x, _ in batches])
+    y = torch.cat([y for _, y in batches])
+    assert x[:, 0].tolist() == [0, 4, 8, 17, 21]
+    assert torch.equal(y, x + 1)
+    assert tokens.n_windows == 5
+
+
+@pytest.mark.parametrize(("limit", "starts"), [(1, [0]), (2, [0, 20]), (5, [0, 8, 16, 24, 32]), (99, None), (0, [])])
+def test_limited_windows_are_spread_evenly(limit, starts):
+    found = [start for x, _ in dataset(41).windows(batch_size=3, limit=limit) for start in x[:, 0].tolist()]
+    assert found == (list(range(0, 40, 4)) if starts is None else starts)
+
+
+def test_nanogpt_folder(tmp_path):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    np.arange(200, 250, dtype="<u2").tofile(tmp_path / "val.bin")
+    np.arange(900, 950, dtype="<u2").tofile(tmp_path / "test.bin")
+    train, val = load_data(tmp_path, context=8)
+    assert train.shards[0].tokens.tolist() == list(range(100))
+    assert val.shards[0].tokens.tolist() == list(range(200, 250))
+    assert isinstance(train.shards[0].tokens, np.memmap)
+
+
+def test_llmc_shards_by_pattern(tmp_path):
+    for i, name in enumerate(["fineweb_train_000001", "fineweb_train_000002", "fineweb_val_000000"]):
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, 30
+        body = np.arange(i * 100, i * 100 + 30, dtype="<u2")
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + body.tobytes())
+    train, val = load_data(str(tmp_path / "fineweb_*.bin"), context=8)
+    assert [shard.tokens[0] for shard in train.shards] == [0, 100]
+    assert [shard.tokens.tolist() for shard in val.shards] == [list(range(200, 230))]
+    whole = load_tokens([tmp_path / "fineweb_val_000000.bin"], context=8)
+    assert len(whole) == 30
+
+
+def test_last_fraction_is_validation(tmp_path):
+    for i in range(3):
+        np.arange(i * 100, i * 100 + 100, dtype="<u2").tofile(tmp_path / f"{i}.bin")
+    train, val = load_data(tmp_path, context=8, val_fraction=0.4)
+    assert [list(shard.tokens[[0, -1]]) for shard in train.shards] == [[0, 99], [100, 179]]
+    assert [list(shard.tokens[[0, -1]]) for shard in val.shards] == [[180, 199], [200, 299]]
+
+
+def test_validation_has_at_least_a_window(tmp_path):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "a.bin")
+    train, val = load_data(tmp_path / "a.bin", context=8, val_fraction=0.001)
+    assert (len(train), len(val)) == (91, 9)
+
+
+def test_bin_round_trip(tmp_path):
+    parts = [np.arange(5, dtype=np.uint16), np.array([65535, 7], dtype=np.uint16)]
+    assert write_bin(tmp_path / "sub" / "a.bin", parts) == 7
+    assert read_bin(tmp_path / "sub" / "a.bin").tokens.tolist() == [0, 1, 2, 3, 4, 65535, 7]
+    assert os.listdir(tmp_path / "sub") == ["a.bin"]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    def parts():
+        yield np.arange(5, dtype=np.uint16)
+        raise KeyboardInterrupt
+
+    write_bin(tmp_path / "a.bin", [np.arange(3, dtype=np.uint16)])
+    with pytest.raises(KeyboardInterrupt):
+        write_bin(tmp_path / "a.bin", parts())
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert len(read_bin(tmp_path / "a.bin").tokens) == 3
+
+
+def test_text_in_blocks_has_the_ids_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 50)
+    monkeypatch.setattr(data, "PIECE", 11)
+    text = "def f(x):\r\n    return  'naïve — 世界'\n\n\n" * 30
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    tokens = load_tokens(tmp_path / "a.txt", context=8)
+    assert tokens.shards[0].tokens.tolist() == [*get_tokenizer().encode(text), 50256]
+
+
+def test_folder_of_text(tmp_path):
+    files = {"a.py": "x = 1\n", "deep/b.md": "# Title\n", "deep/empty.txt": "", "c": "plain"}
+    skipped = {"photo.jpg": b"\xff\xd8\xff\xe0abc", ".git/config": b"[core]", "n.dat": b"a\0b"}
+    for name, content in [*files.items(), *skipped.items()]:
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    tokens = load_tokens(tmp_path / "corpus", context=2).shards[0].tokens
+    documents = get_tokenizer().decode(tokens).split("<|endoftext|>")
+    assert sorted(documents) == sorted([content for content in files.values() if content] + [""])
+    # The order is a matter of the names alone.
+    os.rename(tmp_path / "corpus", tmp_path / "moved")
+    assert np.array_equal(load_tokens(tmp_path / "moved", context=2).shards[0].tokens, tokens)
+
+
+def test_cut_character_does_not_make_a_file_binary(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 4095 + "é".encode())
+    (tmp_path / "b.txt").write_bytes(b"x" * 4000 + b"\xff" + b"x" * 200)
+    assert [data._is_text(tmp_path / name) for name in ("a.txt", "b.txt")] == [True, False]
+
+
+def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
+    calls = []
+    encode = data._encode
+    monkeypatch.setattr(data, "_encode", lambda text: calls.append(text) or encode(text))
+    path = tmp_path / "a.txt"
+
+    def first_ids():
+        tokens = load_tokens(path, context=2).shards[0].tokens
+        return get_tokenizer().decode(tokens), len([call for call in calls if call])
+
+    path.write_text("one two three")
+    assert first_ids() == ("one two three<|endoftext|>", 1)
+    assert first_ids() == ("one two three<|endoftext|>", 1)
+    path.write_text("one two eight")
+    os.utime(path, ns=(1, 1))
+    assert first_ids() == ("one two eight<|endoftext|>", 2)
+    # A cache file that lost its end is made again.
+    for cached in (data.cache_dir() / "tokens").iterdir():
+        cached.write_bytes(cached.read_bytes()[:-2])
+    assert first_ids() == ("one two eight<|endoftext|>", 3)
+
+
+def test_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
+    library = data._standard_library()
+    names = [name for name, _ in library]
+    assert {"argparse.py", "json/decoder.py", "turtle.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    assert names != sorted(names)
+    monkeypatch.setattr(data, "_standard_library", lambda: [item for item in library if item[0] == "heapq.py"])
+    train, val = load_data(context=16)
+    text = get_tokenizer().decode(np.concatenate([train.shards[0].tokens, val.shards[0].tokens]))
+    with open(dict(library)["heapq.py"], encoding="utf-8", newline="") as file:
+        assert text == file.read() + "<|endoftext|>"
+    assert "standard library" in train.name
+
+
+def header(magic, version=1, count=4, tokens=4):
+    words = np.zeros(256, dtype="<i4")
+    words[:3] = magic, version, count
+    return words.tobytes() + np.arange(tokens, dtype="<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["a.bin is empty"]),
+        (b"abc", ["3 bytes", "odd"]),
+        (header(20240520)[:-2], ["holds 3 tokens", "says 4", "truncated"]),
+        (header(20240520)[:100], ["100 bytes", "truncated"]),
+        (header(20240520, version=7), ["version 7"]),
+        (header(20240520, count=0, tokens=0), ["0 tokens"]),
+        (header(20240801, version=7), ["another vocabulary"]),
+        (header(20240326, version=3), ["llm.c model checkpoint"]),
+        (b"PK\x03\x04" + bytes(100), ["zip archive"]),
+    ],
+)
+def test_bad_bin_is_named_in_one_line(tmp_path, content, words):
+    path = tmp_path / "a.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_data(path, context=2)
+    assert_one_line(error.value, [path, *words])
+
+
+def test_id_outside_the_vocabulary(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    np.array([1, 2, 300, 4] * 10, dtype="<u2").tofile(path)
+    with pytest.raises(ValueError) as error:
+        load_tokens(path, context=2, vocab_size=300)
+    assert_one_line(error.value, [path, "token id 300 at position 2", "vocabulary of 300"])
+    # What opening did not look at is seen in the batch.
+    monkeypatch.setattr(data, "CHECKED_AT_ONCE", 2)
+    tokens = load_tokens(path, context=2, vocab_size=300)
+    with pytest.raises(ValueError, match="token id 300 at position"):
+        tokens.batch(0, batch_size=20)
+    with pytest.raises(ValueError, match="token id 300 at position"):
+        list(tokens.windows(batch_size=20))
+
+
+def test_missing_empty_and_short_data(tmp_path):
+    with pytest.raises(FileNotFoundError) as missing:
+        load_data(tmp_path / "nothing.txt", context=2)
+    assert_one_line(missing.value, [tmp_path / "nothing.txt", "does not exist"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder holds no \.bin and no text file"):
+        load_data(tmp_path / "folder", context=2)
+    (tmp_path / "folder" / "empty.txt").touch()
+    with pytest.raises(ValueError, match="empty"):
+        load_data(tmp_path / "folder", context=2)
+    (tmp_path / "short.txt").write_text("one two three")  # 4 tokens with <|endoftext|>
+    for call in (load_data, load_tokens):
+        with pytest.raises(ValueError) as short:
+            call(tmp_path / "short.txt", context=8)
+        assert_one_line(short.value, ["short.txt has 4 tokens", "context of 8", "shorter context"])
+    with pytest.raises(ValueError, match="18"):
+        load_data([tmp_path / "short.txt"] * 2, context=8)
+
+
+def test_unwritable_cache_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path / "file"))
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(OSError, match="cannot write") as error:
+        load_tokens(tmp_path / "a.txt", context=2)
+    assert_one_line(error.value, ["set GPT2_FAST_CACHE"])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
+def test_bad_fraction(fraction):
+    with pytest.raises(ValueError, match="val_fraction is"):
+        load_data(context=2, val_fraction=fraction)
+
+
+def test_bad_context():
+    with pytest.raises(ValueError, match="context is 0"):
+        dataset(10, context=0)

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .aot import LAUNCH_OPTIONS, AotSpec, make_spec
 from .bias import PARTIALS, reduce_partials
+from .interpreter import cast
 from .philox import keep_scale, keep_tile, load_key, threshold_bits
 
 # By BLOCK_C, the power of two that holds a row: rows a tile, warps. About 16 elements a thread forward, and 8
@@ -66,7 +67,7 @@ def forward_kernel(
             keep = keep_tile(key_lo, key_hi, threshold, site, 0, rows, 0, BLOCK_C)
             h = tl.where(keep, h * scale, 0.0)
         h += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        stored = h.to(h_ptr.dtype.element_ty)
+        stored = cast(h, h_ptr.dtype.element_ty)
         tl.store(h_ptr + offsets, stored, mask=mask)
         h = stored.to(tl.float32)
 
@@ -79,7 +80,7 @@ def forward_kernel(
         weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
         y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -127,13 +128,13 @@ def backward_kernel(
         dresidual = (g - along_1[:, None] - n * along_n[:, None]) * rstd[:, None]
         if dh_ptr is not None:
             dresidual += tl.load(dh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dresidual_ptr + offsets, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        tl.store(dresidual_ptr + offsets, cast(dresidual, dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:
             dx = dresidual
             if DROPOUT:
                 keep = keep_tile(key_lo, key_hi, threshold, site, 0, rows, 0, BLOCK_C)
                 dx = tl.where(keep, dx * scale, 0.0)
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
     share = partial_ptr + tl.program_id(0) * C + cols
     tl.store(share, tl.sum(dweight, axis=0), mask=in_row)
@@ -163,7 +164,7 @@ def normalize_kernel(
     weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     y = (h - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def _tile(channels: int, direction: str = "forward") -> tuple[dict[str, int], int]:

@@ -1,0 +1,276 @@
+"""The first half of GPT-2's MLP: LayerNorm, matmul, bias and GELU(tanh), forward and backward.
+
+    h = residual + dropout(x),    u = LayerNorm(h) @ weight + bias,    y = gelu(u)
+    gelu(u) = u * sigmoid(2 z),    z = sqrt(2 / pi) * (u + 0.044715 u^3)      [= u / 2 * (1 + tanh z)]
+
+Forward is two launches: one over the rows (h, mean, rstd: `add_layernorm.statistics`), and a matmul that
+normalises the tiles of h as it loads them, so the normalised rows are never written. Saved for backward: h,
+u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, two vendor products
+(the normalised rows are recomputed for one of them), and the LayerNorm backward that add_layernorm has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import add_layernorm
+from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .bias import reduce_partials
+from .interpreter import cast, dot
+
+# (arch, element bytes, shape of the problem) -> matmul tile. "flat" is for up to FLAT_ROWS rows (decoding).
+FLAT_ROWS = 64
+_HALF = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_HALF_FLAT = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+_FLOAT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
+_FLOAT_FLAT = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+CONFIGS = {
+    (80, 2, "tall"): {**_HALF, "BLOCK_K": 32},
+    (90, 2, "tall"): _HALF,
+    (100, 2, "tall"): _HALF,
+    **{(arch, 2, "flat"): _HALF_FLAT for arch in ARCHS},
+    **{(arch, 4, "tall"): _FLOAT for arch in ARCHS},
+    **{(arch, 4, "flat"): _FLOAT_FLAT for arch in ARCHS},
+    **{
+        (INTERPRETER, size, shape): {**_FLOAT, "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+        for size in (2, 4)
+        for shape in ("tall", "flat")
+    },
+}
+GROUP_M = 8
+DU_CONFIG = {"BLOCK_N": 4, "BLOCK_F": 512, "num_warps": 4, "programs": 64}
+
+
+@triton.jit
+def gelu_tail(u):
+    """sigmoid(2 z) of the GELU, z = sqrt(2 / pi) * (u + 0.044715 u^3)."""
+    return tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+
+
+@triton.jit
+def matmul_kernel(
+    h_ptr,  # [N, C]
+    mean_ptr,  # float32 [N]
+    rstd_ptr,  # float32 [N]
+    ln_weight_ptr,  # [C]
+    ln_bias_ptr,  # [C]
+    weight_ptr,  # [C, F]
+    bias_ptr,  # [F]
+    y_ptr,  # [N, F]
+    u_ptr,  # [N, F]
+    N,
+    F,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Programs go down GROUP_M tiles of rows before the next column of tiles: the group's rows stay in L2.
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tiles_n = tl.cdiv(F, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * tiles_n)
+    within = tl.program_id(0) % (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    rows = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    in_rows = rows < N
+    in_cols = cols < F
+    mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+    h_rows = h_ptr + rows[:, None].to(tl.int64) * C
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, C, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        # Past C the weights and bias of the LayerNorm are 0, and so is the normalised tile.
+        if C % BLOCK_K == 0:
+            h = tl.load(h_rows + ks[None, :], mask=in_rows[:, None], other=0.0)
+            ln_weight = tl.load(ln_weight_ptr + ks)
+            ln_bias = tl.load(ln_bias_ptr + ks)
+            b = tl.load(
+                weight_ptr + ks[:, None].to(tl.int64) * F + cols[None, :], mask=in_cols[None, :], other=0.0
+            )
+        else:
+            in_k = ks < C
+            h = tl.load(h_rows + ks[None, :], mask=in_rows[:, None] & in_k[None, :], other=0.0)
+            ln_weight = tl.load(ln_weight_ptr + ks, mask=in_k, other=0.0)
+            ln_bias = tl.load(ln_bias_ptr + ks, mask=in_k, other=0.0)
+            b_mask = in_k[:, None] & in_cols[None, :]
+            b = tl.load(weight_ptr + ks[:, None].to(tl.int64) * F + cols[None, :], mask=b_mask, other=0.0)
+        n = (h.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        n = n * ln_weight[None, :].to(tl.float32) + ln_bias[None, :].to(tl.float32)
+        acc = dot(cast(n, b.dtype), b, acc)
+
+    u = acc + tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    offsets = rows[:, None].to(tl.int64) * F + cols[None, :]
+    mask = in_rows[:, None] & in_cols[None, :]
+    tl.store(u_ptr + offsets, cast(u, u_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, cast(u * gelu_tail(u), y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    dy_ptr,  # [N, F]
+    u_ptr,  # [N, F]
+    du_ptr,  # [N, F]
+    partial_ptr,  # float32 [P, F]
+    N,
+    F,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    dbias = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    for start in tl.range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        mask = (rows[:, None] < N) & (cols[None, :] < F)
+        offsets = rows[:, None].to(tl.int64) * F + cols[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tail = gelu_tail(u)
+        slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * u * u)
+        du = dy * (tail + u * tail * (1.0 - tail) * slope)
+        tl.store(du_ptr + offsets, cast(du, du_ptr.dtype.element_ty), mask=mask)
+        dbias += du
+    tl.store(partial_ptr + tl.program_id(1) * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
+
+
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    rng: torch.Tensor | None,
+    site: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, residual [N, C] (or None), weight [C, F], bias [F] -> y [N, F], h, u [N, F], mean, rstd float32 [N].
+
+    The product is taken in `dtype`, which y and u have. Without a residual h is x and None stands for it.
+    """
+    h, mean, rstd = add_layernorm.statistics(x, residual, eps, dropout_p, rng, site)
+    (rows, channels), features = x.shape, weight.shape[1]
+    y = torch.empty((rows, features), dtype=dtype, device=x.device)
+    u = torch.empty_like(y)
+    if rows:
+        shape = "flat" if rows <= FLAT_ROWS else "tall"
+        config = CONFIGS[config_arch(x.device), dtype.itemsize, shape]
+        tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"])
+        source = x if h is None else h
+        matmul_kernel[(tiles,)](
+            source,
+            mean,
+            rstd,
+            ln_weight,
+            ln_bias,
+            weight.to(dtype),
+            bias,
+            y,
+            u,
+            rows,
+            features,
+            C=channels,
+            GROUP_M=GROUP_M,
+            **config,
+            **LAUNCH_OPTIONS,
+        )
+    return y, h, u, mean, rstd
+
+
+def gelu_backward(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, float32 [F]."""
+    rows, features = u.shape
+    du = torch.empty_like(u)
+    programs = max(1, min(DU_CONFIG["programs"], triton.cdiv(rows, DU_CONFIG["BLOCK_N"])))
+    partials = torch.empty((1, programs, features), dtype=torch.float32, device=u.device)
+    gelu_backward_kernel[(triton.cdiv(features, DU_CONFIG["BLOCK_F"]), programs)](
+        dy,
+        u,
+        du,
+        partials,
+        rows,
+        features,
+        BLOCK_N=DU_CONFIG["BLOCK_N"],
+        BLOCK_F=DU_CONFIG["BLOCK_F"],
+        num_warps=DU_CONFIG["num_warps"],
+        **LAUNCH_OPTIONS,
+    )
+    return du, reduce_partials(partials)[0]
+
+
+def backward(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    u: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    weight: torch.Tensor,
+    dropout_p: float,
+    rng: torch.Tensor | None,
+    site: int,
+    x_dtype: torch.dtype,
+    has_residual: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """dy [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias float32 [C],
+    dweight [C, F] in weight's dtype, dbias float32 [F].
+
+    dx is None as in `add_layernorm.backward`.
+    """
+    du, dbias = gelu_backward(dy, u)
+    n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, u.dtype)
+    dweight = torch.mm(n.t(), du).to(weight.dtype)
+    dn = torch.mm(du, weight.to(u.dtype).t())
+    dx, dresidual, dln_weight, dln_bias = add_layernorm.backward(
+        dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
+    )
+    return dx, dresidual, dln_weight, dln_bias, dweight, dbias
+
+
+def aot_specs() -> list[AotSpec]:
+    """Every tile of CONFIGS, for each dtype and autocast's mix of bfloat16 with a float32 stream."""
+    specs = []
+    for (arch, size, shape), config in CONFIGS.items():
+        if arch != INTERPRETER:
+            pairs = (
+                [("fp32", "fp32")] if size == 4 else [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
+            )
+            specs += [_matmul_spec(arch, shape, config, dtype, stream) for dtype, stream in pairs]
+    blocks = {"BLOCK_N": DU_CONFIG["BLOCK_N"], "BLOCK_F": DU_CONFIG["BLOCK_F"]}
+    for dtype in TRITON_DTYPE.values():
+        rows = dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}")
+        types = {**rows, "partial_ptr": "*fp32", "N": "i32", "F": "i32"}
+        name = f"gelu_backward {dtype}"
+        specs.append(
+            make_spec(gelu_backward_kernel, name, types, blocks, DU_CONFIG["num_warps"], unaligned=("N",))
+        )
+    return specs
+
+
+def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stream: str) -> AotSpec:
+    types = {
+        **dict.fromkeys(("h_ptr", "ln_weight_ptr", "ln_bias_ptr", "bias_ptr"), f"*{stream}"),
+        **dict.fromkeys(("weight_ptr", "y_ptr", "u_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32"),
+        **dict.fromkeys(("N", "F"), "i32"),
+    }
+    constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    return make_spec(
+        matmul_kernel,
+        f"layernorm_linear_gelu {shape} {dtype} h={stream}",
+        types,
+        {**constexprs, "C": 768, "GROUP_M": GROUP_M},
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        archs=(arch,),
+        unaligned=("N",),
+    )

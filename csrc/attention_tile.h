@@ -1,0 +1,245 @@
+// What the attention kernels share: the exponential, dropout bits and visibility of one tile of scores.
+//
+// Score tiles are kept transposed, [key][query]: the lanes of a vector are neighbouring queries. Then the softmax
+// needs no sum across lanes, Q alone is packed transposed, and the four words of a Philox block (four
+// neighbouring keys of one query) are four neighbouring rows of the tile.
+#pragma once
+
+#include <stdlib.h>
+
+#include "gemm_micro.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+
+constexpr int64_t BLOCK = 64;  // queries of a block and keys of a tile
+constexpr int64_t CHUNK = 16;  // a diagonal tile is worked on in steps of CHUNK keys
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr float NOTHING = -1e30f;  // the running maximum before any key was seen
+
+GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+GPT2_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// One maximum instruction; where b is NaN the result is NaN.
+GPT2_INLINE vf max2(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^t for t <= 127, to about one unit in the last place (the Cephes exp2f polynomial); 0 below 2^-120,
+// so that products with it stay clear of subnormal numbers. NaN stays NaN.
+GPT2_INLINE vf vexp2(vf t) {
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  vf n = (vf)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  vf n = (t + 12582912.0f) - 12582912.0f;
+#endif
+  vf r = t - n;
+  vf p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  __mmask16 keep = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-120.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+#else
+  vi drop = t < -120.0f;
+  return as<vf>((as<vi>(p) + (__builtin_convertvector(n, vi) << 23)) & ~drop);
+#endif
+}
+
+// ---- dropout ----
+
+struct Dropout {
+  uint64_t key;
+  uint32_t threshold, site;
+};
+
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
+
+// Product of the low 32 bits of each 64-bit lane.
+GPT2_INLINE vq multiply_low(vq a, vq b) {
+#if defined(__AVX512F__)
+  return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Philox4x32-10 of W / 2 counters, one a 64-bit lane. Only the low halves count: multiply_low ignores the others.
+GPT2_INLINE void philox_lanes(uint64_t key, vq c0, vq c1, vq c2, vq c3, vq (&word)[4]) {
+  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    vq p0 = multiply_low(c0, vq{} + (uint64_t)0xD2511F53u), p1 = multiply_low(c2, vq{} + (uint64_t)0xCD9E8D57u);
+    c0 = (p1 >> 32) ^ c1 ^ (vq{} + (uint64_t)k0);
+    c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ (vq{} + (uint64_t)k1);
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+}
+
+// keep[i]: which of the W queries `rows` keep key 4 * column4 + i of head z.
+GPT2_INLINE void keep_masks(const Dropout& dropout, uint32_t z, vu rows, int64_t column4, vi (&keep)[4]) {
+  vq even[4], odd[4], lanes = as<vq>(rows);
+  vq c0 = vq{} + (uint64_t)column4, c2 = vq{} + (uint64_t)z, c3 = vq{} + (uint64_t)dropout.site;
+  philox_lanes(dropout.key, c0, lanes, c2, c3, even);
+  philox_lanes(dropout.key, c0, lanes >> 32, c2, c3, odd);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    vu word = as<vu>((even[i] & 0xffffffffu) | (odd[i] << 32));
+    keep[i] = (vi)(word >= vu{} + dropout.threshold);
+  }
+}
+
+// ---- visibility ----
+
+// FULL: every key of the tile is visible to every query. DIAGONAL: key <= query is all there is to check.
+// MASKED: documents and padding too. HIDDEN: nothing is visible.
+enum Visibility { FULL, DIAGONAL, MASKED, HIDDEN };
+
+// segments of one sequence, or null: value >= 0 is the document of a token, ~value that of a padding token,
+// which as a key is invisible.
+GPT2_INLINE int32_t document(int32_t segment) { return segment < 0 ? ~segment : segment; }
+
+static inline Visibility tile_visibility(const int32_t* segments, int64_t i0, int64_t queries, int64_t j0,
+                                         int64_t keys) {
+  const Visibility plain = i0 == j0 ? DIAGONAL : FULL;
+  if (!segments) return plain;
+  int32_t query_low = document(segments[i0]), query_high = query_low;
+  for (int64_t i = i0 + 1; i < i0 + queries; ++i) {
+    int32_t x = document(segments[i]);
+    query_low = x < query_low ? x : query_low;
+    query_high = x > query_high ? x : query_high;
+  }
+  int32_t key_low = INT32_MAX, key_high = -1;
+  bool padding = false;
+  for (int64_t j = j0; j < j0 + keys; ++j) {
+    int32_t x = segments[j];
+    padding |= x < 0;
+    if (x >= 0 && x < key_low) key_low = x;
+    if (x > key_high) key_high = x;
+  }
+  if (key_high < query_low || key_low > query_high) return HIDDEN;
+  if (!padding && query_low == query_high && key_low == key_high) return plain;
+  return MASKED;
+}
+
+// The lanes of one vector of queries: their index within the sequence and their document.
+struct Queries {
+  vi index, document;
+};
+
+GPT2_INLINE Queries load_queries(const int32_t* segments, int64_t i, int64_t T) {
+  Queries q{};
+  for (int l = 0; l < W; ++l) {
+    q.index[l] = (int32_t)(i + l);
+    q.document[l] = segments && i + l < T ? document(segments[i + l]) : -1;
+  }
+  return q;
+}
+
+template <Visibility VISIBILITY>
+GPT2_INLINE vi visible(const Queries& q, const int32_t* segments, int64_t j) {
+  vi mask = q.index >= vi{} + (int32_t)j;
+  if (VISIBILITY == MASKED) mask &= q.document == vi{} + segments[j];
+  return mask;
+}
+
+// Rows of the score tile that exist for the vector of columns at c: on the diagonal whole chunks up to it.
+GPT2_INLINE int64_t tile_rows(bool diagonal, int64_t c, int64_t keys) {
+  return diagonal ? smaller(keys, (c / CHUNK + 1) * CHUNK) : keys;
+}
+
+// ---- one tile ----
+
+struct Shape {
+  int64_t B, T, H, D;
+  int64_t row() const { return 3 * H * D; }         // elements from one token to the next in qkv
+  int64_t stride() const { return round_up(D, 16); }  // of a packed row
+  int64_t width() const { return round_up(D, W); }    // of a packed row that gemm works on
+};
+
+struct Tile {
+  const int32_t* segments;  // of this sequence, or null
+  int64_t T, i0, queries, j0, keys, z;
+  float log2_scale;  // scale / ln 2: probabilities are powers of two
+  const Dropout* dropout;
+  float keep_scale;
+  bool diagonal() const { return i0 == j0; }
+  int64_t columns() const { return round_up(queries, W); }
+};
+
+static inline Tile make_tile(int64_t T, double scale, const Dropout* dropout, double keep_scale) {
+  Tile tile{};
+  tile.T = T;
+  tile.log2_scale = (float)(scale * 1.4426950408889634);
+  tile.dropout = dropout;
+  tile.keep_scale = (float)keep_scale;
+  return tile;
+}
+
+#define GPT2_VISIBILITY(visibility, V, ...) \
+  do { \
+    if ((visibility) == FULL) { \
+      constexpr Visibility V = FULL; \
+      __VA_ARGS__; \
+    } else if ((visibility) == DIAGONAL) { \
+      constexpr Visibility V = DIAGONAL; \
+      __VA_ARGS__; \
+    } else { \
+      constexpr Visibility V = MASKED; \
+      __VA_ARGS__; \
+    } \
+  } while (0)
+
+// out[key][query] = rows(A) . columns of packed Q or dO; above the diagonal only where a chunk needs it.
+GPT2_INLINE void scores(const Tile& t, const Shape& shape, const float* rows, const float* packed, float* out) {
+  const int64_t ld = shape.stride(), columns = t.columns();
+  if (!t.diagonal()) {
+    gemm<A_ROWS, SET>(t.keys, columns, shape.D, rows, ld, packed, BLOCK, out, BLOCK);
+    return;
+  }
+  for (int64_t r = 0; r < t.keys; r += CHUNK)
+    gemm<A_ROWS, SET>(smaller(CHUNK, t.keys - r), columns - r, shape.D, rows + r * ld, ld, packed + r, BLOCK,
+                      out + r * BLOCK + r, BLOCK);
+}
+
+// ---- scratch ----
+
+// Memory of this thread, kept between calls and grown when needed.
+struct Scratch {
+  float* data = nullptr;
+  size_t floats = 0;
+  ~Scratch() { free(data); }
+  float* reserve(size_t n) {
+    if (n > floats) {
+      free(data);
+      data = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
+      floats = data ? n : 0;
+    }
+    return data;
+  }
+};
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

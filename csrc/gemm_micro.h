@@ -1,0 +1,204 @@
+// Small float32 matrix products on tiles that live in cache: C[m][n] (=, +=) sum over k of A(m, k) * B[k][n].
+//
+// A 6 x 4 tile of AVX-512 accumulators (6 x 2 with sixteen registers) reads 10 vectors for 24 multiply-adds,
+// so the two load ports stay ahead of the two multiply-add ports. Packing turns rows of any dtype into
+// float32 tiles, straight or transposed; it is the only place where the element type appears.
+#pragma once
+
+#include "isa.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace gpt2 {
+namespace GPT2_ISA {
+
+constexpr int MICRO_M = 6;
+#if defined(__AVX512F__)
+constexpr int MICRO_V = 4;
+#else
+constexpr int MICRO_V = 2;
+#endif
+
+// Where the elements of A are: A(m, k) = a[m * lda + k] (rows) or a[k * lda + m] (columns).
+enum ALayout { A_ROWS, A_COLUMNS };
+// Whether the product replaces C or is added to it.
+enum Update { SET, ADD };
+
+template <int M, int V, ALayout LAYOUT, Update UPDATE>
+GPT2_INLINE void micro_tile(int64_t k_count, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                            int64_t ldc) {
+  vf sum[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[m][v] = vf{};
+  for (int64_t k = 0; k < k_count; ++k) {
+    vf row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = load(b + v * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      vf x = splat(LAYOUT == A_ROWS ? a[m * lda] : a[m]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
+    }
+    a += LAYOUT == A_ROWS ? 1 : lda;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      float* p = c + m * ldc + v * W;
+      store(p, UPDATE == ADD ? load(p) + sum[m][v] : sum[m][v]);
+    }
+}
+
+// One panel of V vectors of columns, all rows.
+template <int V, ALayout LAYOUT, Update UPDATE>
+static __attribute__((noinline)) void micro_panel(int64_t m_count, int64_t k_count, const float* a, int64_t lda,
+                                                  const float* b, int64_t ldb, float* c, int64_t ldc) {
+  const int64_t step = LAYOUT == A_ROWS ? lda : 1;
+  int64_t m = 0;
+  for (; m + MICRO_M <= m_count; m += MICRO_M)
+    micro_tile<MICRO_M, V, LAYOUT, UPDATE>(k_count, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+  a += m * step;
+  c += m * ldc;
+  switch (m_count - m) {
+    case 5: micro_tile<5, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 4: micro_tile<4, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 3: micro_tile<3, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 2: micro_tile<2, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 1: micro_tile<1, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+  }
+}
+
+// n_count is a multiple of W; B and C rows are readable and writable up to it.
+template <ALayout LAYOUT, Update UPDATE>
+GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const float* a, int64_t lda,
+                      const float* b, int64_t ldb, float* c, int64_t ldc) {
+  const int64_t vectors = n_count / W, panels = (vectors + MICRO_V - 1) / MICRO_V;
+  for (int64_t panel = 0, v = 0; panel < panels; ++panel) {
+    // Panels of nearly equal width: five vectors go as 3 + 2, since a single one cannot hide the latency.
+    const int64_t width = (vectors - v + panels - panel - 1) / (panels - panel);
+    const float* bp = b + v * W;
+    float* cp = c + v * W;
+    switch (width) {
+#if defined(__AVX512F__)
+      case 4: micro_panel<4, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 3: micro_panel<3, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+#endif
+      case 2: micro_panel<2, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 1: micro_panel<1, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+    }
+    v += width;
+  }
+}
+
+// ---- transposing W x W floats in registers ----
+
+#if defined(__AVX512F__)
+GPT2_INLINE void transpose(vf (&x)[W]) {
+  __m512 t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+  }
+  __m512 u[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + j + 2]);
+      u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512 a = _mm512_shuffle_f32x4(u[j], u[j + 4], 0x88), b = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0x88);
+    __m512 c = _mm512_shuffle_f32x4(u[j], u[j + 4], 0xdd), d = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0xdd);
+    x[j] = (vf)_mm512_shuffle_f32x4(a, b, 0x88);
+    x[j + 4] = (vf)_mm512_shuffle_f32x4(c, d, 0x88);
+    x[j + 8] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
+    x[j + 12] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+GPT2_INLINE void transpose(vf (&x)[W]) {
+  __m256 u[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    __m256 a = _mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+    __m256 b = _mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+    __m256 c = _mm256_unpacklo_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+    __m256 d = _mm256_unpackhi_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+    u[i] = _mm256_shuffle_ps(a, c, 0x44);
+    u[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    u[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    u[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    x[j] = (vf)_mm256_permute2f128_ps(u[j], u[j + 4], 0x20);
+    x[j + 4] = (vf)_mm256_permute2f128_ps(u[j], u[j + 4], 0x31);
+  }
+}
+#elif defined(__SSE2__)
+GPT2_INLINE void transpose(vf (&x)[W]) {
+  __m128 a = (__m128)x[0], b = (__m128)x[1], c = (__m128)x[2], d = (__m128)x[3];
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  x[0] = (vf)a, x[1] = (vf)b, x[2] = (vf)c, x[3] = (vf)d;
+}
+#else
+GPT2_INLINE void transpose(vf (&x)[W]) {
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      float swap = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = swap;
+    }
+}
+#endif
+
+// ---- packing ----
+
+// dst[rows][ldd] float32 from src[rows][lds]; columns n..roundup(n, W) become 0.
+template <class T>
+GPT2_INLINE void pack_rows(float* dst, int64_t ldd, const T* src, int64_t lds, int64_t rows, int64_t n) {
+  const int64_t whole = n / W * W;
+  for (int64_t r = 0; r < rows; ++r, dst += ldd, src += lds) {
+    for (int64_t d = 0; d < whole; d += W) store(dst + d, load(src + d));
+    if (whole < n) store(dst + whole, load_tail(src + whole, n - whole));
+  }
+}
+
+// The other way: dst[rows][ldd] in its own dtype from scale * src[rows][lds].
+template <class T>
+GPT2_INLINE void unpack_rows(T* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t n,
+                             float scale) {
+  const int64_t whole = n / W * W;
+  for (int64_t r = 0; r < rows; ++r, dst += ldd, src += lds) {
+    for (int64_t d = 0; d < whole; d += W) store(dst + d, load(src + d) * scale);
+    if (whole < n) store_tail(dst + whole, load(src + whole) * scale, n - whole);
+  }
+}
+
+// dst[n][ldd] = transpose of the float32 tile src[rows][lds]; both have room up to multiples of W in each
+// direction. Columns of dst from rows to roundup(rows, W) are what src holds there, or 0 past `rows`.
+GPT2_INLINE void transpose_tile(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t d = 0; d < n; d += W) {
+      vf x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = r + i < rows ? load(src + (r + i) * lds + d) : vf{};
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(dst + (d + i) * ldd + r, x[i]);
+    }
+}
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

@@ -1,4 +1,15 @@
 // Kernels of adamw.cpp, for kernels.h.
+//
+// table [tensors, 10] int64, one row a parameter tensor, none empty:
+//   param, grad, exp_avg, exp_avg_sq, master (0: none), step: addresses; numel; group; dtype of param and grad;
+//   first_chunk: how many chunks of ADAMW_CHUNK elements the rows before it fill.
+// exp_avg, exp_avg_sq and master are float32, step is one float32; a bfloat16 or float16 param needs a master.
+// hyper [groups, 6] float64: lr, beta1, beta2, eps, weight_decay, maximize (0 or 1).
+// norm: one float32, the 2-norm of all gradients; partial [chunks] float64 is scratch.
+// max_norm < 0: no clipping, and norm may be 0.
 #pragma once
 
-#define GPT2_ADAMW_KERNELS(KERNEL)
+#define GPT2_ADAMW_KERNELS(KERNEL) \
+  KERNEL(adamw_grad_norm, (addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr partial, addr norm)) \
+  KERNEL(adamw_update, \
+         (addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr hyper, addr norm, double max_norm))

@@ -123,21 +123,14 @@ static void backward(const TY* dy, const TH* dh, const TH* h, const float* weigh
   }
 }
 
-// sums[c] = partial[0][c] + partial[1][c] + ..., for the columns of rows `stride` apart.
-static void sum_partials(const float* partial, int64_t chunks, int64_t stride, float* sums, int64_t C) {
-  GPT2_PARALLEL_FOR(block, (C + W - 1) / W) {
-    int64_t c = block * W, n = C - c;
-    vf sum = {};
-    for (int64_t k = 0; k < chunks; ++k) sum += load_n(partial + k * stride + c, n);
-    store_n(sums + c, sum, n);
-  }
-}
-
 // `body` with TX, TH, TY bound to the dtypes' element types, for the combinations that add_layernorm.h allows.
 #define GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, ...) \
   do { \
-    if ((h_dtype) != F32) { \
+    if ((h_dtype) != F32 && (y_dtype) != F32) { \
       GPT2_DISPATCH(h_dtype, TH, { using TX = TH; using TY = TH; __VA_ARGS__; }); \
+    } else if ((h_dtype) != F32) { \
+      using TY = float; \
+      GPT2_DISPATCH(h_dtype, TH, { using TX = TH; __VA_ARGS__; }); \
     } else if ((x_dtype) == F32) { \
       using TX = float; \
       using TH = float; \

@@ -1,7 +1,8 @@
 // Kernels of add_layernorm.cpp, for kernels.h.
 //
 // x [N, C] x_dtype, residual and h [N, C] h_dtype, y [N, C] y_dtype, weight and bias [C] float32,
-// mean and rstd [N] float32. Dtypes: all three equal, or h float32 and x, y float32 or one low-precision type.
+// mean and rstd [N] float32. Dtypes: h float32 and each of x, y float32 or the one
+// low-precision type; or x and h that type, and y that type or float32.
 // residual 0: h is x itself (x_dtype == h_dtype), h and dx are not written and nothing is dropped.
 // Dropout is on where rng is not 0: threshold and scale as in philox_simd.h.
 // Backward: dh 0 for none; dx 0 where the caller reuses dresidual. partial [chunks, 2, C] float32 is scratch:

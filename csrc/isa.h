@@ -194,6 +194,18 @@ GPT2_INLINE float hmax(vf x) {
 GPT2_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 GPT2_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 
+GPT2_INLINE vf vsqrt(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = sqrtf(x[i]);
+  return r;
+#endif
+}
+
 // exp, to about one unit in the last place: Cody-Waite reduction and the Cephes expf polynomial.
 // Below -87.3 the result is 0, above 88.7 it is the largest power the exponent holds (inf).
 GPT2_INLINE vf vexp(vf x) {
@@ -224,6 +236,16 @@ GPT2_INLINE vf vexp(vf x) {
 #define GPT2_PARALLEL_FOR(i, n) \
   GPT2_PRAGMA(omp parallel for schedule(static)) \
   for (int64_t i = 0; i < (n); ++i)
+
+// sums[c] = partial[0][c] + partial[1][c] + ..., for the columns of rows `stride` apart.
+static inline void sum_partials(const float* partial, int64_t chunks, int64_t stride, float* sums, int64_t C) {
+  GPT2_PARALLEL_FOR(block, (C + W - 1) / W) {
+    int64_t c = block * W, n = C - c;
+    vf sum = {};
+    for (int64_t k = 0; k < chunks; ++k) sum += load_n(partial + k * stride + c, n);
+    store_n(sums + c, sum, n);
+  }
+}
 
 // Runs `body` with T bound to the element type that `dtype` names.
 #define GPT2_DISPATCH(dtype, T, ...) \

@@ -202,7 +202,9 @@ def _launch(name: str, tensors: tuple, common: tuple) -> None:
     kernel, owned = KERNELS[name]
     qkv, segments, rng = tensors[:3]
     B, T, _, H, D = qkv.shape
-    block_m, block_n, num_warps, num_stages = config(name, config_arch(qkv.device), qkv.element_size(), D)
+    block_m, block_n, num_warps, num_stages = config(
+        name, config_arch(qkv.device), qkv.element_size(), D, rng is not None
+    )
     grid = (triton.cdiv(T, block_m if owned == "queries" else block_n), H, B)
     kernel[grid](
         *tensors,
@@ -227,20 +229,21 @@ KERNELS = {
 
 
 def aot_specs() -> list:
-    """Every shipped configuration: each key of CONFIGS with segments and dropout, its largest form; at head
-    size 64 every form, and float16; at 128 the padded head size 80."""
+    """Every shipped configuration with segments, its larger form; at head size 64 also without, and float16;
+    beside head size 128 the padded 80."""
     from .aot import AotSpec
 
     types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= {"scale": "fp32", "kept_scale": "fp32", "threshold": "i32", "site": "i32", "T": "i32", "H": "i32"}
     both = (True, True)
-    forms = [(D, "bf16", 2, *both) for D in (32, 80, 128)] + [(D, "fp32", 4, *both) for D in (32, 64, 80, 128)]
+    forms = [(64, "bf16", 2, segments, dropout) for segments in (False, True) for dropout in (False, True)]
+    forms += [(D, "bf16", 2, True, dropout) for D in (32, 80, 128) for dropout in (False, True)]
     forms += [(64, "fp16", 2, *both), (64, "fp32", 4, False, False)]
-    forms += [(64, "bf16", 2, segments, dropout) for segments in (False, True) for dropout in (False, True)]
+    forms += [(D, "fp32", 4, *both) for D in (32, 64, 80, 128)]
     specs = []
     for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), (80, 90, 100), forms):
         D, dtype, itemsize, segments, dropout = form
-        block_m, block_n, num_warps, num_stages = config(name, arch, itemsize, D)
+        block_m, block_n, num_warps, num_stages = config(name, arch, itemsize, D, dropout)
         constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
         constexprs |= {"SEGMENTS": segments, "DROPOUT": dropout}
         constexprs |= {} if segments else {"segments_ptr": None}

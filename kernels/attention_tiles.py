@@ -99,31 +99,47 @@ def load_lse2(lse_ptr, rows, T, SEGMENTS: tl.constexpr):
 
 
 # (kernel, compute capability, bytes an element, BLOCK_D) -> (BLOCK_M, BLOCK_N, num_warps, num_stages).
-# Picked from the machine code: no spills with segments and dropout, tensor-core instructions, shared memory
-# that also fits the smaller parts of a generation (99 KiB on sm_86, sm_89 and sm_120, which take sm_80's).
+# Picked from the machine code: no spills with or without segments, tensor-core instructions, shared memory that
+# also fits the smaller parts of a generation (99 KiB on sm_86, sm_89 and sm_120, which take sm_80's).
 CONFIGS = {
-    (*key, block_d): config
+    (*key, width): config
     for key, row in {
-        ("forward", 80, 2): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+        ("forward", 80, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
         ("forward", 90, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
         ("forward", 100, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        ("forward", 80, 4): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        ("forward", 90, 4): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        ("forward", 100, 4): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        ("backward_dq", 80, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        ("forward", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+        ("forward", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        ("forward", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        ("backward_dq", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
         ("backward_dq", 90, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-        ("backward_dq", 100, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-        ("backward_dq", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        ("backward_dq", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        ("backward_dq", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        ("backward_dkdv", 80, 2): ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
-        ("backward_dkdv", 90, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
-        ("backward_dkdv", 100, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
-        ("backward_dkdv", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        ("backward_dkdv", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        ("backward_dkdv", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        ("backward_dq", 100, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+        ("backward_dq", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+        ("backward_dq", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        ("backward_dq", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+        ("backward_dkdv", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+        ("backward_dkdv", 90, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        ("backward_dkdv", 100, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        ("backward_dkdv", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+        ("backward_dkdv", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+        ("backward_dkdv", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
     }.items()
-    for block_d, config in zip((32, 64, 128), row, strict=True)
+    for width, config in zip((32, 64, 128), row, strict=True)
+}
+# With dropout, where Philox's registers ask for a smaller tile.
+DROPOUT_CONFIGS = {
+    (*key, width): config
+    for key, row in {
+        ("forward", 80, 2): ((128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
+        ("forward", 90, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        ("forward", 100, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        ("backward_dq", 80, 2): ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+        ("backward_dq", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+        ("backward_dq", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("backward_dkdv", 80, 2): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+        ("backward_dkdv", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)),
+        ("backward_dkdv", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    }.items()
+    for width, config in zip((32, 64, 128), row, strict=True)
 }
 # Small, so that a few dozen tokens cross tile borders.
 INTERPRETER_CONFIGS = {
@@ -149,8 +165,9 @@ def config_arch(device: torch.device) -> int | str:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def config(kernel: str, arch: int | str, itemsize: int, head_dim: int) -> tuple[int, int, int, int]:
+def config(kernel: str, arch: int | str, itemsize: int, head_dim: int, dropout: bool) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) of one launch."""
     if arch == "interpret":
         return INTERPRETER_CONFIGS[kernel]
-    return CONFIGS[kernel, arch, itemsize, block_d(head_dim)]
+    key = kernel, arch, itemsize, block_d(head_dim)
+    return DROPOUT_CONFIGS.get(key, CONFIGS[key]) if dropout else CONFIGS[key]

@@ -1,9 +1,47 @@
-"""GPT-2, exact to Hugging Face's, through fused kernels."""
+"""GPT-2, exact to Hugging Face's, on fused Triton kernels and a C++/CUDA extension.
 
+from gpt2_fast import GPT2Config, GPT2LMHeadModel
+
+model = GPT2LMHeadModel(GPT2Config.from_preset("gpt2"))
+loss = model(input_ids, labels=input_ids).loss
+"""
+
+from __future__ import annotations
+
+import importlib
 from pathlib import Path
 
-import torch  # noqa: F401  (first: the extension then shares torch's OpenMP runtime)
+__version__ = "0.1.0"
 
-# In a source tree the Triton kernels lie beside this folder, in kernels/.
-if not (Path(__file__).parent / "kernels").exists():
-    __path__.append(str(Path(__file__).parent.parent))
+# Public name -> the module that has it, imported when first asked for.
+_PUBLIC = {
+    "GPT2Config": "gpt2_fast.config",
+    "GPT2LMHeadModel": "gpt2_fast.model",
+    "GPT2Model": "gpt2_fast.model",
+    "AdamW": "gpt2_fast.optim",
+    "get_tokenizer": "gpt2_fast.tokenizer",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def _extend_path() -> None:
+    """Makes the source tree usable as it lies, whether or not gpt2_fast is installed as well."""
+    here = Path(__file__).resolve().parent
+    if (here / "kernels").exists():
+        return
+    __path__.append(str(here.parent))  # the Triton kernels lie beside this folder, in kernels/
+
+
+_extend_path()
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gpt2_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,12 +43,15 @@ class ImplementationUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
 
+def names(op: str) -> set[str]:
+    """Every implementation of `op`, on any device."""
+    return {name for row in TABLE[op].values() for name in row}
+
+
 def implementations(op: str, device_type: str) -> tuple[str, ...]:
     """The names ``impl=`` accepts for `op` on this device type, best first."""
-    by_device = TABLE[op]
-    names = by_device.get(device_type, ("reference",))
-    known = {name for row in by_device.values() for name in row}
-    return names + tuple(n for n in ON_REQUEST.get(device_type, ()) if n in known)
+    on_request = tuple(name for name in ON_REQUEST.get(device_type, ()) if name in names(op))
+    return TABLE[op].get(device_type, ("reference",)) + on_request
 
 
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -92,12 +95,12 @@ def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -
 
 @functools.cache
 def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
-    names = implementations(op, device_type)
+    accepted = implementations(op, device_type)
     if impl == "auto":
         return next(name for name in TABLE[op].get(device_type, ("reference",))
                     if unavailable(name, device_type, dtype) is None)  # fmt: skip
-    if impl not in names:
-        raise ValueError(f"{op}: no implementation {impl!r} on {device_type}; choose auto, {', '.join(names)}")
+    if impl not in accepted:
+        raise ValueError(f"{op}: no implementation {impl!r} on {device_type}; choose auto, {', '.join(accepted)}")
     reason = unavailable(impl, device_type, dtype)
     if reason is not None:
         raise ImplementationUnavailable(f"{op}: impl={impl!r} cannot run: {reason}")

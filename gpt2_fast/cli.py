@@ -1,0 +1,117 @@
+"""The command `gpt2-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+
+# torch is imported by the commands, not here: --help and a mistyped option answer at once.
+
+DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hugging Face's GPT-2."
+
+TRAIN_HELP = {
+    "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
+    "data": "text file, folder of text, nanoGPT or llm.c .bin shards; without it, Python's own source text",
+    "steps": "optimizer steps",
+    "batch_size": "sequences a micro-batch",
+    "context": "tokens a sequence; without it, the model's n_positions",
+    "grad_accum": "micro-batches a step",
+    "lr": "highest learning rate",
+    "warmup": "steps of linear warmup",
+    "min_lr": "learning rate at the end of the cosine",
+    "weight_decay": "on matrices and embeddings only",
+    "beta1": "AdamW's first decay rate",
+    "beta2": "AdamW's second decay rate",
+    "dropout": "of embeddings, attention and residuals",
+    "grad_clip": "largest global gradient norm; 0 turns clipping off",
+    "dtype": "float32 or bfloat16 (AdamW then keeps float32 master weights)",
+    "device": "auto, cpu, cuda or cuda:N",
+    "impl": "auto, or the implementation that every op which has it must use: reference, cpp, triton",
+    "seed": "of weights, data and dropout",
+    "eval_every": "steps between validations; 0 for the first and last only",
+    "eval_batches": "batches a validation",
+    "sample_every": "steps between printed samples; 0 for the last only",
+    "save_every": "steps between checkpoints; 0 for the last only",
+    "recompute": "keep only each block's input and compute the rest again in backward: less memory",
+    "compile_graph": "replay the step as one CUDA graph",
+    "out": "folder of the run; without it, a new one in runs/",
+}
+
+
+def _add_train(commands) -> None:
+    from gpt2_fast.train_config import TrainConfig
+
+    parser = commands.add_parser(
+        "train", help="train a GPT-2", description="Trains a GPT-2 and leaves metrics.jsonl, loss.png and checkpoint/."
+    )
+    types = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        text = TRAIN_HELP[field.name] + ("" if field.default in (None, False) else f" (default {field.default})")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
+            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+    parser.add_argument("--resume", metavar="FOLDER", default=None,
+                        help="continue the run in this folder, with its options unless given again")  # fmt: skip
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from gpt2_fast.train import resume_run, start_run
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "resume", "command")}
+    run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)
+    run.train()
+    return 130 if run.interrupted else 0
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what runs on this machine, and why", description="Machine, versions, and op by op what runs."
+    )
+    parser.add_argument("--kernels", action="store_true",
+                        help="compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU")  # fmt: skip
+    parser.add_argument("--arch", type=int, choices=(80, 90, 100), action="append", metavar="80|90|100",
+                        help="with --kernels: this target alone (may be repeated)")  # fmt: skip
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from gpt2_fast import doctor
+
+    if not arguments.kernels:
+        doctor.report()
+        return 0
+    return 1 if doctor.check_kernels(tuple(arguments.arch or doctor.ARCHS)) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, whole."""
+    top = argparse.ArgumentParser(prog="gpt2-fast", description=DESCRIPTION)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_doctor(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, IndexError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("GPT2_FAST_DEBUG"):
+            raise
+        print(f"gpt2-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

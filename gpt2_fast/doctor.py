@@ -1,0 +1,161 @@
+"""`gpt2-fast doctor`: what this machine has, what runs on it and why; and the Triton kernels' machine code.
+
+The second half needs no GPU: Triton compiles for one that is not there, and the report is read from the code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.linear import cpu_policy
+
+PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    policy = cpu_policy()
+    yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    yield "processor", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "versions", ", ".join(f"{name} {_version(name)}" for name in ("gpt2_fast", *PACKAGES))
+    native = "native" if policy.native_bfloat16 else "widened to float32"
+    yield "CPU products", f"float32 by {policy.float32}, bfloat16 {native} ({policy.reason})"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            yield (
+                f"GPU {index}",
+                f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB, CUDA {torch.version.cuda}",
+            )
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield "GPU", f"none that torch can use (this torch is {built})"
+
+
+def _extension() -> Iterator[tuple[str, str]]:
+    reason = dispatch.unavailable("cpp", "cpu", torch.float32)
+    if reason is not None:
+        yield "extension", reason
+        return
+    extension = dispatch.extension()
+    yield "extension", f"{extension.__file__}"
+    yield "built with", f"compiler {extension.COMPILER}; instruction set in use: {extension.isa()}"
+    fatbin = Path(extension.__file__).with_name("embedding.fatbin")
+    if fatbin.exists():
+        yield "CUDA embedding", f"compiled by nvcc when this was built ({fatbin.stat().st_size >> 10} KiB)"
+    else:
+        yield "CUDA embedding", "no nvcc was found at build time: NVRTC compiles it at first use"
+
+
+def report(out=sys.stdout) -> None:
+    """Prints machine, versions, the extension, and op by op the implementation chosen and why."""
+    rows = [*_machine(), *_extension()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", file=out)
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    for device_type in devices:
+        print(f"\nimpl='auto' on {device_type} takes", file=out)
+        for op in dispatch.TABLE:
+            for dtype in (torch.float32, torch.bfloat16):
+                chosen, passed = dispatch.explain(op, torch.device(device_type), dtype)
+                if dtype == torch.bfloat16 and not passed:
+                    continue
+                print(f"  {op:<22} {chosen}", file=out)
+                for name, reason in passed:
+                    print(f"  {'':<22}   not {name}: {reason}", file=out)
+    if not torch.cuda.is_available():
+        print("\non a GPU it would take", file=out)
+        for op, by_device in dispatch.TABLE.items():
+            first = by_device["cuda"][0]
+            reason = dispatch.unavailable(first, "cuda", torch.float32)
+            print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""), file=out)
+
+
+# ---- the kernels ----
+
+ARCHS = (80, 90, 100)
+
+
+def kernel_modules() -> list[str]:
+    """The stems in kernels/ that ship Triton kernels."""
+    package = importlib.import_module("gpt2_fast.kernels")
+    stems = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [s for s in stems if hasattr(importlib.import_module(f"gpt2_fast.kernels.{s}"), "aot_specs")]
+
+
+def _inspect_one(job: tuple[str, int, int]) -> tuple[str, int, dict | None, str]:
+    """Runs in a worker: compiles one spec for one target; (name, arch, report or None, error)."""
+    stem, index, arch = job
+    from gpt2_fast.kernels import aot
+
+    spec = importlib.import_module(f"gpt2_fast.kernels.{stem}").aot_specs()[index]
+    try:
+        return spec.name, arch, aot.inspect(aot.compile_spec(spec, arch)), ""
+    except Exception as error:
+        return spec.name, arch, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _jobs(archs: tuple[int, ...]) -> list[tuple[str, int, int]]:
+    jobs = []
+    for stem in kernel_modules():
+        for index, spec in enumerate(importlib.import_module(f"gpt2_fast.kernels.{stem}").aot_specs()):
+            jobs += [(stem, index, arch) for arch in spec.archs if arch in archs]
+    return jobs
+
+
+def check_kernels(archs: tuple[int, ...] = ARCHS, workers: int | None = None, out=sys.stdout) -> int:
+    """Compiles every configuration of every Triton kernel for each of `archs` and prints what the code needs.
+
+    Returns the number of failures: what does not compile, spills registers, or exceeds the target's shared memory.
+    """
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed; run: pip install triton", file=out)
+        return 1
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces kernels by Python: nothing to compile
+    from gpt2_fast.kernels import aot
+
+    jobs = _jobs(archs)
+    print(
+        f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
+        file=out,
+    )
+    failures = 0
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for name, arch, result, error in pool.map(_inspect_one, jobs, chunksize=4):
+            found = [error] if result is None else aot.problems(result)
+            failures += bool(found)
+            line = f"{name:<64} sm_{arch:<4} "
+            if result is not None:
+                mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
+                line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
+            print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), file=out, flush=True)
+    print(f"\n{len(jobs)} compilations, {failures} failed; triton {_version('triton')}", file=out)
+    return failures

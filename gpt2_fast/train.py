@@ -1,0 +1,300 @@
+"""The training loop of `gpt2-fast train`.
+
+One step: grad_accum micro-batches, forward and backward, then clip and AdamW in one fused update. Nothing in a
+step waits for the device: the loss that the progress bar shows is the previous step's, read while this one runs.
+Batches are a function of (seed, step), so a resumed run continues with the data it would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt2_fast import checkpoint
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.data import TokenDataset, load_data
+from gpt2_fast.generate import generate
+from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.optim import AdamW
+from gpt2_fast.plots import save_loss_plot
+from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast.train_config import TrainConfig
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of --device; auto takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device is {name!r} and torch finds no CUDA device; use --device cpu, or see gpt2-fast doctor"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; choose auto, cpu, cuda or cuda:N")
+    return device
+
+
+def build_model(config: TrainConfig, device: torch.device) -> GPT2LMHeadModel:
+    """The model of a run, with fresh weights, in the run's dtype on its device."""
+    p = config.dropout
+    overrides = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
+    model_config = GPT2Config.from_preset(config.model, **overrides)
+    context = config.context or model_config.n_positions
+    if context > model_config.n_positions:
+        raise ValueError(
+            f"--context is {context} and {config.model} has {model_config.n_positions} positions; lower --context"
+        )
+    torch.manual_seed(config.seed)
+    model = GPT2LMHeadModel(model_config, impl=config.impl)
+    if config.recompute:
+        model.gradient_checkpointing_enable()
+    return model.to(device, getattr(torch, config.dtype))
+
+
+def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    clip = config.grad_clip or None
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, clip_grad_norm=clip)
+
+
+class Step:
+    """Forward, backward and update over fixed input buffers; replayed as one CUDA graph if asked to."""
+
+    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, config: TrainConfig, context: int):
+        self.model, self.optimizer, self.config = model, optimizer, config
+        device = model.lm_head.weight.device
+        shape = (config.grad_accum, config.batch_size, context)
+        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.targets = torch.zeros_like(self.inputs)
+        self.loss = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._runs = 0
+        self._graphed = config.compile_graph
+        if self._graphed and device.type != "cuda":
+            raise ValueError("--compile-graph needs a CUDA device; drop it, or use --device cuda")
+
+    def _compute(self) -> None:
+        n_items = self.targets.numel()
+        loss = torch.zeros_like(self.loss)
+        for x, y in zip(self.inputs, self.targets, strict=True):
+            micro = self.model(x, targets=y, num_items_in_batch=n_items).loss
+            micro.backward()
+            loss += micro.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.copy_(loss)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
+        """One optimizer step on inputs and targets [grad_accum, B, T]; the mean loss, still on the device."""
+        self.inputs.copy_(inputs, non_blocking=True)
+        self.targets.copy_(targets, non_blocking=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._runs += 1
+        if self._graphed and self._runs > 3:  # three eager steps first, so that lazy set-up is not captured
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._compute()
+            self.optimizer.upload_hyperparameters()
+            self.graph.replay()
+        else:
+            self._compute()
+        return self.loss.clone()
+
+
+@torch.no_grad()
+def evaluate(model: GPT2LMHeadModel, data: TokenDataset, config: TrainConfig) -> float:
+    """Mean loss a token over eval_batches batches of fixed windows of the validation data."""
+    device = model.lm_head.weight.device
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for inputs, targets in data.windows(batch_size=config.batch_size, limit=config.eval_batches * config.batch_size):
+        inputs, targets = inputs.to(device), targets.to(device)
+        total += model(inputs, targets=targets).loss.double() * targets.numel()
+        count += targets.numel()
+    model.train()
+    return (total / count).item()
+
+
+class Run:
+    """A training run: its model, data and optimizer, its folder, and the loop."""
+
+    def __init__(self, config: TrainConfig, resume: str | None = None):
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.model = build_model(config, self.device).train()
+        self.context = config.context or self.model.config.n_positions
+        self.train_data, self.val_data = load_data(
+            config.data, context=self.context, vocab_size=self.model.config.vocab_size
+        )
+        self.optimizer = build_optimizer(self.model, config)
+        self.out = prepare_folder(config, resume)
+        self.step = 0
+        if resume is not None:
+            self._restore()
+        self.run_step = Step(self.model, self.optimizer, config, self.context)
+        self.interrupted = False
+
+    # ---- state on disk ----
+
+    def _restore(self) -> None:
+        state = checkpoint.load_training_state(self.out, config=self.model.config.to_dict())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """The Hugging Face folder and everything that an exact resume needs, each replaced in one move."""
+        checkpoint.save_pretrained(self.model.state_dict(), self.model.config, self.out / "checkpoint")
+        checkpoint.save_training_state(
+            self.out, step=self.step, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            config=self.model.config.to_dict(), train_config=dataclasses.asdict(self.config),
+        )  # fmt: skip
+
+    def log(self, **record) -> None:
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, **record}) + "\n")
+
+    # ---- the loop ----
+
+    def validate(self) -> float:
+        loss = evaluate(self.model, self.val_data, self.config)
+        self.log(val_loss=loss)
+        return loss
+
+    def sample(self, max_new_tokens: int = 60) -> str:
+        """A continuation of <|endoftext|>, seeded by the run's seed."""
+        tokenizer = get_tokenizer()
+        room = self.model.config.n_positions - 1
+        tokens = generate(
+            self.model,
+            [[tokenizer.eot_token]],
+            min(max_new_tokens, room),
+            temperature=0.8,
+            top_k=50,
+            seed=self.config.seed,
+        )
+        return tokenizer.decode(tokens[0])
+
+    def _on_interrupt(self, *_):
+        if self.interrupted:  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def train(self) -> None:
+        """Runs to config.steps, or until Ctrl-C, and leaves metrics.jsonl, loss.png and checkpoint/ behind."""
+        config = self.config
+        first_loss = self.validate()
+        print(f"validation loss before: {first_loss:.4f}")
+        previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            self._loop()
+        finally:
+            signal.signal(signal.SIGINT, previous_handler)
+        last_loss = self.validate()
+        self.save()
+        save_loss_plot(self.out / "metrics.jsonl", self.out / "loss.png")
+        print(f"validation loss after:  {last_loss:.4f}")
+        if self.interrupted:
+            print(f"stopped at step {self.step} of {config.steps}; continue with: gpt2-fast train --resume {self.out}")
+        else:
+            print(f"sample:\n{self.sample()}\n")
+        get_tokenizer().save_pretrained(self.out / "checkpoint")
+        for name in ("metrics.jsonl", "loss.png", "checkpoint"):
+            print(f"{self.out / name}")
+
+    def _loop(self) -> None:
+        config = self.config
+        pending: tuple[int, Tensor, float] | None = None
+        tokens = config.grad_accum * config.batch_size * self.context
+        started = time.perf_counter()
+        with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+            while self.step < config.steps and not self.interrupted:
+                lr = config.learning_rate(self.step)
+                loss = self.run_step(*self._batches(), lr)
+                self.step += 1
+                if pending is not None:
+                    self._report(bar, *pending, tokens)
+                now = time.perf_counter()
+                pending = (self.step, loss, now - started)
+                started = now
+                bar.update()
+                self._periodically(bar)
+            if pending is not None:
+                self._report(bar, *pending, tokens)
+
+    def _batches(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this step, int64 [grad_accum, B, T]."""
+        options = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        batches = [self.train_data.batch(self.step, micro, **options) for micro in range(self.config.grad_accum)]
+        inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
+        return inputs, targets
+
+    def _report(self, bar: tqdm, step: int, loss: Tensor, seconds: float, tokens: int) -> None:
+        """Reads a finished step's loss into the bar and the log."""
+        value, lr = loss.item(), self.config.learning_rate(step - 1)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
+            )
+        rate = tokens / seconds
+        bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
+        self.log(step=step, loss=value, lr=lr, tokens_per_second=round(rate, 1))
+
+    def _periodically(self, bar: tqdm) -> None:
+        config, last = self.config, self.step >= self.config.steps
+        if config.eval_every and self.step % config.eval_every == 0 and not last:
+            bar.write(f"step {self.step}: validation loss {self.validate():.4f}")
+        if config.sample_every and self.step % config.sample_every == 0 and not last:
+            bar.write(f"step {self.step}: {self.sample()!r}")
+        if config.save_every and self.step % config.save_every == 0 and not last:
+            self.save()
+
+
+def prepare_folder(config: TrainConfig, resume: str | None) -> Path:
+    """The run's folder, made and known to be writable; refuses one that holds another run."""
+    if resume is not None:
+        return Path(resume)
+    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (out / "metrics.jsonl").exists():
+        raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from None
+    return out
+
+
+def start_run(options: dict) -> Run:
+    """A new run with these options (the fields of TrainConfig)."""
+    return Run(TrainConfig(**options))
+
+
+def resume_run(folder: str, options: dict) -> Run:
+    """Continues the run in `folder` with the options it had, except those given again."""
+    saved = checkpoint.load_training_state(folder)["train_config"]
+    fixed = {"model", "dropout", "out"} & options.keys()
+    if fixed:
+        raise ValueError(f"--{sorted(fixed)[0]} cannot change when a run is resumed; start a new run for that")
+    return Run(TrainConfig(**{**saved, **options}), resume=folder)

@@ -1,0 +1,58 @@
+"""The options of a training run, without torch: the command line reads them before anything heavy is imported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run; the command line has one flag for each."""
+
+    model: str = "nano"
+    data: str | None = None
+    steps: int = 300
+    batch_size: int = 8
+    context: int | None = None  # None: the model's n_positions
+    grad_accum: int = 1
+    lr: float = 1e-3
+    warmup: int = 20
+    min_lr: float = 1e-4
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    dropout: float = 0.0
+    grad_clip: float = 1.0
+    dtype: str = "float32"
+    device: str = "auto"
+    impl: str = "auto"
+    seed: int = 1337
+    eval_every: int = 100
+    eval_batches: int = 20
+    sample_every: int = 0
+    save_every: int = 500
+    recompute: bool = False
+    compile_graph: bool = False
+    out: str | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "grad_accum", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "min_lr", "weight_decay", "warmup", "grad_clip", "eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}; choose {' or '.join(DTYPES)}")
+        if self.compile_graph and self.recompute:
+            raise ValueError("--compile-graph and --recompute exclude each other; drop one")
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warmup, then a cosine from lr to min_lr over the rest of the steps."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (self.lr - self.min_lr)

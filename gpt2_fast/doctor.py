@@ -25,14 +25,14 @@ from gpt2_fast.ops.linear import cpu_policy
 PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -43,8 +43,8 @@ def _cpu_name() -> str:
 def _machine() -> Iterator[tuple[str, str]]:
     policy = cpu_policy()
     yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-    yield "processor", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    yield "versions", ", ".join(f"{name} {_version(name)}" for name in ("gpt2_fast", *PACKAGES))
+    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "versions", ", ".join(f"{name} {version(name)}" for name in ("gpt2_fast", *PACKAGES))
     native = "native" if policy.native_bfloat16 else "widened to float32"
     yield "CPU products", f"float32 by {policy.float32}, bfloat16 {native} ({policy.reason})"
     if torch.cuda.is_available():
@@ -157,5 +157,5 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, workers: int | None = None, ou
                 mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
                 line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
             print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), file=out, flush=True)
-    print(f"\n{len(jobs)} compilations, {failures} failed; triton {_version('triton')}", file=out)
+    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}", file=out)
     return failures

@@ -1,0 +1,164 @@
+"""Softmax cross-entropy of a chunk of logits, its gradient written over them.
+
+    lse = log(sum(exp(logits))),   loss = lse - logits[label],   dlogits = (softmax - onehot) * row_scale
+
+One program a row and two passes over it: the first keeps a running maximum and a running sum of exponentials
+(Milakov, Gimelshein 2018, arXiv:1805.02867), the second writes the gradient where the logits were, so that a
+chunk of logits is all the memory there is. A row of 50257 starts at an odd element: tiles begin at the last
+16-byte boundary before it, and all but the first and last are read whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .interpreter import cast
+
+# (arch, element bytes) -> columns a tile, warps.
+CONFIGS = {
+    **{(arch, 2): {"BLOCK_V": 4096, "num_warps": 8} for arch in ARCHS},
+    **{(arch, 4): {"BLOCK_V": 4096, "num_warps": 8} for arch in ARCHS},
+    **{(INTERPRETER, size): {"BLOCK_V": 64, "num_warps": 4} for size in (2, 4)},
+}
+
+
+@triton.jit
+def softmax_xent_kernel(
+    logits_ptr,  # [n, V], rows row_stride apart; dlogits when WRITE_GRAD
+    labels_ptr,  # int64 [n]
+    losses_ptr,  # float32 [n]
+    lse_ptr,  # float32 [n]
+    row_scale_ptr,  # float32 [1] or [n]
+    row_stride,
+    V,
+    ignore_index,
+    ROW_SCALE: tl.constexpr,  # whether row_scale has n elements
+    WRITE_GRAD: tl.constexpr,
+    ALIGN: tl.constexpr,  # elements in 16 bytes
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    kept = label != ignore_index
+    valid = kept & (label >= 0) & (label < V)
+    start = row * row_stride
+    target = tl.load(logits_ptr + start + label, mask=valid, other=0.0).to(tl.float32)
+    base = start // ALIGN * ALIGN
+    lead = (start - base).to(tl.int32)
+    tiles = logits_ptr + base
+    cols = tl.arange(0, BLOCK_V)
+    end = lead + V
+
+    # Element i of the row is at tile position lead + i. The first tile and what is left past the last whole
+    # one are masked; the tiles between them are not, or their loads would not be vectors.
+    x = tl.load(tiles + cols, mask=(cols >= lead) & (cols < end), other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    sums = tl.exp(x - tl.where(top == float("-inf"), 0.0, top))
+    whole = end // BLOCK_V * BLOCK_V
+    for at in tl.range(BLOCK_V, whole, BLOCK_V):
+        x = tl.load(tiles + at + cols).to(tl.float32)
+        top, sums = _add_tile(x, top, sums)
+    if whole > 0 and whole < end:
+        x = tl.load(tiles + whole + cols, mask=whole + cols < end, other=float("-inf")).to(tl.float32)
+        top, sums = _add_tile(x, top, sums)
+    total = tl.sum(sums, axis=0)
+    inverse = 1.0 / total
+
+    # A label outside [0, V) has no loss: NaN says so, and its gradient is 0 so that nothing else is lost.
+    loss = tl.where(valid, tl.log(total) - (target - top), float("nan"))
+    tl.store(losses_ptr + row, tl.where(kept, loss, 0.0))
+    tl.store(lse_ptr + row, top + tl.log(total))
+    if WRITE_GRAD:
+        scale = tl.load(row_scale_ptr + (row if ROW_SCALE else 0))
+        at_label = (lead + label).to(tl.int32)
+        first = (cols >= lead) & (cols < end)
+        x = tl.load(tiles + cols, mask=first, other=0.0).to(tl.float32)
+        grad = _gradient(x, cols, top, inverse, at_label, scale, valid)
+        tl.store(tiles + cols, cast(grad, logits_ptr.dtype.element_ty), mask=first)
+        for at in tl.range(BLOCK_V, whole, BLOCK_V):
+            x = tl.load(tiles + at + cols).to(tl.float32)
+            grad = _gradient(x, at + cols, top, inverse, at_label, scale, valid)
+            tl.store(tiles + at + cols, cast(grad, logits_ptr.dtype.element_ty))
+        if whole > 0 and whole < end:
+            last = whole + cols < end
+            x = tl.load(tiles + whole + cols, mask=last, other=0.0).to(tl.float32)
+            grad = _gradient(x, whole + cols, top, inverse, at_label, scale, valid)
+            tl.store(tiles + whole + cols, cast(grad, logits_ptr.dtype.element_ty), mask=last)
+
+
+@triton.jit
+def _add_tile(x, top, sums):
+    """Maximum so far and, by lane, the sum of exp(logit - maximum), with the tile x added."""
+    higher = tl.maximum(top, tl.max(x, axis=0))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, sums * tl.exp(top - shift) + tl.exp(x - shift)
+
+
+@triton.jit
+def _gradient(x, at, top, inverse, at_label, scale, valid):
+    # not exp(x - lse): lse carries the rounding of top, which may be large
+    grad = (tl.exp(x - top) * inverse - tl.where(at == at_label, 1.0, 0.0)) * scale
+    return tl.where(valid, grad, 0.0)
+
+
+def softmax_xent_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    row_scale: torch.Tensor,
+    write_grad: bool,
+) -> None:
+    """logits [n, V] (unit stride in V) -> losses, lse float32 [n]; with write_grad, dlogits over the logits.
+
+    labels int64 [n]; row_scale float32 [1] or [n]. A row labelled ignore_index has loss 0 and gradient 0. A
+    label outside [0, V) gives its row loss NaN and gradient 0; no memory outside the row is touched.
+    """
+    rows, vocabulary = logits.shape
+    if rows == 0:
+        return
+    if logits.stride(1) != 1:
+        raise ValueError("logits must have unit stride over the vocabulary")
+    softmax_xent_kernel[(rows,)](
+        logits,
+        labels,
+        losses,
+        lse,
+        row_scale,
+        logits.stride(0),
+        vocabulary,
+        ignore_index,
+        ROW_SCALE=row_scale.numel() > 1,
+        WRITE_GRAD=write_grad,
+        ALIGN=16 // logits.element_size(),
+        **CONFIGS[config_arch(logits.device), logits.element_size()],
+        **LAUNCH_OPTIONS,
+    )
+
+
+def aot_specs() -> list[AotSpec]:
+    """Every dtype, an odd row stride (50257) and an aligned one, with and without the gradient."""
+    specs = []
+    for dtype, short in TRITON_DTYPE.items():
+        size = 4 if dtype == "float32" else 2
+        for write_grad in (False, True):
+            for padded in (False, True):
+                specs += [_spec(short, size, write_grad, padded, arch) for arch in ARCHS]
+    return specs
+
+
+def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> AotSpec:
+    config = CONFIGS[arch, size]
+    types = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64"}
+    types |= dict.fromkeys(("losses_ptr", "lse_ptr", "row_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("row_stride", "V", "ignore_index"), "i32")
+    flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size, "BLOCK_V": config["BLOCK_V"]}
+    sizes = ("V", "ignore_index") if padded else ("V", "ignore_index", "row_stride")
+    name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}"
+    return make_spec(
+        softmax_xent_kernel, name, types, flags, config["num_warps"], archs=(arch,), unaligned=sizes
+    )

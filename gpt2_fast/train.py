@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.data import TokenDataset, load_data
+from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.optim import AdamW
@@ -156,17 +157,27 @@ class Run:
     # ---- state on disk ----
 
     def _restore(self) -> None:
-        state = checkpoint.load_training_state(self.out, config=self.model.config.to_dict())
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        state = checkpoint.load_training_state(self.out, config=self.model.config)
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        checkpoint.restore_rng(state.rng)
+        self.step = state.step
+        self._forget_after(self.step)
+
+    def _forget_after(self, step: int) -> None:
+        """Takes from the log what was written after the checkpoint: those steps run again."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def save(self) -> None:
-        """The Hugging Face folder and everything that an exact resume needs, each replaced in one move."""
-        checkpoint.save_pretrained(self.model.state_dict(), self.model.config, self.out / "checkpoint")
+        """The Hugging Face folder and everything that an exact resume needs, each file replaced in one move."""
+        weights = self.model.state_dict()
+        checkpoint.save_pretrained(self.out / "checkpoint", weights, self.model.config)
         checkpoint.save_training_state(
-            self.out, step=self.step, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-            config=self.model.config.to_dict(), train_config=dataclasses.asdict(self.config),
+            self.out, step=self.step, config=self.model.config, model_state=weights,
+            optimizer_state=self.optimizer.state_dict(), extra={"train_config": dataclasses.asdict(self.config)},
         )  # fmt: skip
 
     def log(self, **record) -> None:
@@ -293,7 +304,7 @@ def start_run(options: dict) -> Run:
 
 def resume_run(folder: str, options: dict) -> Run:
     """Continues the run in `folder` with the options it had, except those given again."""
-    saved = checkpoint.load_training_state(folder)["train_config"]
+    saved = checkpoint.load_training_state(folder).extra["train_config"]
     fixed = {"model", "dropout", "out"} & options.keys()
     if fixed:
         raise ValueError(f"--{sorted(fixed)[0]} cannot change when a run is resumed; start a new run for that")

@@ -1,0 +1,176 @@
+"""`gpt2-fast train` as people use it: it learns, resumes to the bit, stops cleanly and explains what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import transformers
+
+from gpt2_fast.cli import main
+from gpt2_fast.train import Run, start_run
+from gpt2_fast.train_config import TrainConfig
+
+TEXT = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n" for i in range(3000))
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def options(corpus, out, **more):
+    small = {"model": "nano", "data": str(corpus), "context": 16, "batch_size": 2, "steps": 6, "warmup": 2}
+    return {**small, "eval_every": 0, "eval_batches": 2, "out": str(out), **more}
+
+
+def metrics(folder, key):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r[key] for r in records if key in r]
+
+
+def test_learns_and_leaves_what_transformers_loads(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    start_run(options(corpus, out, steps=12, lr=3e-3, eval_every=5, sample_every=6)).train()
+    losses, val = metrics(out, "loss"), metrics(out, "val_loss")
+    assert len(losses) == 12
+    assert len(val) == 4
+    assert losses[0] > 10
+    assert losses[-1] < losses[0] - 1.5
+    assert val[-1] < val[0] - 1.5
+    printed = capsys.readouterr().out
+    assert "validation loss before: 10." in printed
+    assert "sample:" in printed
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    model = transformers.GPT2LMHeadModel.from_pretrained(out / "checkpoint")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "checkpoint")
+    ids = tokenizer("def f1(x):", return_tensors="pt").input_ids
+    assert model(ids, labels=ids).loss.item() < 10
+
+
+@pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16", "dropout": 0.1, "grad_accum": 2}], ids=str)
+def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    start_run(options(corpus, whole, **more)).train()
+    stopped = Run(TrainConfig(**options(corpus, half, save_every=3, **more)))
+    original = stopped.save
+
+    def save_then_die():
+        original()
+        raise KeyboardInterrupt
+
+    stopped.save = save_then_die  # as if the machine went down right after the checkpoint of step 3
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert main(["train", "--resume", str(half)]) == 0
+    assert metrics(half, "loss") == metrics(whole, "loss")
+    a, b = (
+        transformers.GPT2LMHeadModel.from_pretrained(folder / "checkpoint").state_dict() for folder in (whole, half)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    run = start_run(options(corpus, out, steps=100_000))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    run.train()
+    assert run.interrupted
+    assert 0 < run.step < 100_000
+    assert f"continue with: gpt2-fast train --resume {out}" in capsys.readouterr().out
+    assert main(["train", "--resume", str(out), "--steps", str(run.step + 2)]) == 0
+    assert len(metrics(out, "loss")) == run.step + 2
+
+
+def test_gradient_accumulation_is_one_large_batch(corpus, tmp_path):
+    """The first step's loss over two micro-batches is the mean over the same four sequences at once."""
+    split = start_run(options(corpus, tmp_path / "a", batch_size=2, grad_accum=2))
+    whole = start_run(options(corpus, tmp_path / "b", batch_size=4))
+    inputs, targets = split._batches()
+    flat = [t.reshape(1, 4, 16) for t in (inputs, targets)]
+    losses = [split.run_step(inputs, targets, 1e-3), whole.run_step(*flat, 1e-3)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    for a, b in zip(split.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
+    run = start_run(options(corpus, tmp_path / "run"))
+    decayed = {id(p) for group in run.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, p in run.model.named_parameters():
+        assert (id(p) in decayed) == (p.ndim == 2), name
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup=10, steps=110)
+    assert config.learning_rate(0) == pytest.approx(0.1)
+    assert config.learning_rate(9) == pytest.approx(1.0)
+    assert config.learning_rate(60) == pytest.approx(0.55)
+    assert config.learning_rate(110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt3"], "unknown model 'gpt3'"),
+        (["--device", "cuda"], "torch finds no CUDA device"),
+        (["--device", "tpu0"], "choose auto, cpu, cuda"),
+        (["--context", "5000"], "nano has 256 positions; lower --context"),
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--dtype", "float8"], "choose float32 or bfloat16"),
+        (["--impl", "magic"], "impl is 'magic'"),
+        (["--data", "/nowhere.txt"], "/nowhere.txt does not exist"),
+        (["--out", "/proc/run"], "choose another --out"),
+        (["--resume", "/nowhere"], "no run to resume"),
+        (["--compile-graph"], "--compile-graph needs a CUDA device"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_options_are_one_line(corpus, tmp_path, capsys, arguments, message):
+    if torch.cuda.is_available() and "CUDA" in message:
+        pytest.skip("this machine has a CUDA device")
+    given = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *arguments]
+    assert main(given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("gpt2-fast: ")
+    assert message in error
+
+
+def test_refuses_to_write_over_a_run(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    start_run(options(corpus, out, steps=1)).train()
+    before = (out / "metrics.jsonl").read_bytes()
+    assert main(["train", "--data", str(corpus), "--out", str(out)]) == 2
+    assert f"continue it with --resume {out}" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_data_too_short_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    assert main(["train", "--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "shorter context" in capsys.readouterr().err
+
+
+def test_help_is_fast_and_needs_no_torch():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from gpt2_fast.cli import main\ntry: main(['train', '--help'])\n"
+         "finally: assert 'torch' not in sys.modules"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--grad-accum" in done.stdout
+    assert time.perf_counter() - started < 5

@@ -14,21 +14,31 @@ struct f16 {
   uint16_t bits;
 };
 
+#ifdef __CUDACC__  // the tests compile this file for the CPU as well, and bring their own
+static __device__ __forceinline__ float float_of_half(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+static __device__ __forceinline__ uint16_t half_of_float(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+static __device__ __forceinline__ uint16_t bfloat_of_float(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
 static __device__ __forceinline__ float to_float(float x) { return x; }
 static __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
-static __device__ __forceinline__ float to_float(f16 x) {
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
-  return r;
-}
+static __device__ __forceinline__ float to_float(f16 x) { return float_of_half(x.bits); }
 
-static __device__ __forceinline__ void from_float(float x, float& r) { r = x; }
-static __device__ __forceinline__ void from_float(float x, bf16& r) {
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
-}
-static __device__ __forceinline__ void from_float(float x, f16& r) {
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
-}
+static __device__ __forceinline__ void from_float(float x, float& to) { to = x; }
+static __device__ __forceinline__ void from_float(float x, bf16& to) { to.bits = bfloat_of_float(x); }
+static __device__ __forceinline__ void from_float(float x, f16& to) { to.bits = half_of_float(x); }
 
 struct Mask {
   uint64_t key;
@@ -101,11 +111,14 @@ static __device__ __forceinline__ Mask mask_of(const Arguments& a) {
   return {a.rng ? *a.rng : 0, (uint32_t)a.threshold, (uint32_t)a.site, (float)a.scale};
 }
 
-static __device__ __forceinline__ void record_fault(int64_t* fault, EmbeddingIndex index, int64_t value, int64_t row) {
+static __device__ __forceinline__ void record_fault(const EmbeddingForward& a, EmbeddingIndex index,
+                                                    const EmbeddingRows& at, int64_t row) {
+  int64_t* fault = a.fault;
   if (atomicCAS((unsigned long long*)fault, 0ull, 1ull) != 0ull) return;
   fault[1] = index;
-  fault[2] = value;
-  fault[3] = row;
+  fault[2] = index == TOKEN ? at.token : index == POSITION ? at.position : at.type;
+  fault[3] = index == POSITION ? a.n_positions : a.vocab;
+  fault[4] = row;
 }
 
 // Grid: x over groups of blockDim.y rows. Block: (32, rows).
@@ -116,17 +129,15 @@ static __device__ __forceinline__ void forward(const EmbeddingForward& a) {
   EmbeddingRows at;
   const EmbeddingIndex outside = embedding_locate(a, row, at);
   if (outside != IN_RANGE) {
-    if (threadIdx.x == 0)
-      record_fault(a.fault, outside, outside == TOKEN ? at.token : outside == POSITION ? at.position : at.type, row);
+    if (threadIdx.x == 0) record_fault(a, outside, at, row);
     const Tile<WHOLE> nan = Tile<WHOLE>::splat(__uint_as_float(0x7fffffffu));
     for (int64_t col = threadIdx.x * 8; col < a.C; col += blockDim.x * 8)
       nan.store((O*)a.out + embedding_offset(row, a.C, col), a.C - col);
     return;
   }
   const Mask mask = mask_of(a);
-  for (int64_t col = threadIdx.x * 8; col < a.C; col += blockDim.x * 8) {
+  for (int64_t col = threadIdx.x * 8; col < a.C; col += blockDim.x * 8)
     embedding_forward_tile<Tile<WHOLE>, W, O>(a, at, mask, row, col);
-  }
 }
 
 // Grid: x over groups of blockDim.y chunks, y over 32 * 8 columns. Block: (32, chunks).

@@ -9,8 +9,8 @@
   KERNEL(embedding_forward, \
          (addr ids, addr positions, addr types, addr wte, addr wpe, addr out, int64_t rows, int64_t C, \
           int64_t vocab, int64_t n_positions, int64_t position_period, addr rng, int64_t threshold, \
-          int64_t site, double scale, addr fault, int64_t dtype, int64_t out_dtype)) \
+          double scale, int64_t site, addr fault, int64_t dtype, int64_t out_dtype)) \
   KERNEL(embedding_backward, \
          (addr keys, addr order, addr grad, addr partial, addr dtable, int64_t entries, int64_t rows, \
-          int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold, int64_t site, \
-          double scale, int64_t grad_dtype, int64_t dtype))
+          int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold, double scale, \
+          int64_t site, int64_t grad_dtype, int64_t dtype))

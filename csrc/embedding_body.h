@@ -28,9 +28,10 @@ struct EmbeddingForward {
   int64_t rows, C, vocab, n_positions;
   int64_t position_period;  // T where every batch row has the same positions, else rows
   const uint64_t* rng;      // [1], or 0: no dropout
-  int64_t threshold, site;
+  int64_t threshold;
   double scale;
-  int64_t* fault;  // [4]: set, Index, value, row of one index outside its table; only CUDA writes it
+  int64_t site;
+  int64_t* fault;  // [5]: set, EmbeddingIndex, value, its bound, row, of one index outside its table; CUDA only
 };
 
 struct EmbeddingBackward {
@@ -42,8 +43,9 @@ struct EmbeddingBackward {
   int64_t entries, rows, T, C, table_rows;
   int64_t chunk;        // entries a chunk
   const uint64_t* rng;  // as in the forward pass
-  int64_t threshold, site;
+  int64_t threshold;
   double scale;
+  int64_t site;
 };
 
 enum EmbeddingIndex : int64_t { IN_RANGE = 0, TOKEN = 1, POSITION = 2, TOKEN_TYPE = 3 };

@@ -9,6 +9,7 @@
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
+typedef unsigned short uint16_t;
 #else
 #include <stdint.h>
 #endif

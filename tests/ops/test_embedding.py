@@ -1,0 +1,266 @@
+"""embedding: every implementation against float64, values and gradients; the CUDA kernels run on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+from cuda_on_cpu import CudaOnCpu
+from numerics import DTYPES, assert_same_bits, check_op, evaluate
+
+from gpt2_fast import cuda
+from gpt2_fast.ops import dispatch, philox
+from gpt2_fast.ops.dispatch import ImplementationUnavailable, address
+from gpt2_fast.ops.embedding import _Embedding, check_ids, embedding, embedding_reference, samples
+
+IMPL = "cpp" if DEVICE == "cpu" else "cuda"
+
+
+def _check(inputs, options, dtype, run=None):
+    def default(input_ids, wte, wpe):
+        return embedding(input_ids, wte, wpe, **options, impl=IMPL if wte.device.type == DEVICE else "cpp")
+
+    def reference(input_ids, wte, wpe):
+        return embedding_reference(input_ids, wte, wpe, **options)
+
+    check_op(run or default, reference, inputs, dtype, f"{dtype} {tuple(inputs[0].shape)}")
+
+
+def _leaves(*shapes, dtype=torch.float32):
+    return [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype):
+    for *inputs, options in samples(DEVICE, dtype):
+        _check(inputs, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    for *inputs, options in samples("cpu", dtype):
+        _check(inputs, options, dtype)
+
+
+def test_int32_and_strided_ids_and_tables():
+    ids = torch.randint(50, (7, 4), dtype=torch.int32, device=DEVICE).t()
+    wte, wpe = torch.randn(20, 50, device=DEVICE).t(), torch.randn(9, 40, device=DEVICE)[:, ::2]
+    _check([ids, wte, wpe], {}, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_result_dtype(dtype):
+    ids = torch.randint(10, (2, 5), device=DEVICE)
+    wte, wpe = _leaves((10, 40), (5, 40))
+    exact = embedding(ids, wte, wpe, impl=IMPL)
+    assert torch.equal(embedding(ids, wte, wpe, dtype=dtype, impl=IMPL), exact.to(dtype))
+    low = [t.detach().to(dtype).requires_grad_() for t in (wte, wpe)]
+    wide = embedding(ids, *low, dtype=torch.float32, impl=IMPL)
+    assert torch.equal(wide, low[0].float()[ids] + low[1].float())
+    upstream = torch.randn_like(wide)
+    gradients = torch.autograd.grad(wide, low, upstream)
+    truth = torch.autograd.grad(embedding_reference(ids, *(t.double() for t in low)), low, upstream.double())
+    for g, t in zip(gradients, truth, strict=True):
+        torch.testing.assert_close(g, t.to(dtype), rtol=2**-7, atol=0)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert embedding(ids, wte, wpe, impl=IMPL).dtype == torch.float32
+
+
+def test_dropout_drops_the_reference_mask():
+    ids, rng = torch.randint(10, (3, 37), device=DEVICE), torch.tensor([-987654321012345], device=DEVICE)
+    wte, wpe = torch.ones(10, 100, device=DEVICE, requires_grad=True), torch.zeros(37, 100, device=DEVICE)
+    h = embedding(ids, wte, wpe, dropout_p=0.3, rng=rng, site=7, impl=IMPL)
+    keep = philox.keep_rows(rng, 7, 3 * 37, 100, 0.3).view(3, 37, 100)
+    assert torch.equal(h != 0, keep)
+    torch.testing.assert_close(h[keep], torch.full_like(h[keep], 1 / 0.7))
+    (dwte,) = torch.autograd.grad(h.sum(), wte)
+    counts = torch.zeros(10, 100, device=DEVICE).index_add(0, ids.flatten(), keep.flatten(0, 1).float())
+    torch.testing.assert_close(dwte, counts / 0.7)
+
+
+def test_one_token_many_times():
+    """A run over many chunks beside runs that end where a chunk ends."""
+    ids = torch.cat([torch.full((3000,), 2), torch.arange(96).repeat_interleave(32) % 3 * 2]).view(4, -1).to(DEVICE)
+    _check([ids, *_leaves((5, 36), (ids.shape[1], 36))], {}, torch.float32)
+
+
+def test_same_bits_whatever_the_threads(threads):
+    wte, wpe = (torch.randn(shape, requires_grad=True) for shape in ((50, 200), (129, 200)))
+    ids, positions, types = (torch.randint(n, (7, 129)) for n in (50, 129, 2))
+    upstream, runs = [torch.randn(7, 129, 200)], []
+    for count in (2, 1, 2):
+        threads(count)
+        runs.append(evaluate(
+            lambda a, b: embedding(ids, a, b, position_ids=positions, token_type_ids=types, dropout_p=0.1,
+                                   rng=torch.tensor([5]), impl="cpp"), [wte, wpe], upstream))  # fmt: skip
+    assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
+    assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[2][0], *runs[2][1]])
+
+
+def test_frozen_table_gets_no_gradient():
+    ids = torch.randint(10, (2, 5), device=DEVICE)
+    wte, wpe = _leaves((10, 24), (6, 24))
+    both = torch.autograd.grad(embedding(ids, wte, wpe, impl=IMPL).square().sum(), [wte, wpe])
+    alone = torch.autograd.grad(embedding(ids, wte.detach(), wpe, impl=IMPL).square().sum(), [wpe])
+    assert torch.equal(alone[0], both[1])
+    assert (both[1][5] == 0).all()
+
+
+# ---- csrc/embedding.cu, compiled for the CPU ----
+
+
+@pytest.fixture(scope="session")
+def on_cpu(tmp_path_factory):
+    return CudaOnCpu(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def emulated(on_cpu, monkeypatch):
+    """`impl="cuda"` on CPU tensors: the room's CUDA path as it stands, its launches run by the CPU."""
+    monkeypatch.setattr(cuda, "launch", on_cpu.launch)
+    on_cpu.launched.clear()
+
+    def run(input_ids, wte, wpe, *, position_ids=None, token_type_ids=None, dropout_p=0.0, rng=None, site=0):
+        return _Embedding.apply(
+            input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, wte.dtype, "cuda"
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_kernels_on_the_cpu(emulated, on_cpu, dtype):
+    for *inputs, options in samples("cpu", dtype):
+        _check(inputs, options, dtype, lambda *tensors, options=options: emulated(*tensors, **options))
+        upstream = [torch.randn(*inputs[0].shape, inputs[1].shape[1]).to(dtype)]
+        leaves = [inputs[0], *(t.clone().requires_grad_() for t in inputs[1:])]
+        a = evaluate(lambda *t, options=options: emulated(*t, **options), leaves, upstream)
+        b = evaluate(lambda *t, options=options: embedding(*t, **options, impl="cpp"), leaves, upstream)
+        assert_same_bits([*a[0], *a[1]], [*b[0], *b[1]], "cuda against cpp")
+    name = str(dtype).removeprefix("torch.")
+    assert {f"embedding_reduce_{name}_{name}", f"embedding_finish_{name}_whole"} <= set(on_cpu.launched)
+
+
+def test_cuda_long_run(emulated):
+    ids = torch.cat([torch.full((700,), 2), torch.arange(9).repeat_interleave(32) % 3 * 2]).view(4, -1)
+    _check([ids, torch.randn(5, 40), torch.randn(ids.shape[1], 40)], {}, torch.float32, emulated)
+
+
+def test_cuda_reports_an_id_outside_without_touching_anything_else(emulated):
+    ids = torch.randint(10, (2, 5))
+    wte, wpe = torch.randn(10, 24, requires_grad=True), torch.randn(5, 24)
+    good = emulated(ids, wte, wpe)
+    check_ids()
+    ids[1, 2] = 10
+    h = emulated(ids, wte, wpe)
+    assert h[1, 2].isnan().all()
+    assert torch.equal(h.flatten(0, 1)[:7], good.flatten(0, 1)[:7])
+    assert torch.equal(h.flatten(0, 1)[8:], good.flatten(0, 1)[8:])
+    (dwte,) = torch.autograd.grad(h, wte, torch.ones_like(h))
+    counts = torch.bincount(ids.flatten(), minlength=11)[:10].float()
+    assert torch.equal(dwte, counts[:, None].expand(10, 24))
+    with pytest.raises(IndexError, match=r"input_ids, flat row 7 of B \* T on cpu, is 10, outside 0 to 9"):
+        check_ids()
+    check_ids()
+    emulated(torch.zeros(1, 5, dtype=torch.int64), wte, wpe, position_ids=torch.tensor([0, 1, 2, 3, -1]))
+    with pytest.raises(IndexError, match=r"position_ids, flat row 4 .* is -1, outside 0 to 4 \(n_positions is 5\)"):
+        check_ids()
+
+
+def test_offsets_beyond_32_bits(on_cpu):
+    assert on_cpu.index("offset", 2**31 + 5, 50257, 3) == (2**31 + 5) * 50257 + 3
+    for a, b in [(2**40 + 7, 3), (2**33, 2**20), (7, 2**33), (2**32 - 1, 2**16 + 1), (5, 7)]:
+        assert on_cpu.index("divide", a, b) == a // b
+    B, T = 2**21 + 3, 2**20
+    for i in (0, B - 1, B, B * T - 1, 2**33 + 11):
+        assert on_cpu.index("key_of_position_entry", i, B * T, T) == i // B
+        assert on_cpu.index("row_of_position_entry", i, B * T, T) == (i % B) * T + i // B
+
+
+def test_table_beyond_32_bits(tmp_path):
+    """A table of more than 2^31 elements, in a sparse file: the last rows are read and written where they are."""
+    C, V = 4096, 2**19 + 3
+    wte = torch.from_numpy(np.memmap(tmp_path / "wte", np.int16, "w+", shape=(V, C))).view(torch.bfloat16)
+    wte[-2:] = torch.tensor([[3.0], [5.0]])
+    wpe = torch.zeros(3, C, dtype=torch.bfloat16)
+    ids = torch.tensor([[V - 1, 0, V - 2]])
+    assert embedding(ids, wte, wpe, impl="cpp")[0, :, 0].tolist() == [5.0, 0.0, 3.0]
+    keys, order = torch.tensor([7, V - 1, V - 1]), torch.tensor([1, 0, 2])
+    grad, partial = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, C).contiguous(), torch.empty(1, 2, C)
+    dispatch.extension().embedding_backward(
+        address(keys), address(order), address(grad), address(partial), address(wte), 3, 3, 3, C, V, 32,
+        *philox.arguments(0.0, None, 0), 0, 1,
+    )  # fmt: skip
+    assert wte[[0, 7, V - 2, V - 1], C - 1].tolist() == [0.0, 2.0, 3.0, 5.0]
+
+
+# ---- the operator ----
+
+
+def test_operator_contract():
+    ids, wte, wpe = torch.randint(10, (2, 5)), torch.randn(10, 24), torch.randn(6, 24)
+    positions, rng = torch.randint(6, (2, 5)), torch.tensor([5])
+    forward = (ids, wte, wpe, positions, ids, 0.1, rng, 1, torch.float32, "cpp")
+    torch.library.opcheck(torch.ops.gpt2_fast.embedding.default, forward)
+    backward = (torch.randn(2, 5, 24), ids, positions, ids, 10, 6, 0.1, rng, 1, torch.float32, True, True, "cpp")
+    torch.library.opcheck(torch.ops.gpt2_fast.embedding_backward.default, backward)
+
+
+def test_compiles_whole():
+    ids, types = torch.randint(10, (2, 2, 5), device=DEVICE)
+    wte_wpe, one = _leaves((10, 24), (6, 24)), [torch.ones(())]
+
+    def step(wte, wpe):
+        return embedding(ids, wte, wpe, token_type_ids=types).square().sum()
+
+    expected = evaluate(step, wte_wpe, one)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(evaluate(compiled, wte_wpe, one), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "at", "value", "message"),
+    [
+        ("input_ids", (2, 5), (1, 3), 10, r"input_ids\[1, 3\] is 10, outside 0 to 9 \(vocab_size is 10\)"),
+        ("input_ids", (2, 5), (0, 0), -1, r"input_ids\[0, 0\] is -1, outside 0 to 9"),
+        ("position_ids", (5,), (4,), 6, r"position_ids\[4\] is 6, outside 0 to 5 \(n_positions is 6\)"),
+        ("token_type_ids", (2, 5), (1, 4), 2**40, r"token_type_ids\[1, 4\] is 1099511627776, outside 0 to 9"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_id_outside_its_table(name, shape, at, value, message, impl):
+    ids = {"input_ids": torch.zeros(2, 5, dtype=torch.int64), name: torch.zeros(shape, dtype=torch.int64)}
+    ids[name][at] = value
+    with pytest.raises(IndexError, match=message):
+        embedding(ids.pop("input_ids"), torch.randn(10, 24), torch.randn(6, 24), **ids, impl=impl)
+
+
+def test_bad_input_is_named():
+    ids, wte, wpe = torch.zeros(2, 5, dtype=torch.int64), torch.randn(10, 24), torch.randn(6, 24)
+    for match, arguments, options in [
+        (r"input_ids has 7 tokens a row; wpe has positions for 6", (torch.zeros(1, 7).long(), wte, wpe), {}),
+        (r"input_ids is \(5,\); it must be \[B, T\]", (ids[0], wte, wpe), {}),
+        (r"input_ids is torch.float32; it must be int64 or int32", (ids.float(), wte, wpe), {}),
+        (r"wpe torch.float32 \(6, 23\)", (ids, wte, wpe[:, :-1]), {}),
+        (r"of one dtype", (ids, wte, wpe.half()), {}),
+        (r"position_ids is \(4,\); it must be \(5,\), \(1, 5\) or \(2, 5\)", (ids, wte, wpe),
+         {"position_ids": torch.zeros(4).long()}),
+        (r"token_type_ids is \(5,\); it must be \(2, 5\)", (ids, wte, wpe), {"token_type_ids": ids[0]}),
+        (r"rng is None", (ids, wte, wpe), {"dropout_p": 0.1}),
+        (r"wte is on meta and input_ids on cpu", (ids, wte.to("meta"), wpe), {}),
+        (r"dtype is torch.float16 and the tables are torch.bfloat16", (ids, wte.bfloat16(), wpe.bfloat16()),
+         {"dtype": torch.float16}),
+        (r"choose auto, cpp, reference", (ids, wte, wpe), {"impl": "triton"}),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            embedding(*arguments, **options)
+    with pytest.raises(ImplementationUnavailable, match="not torch.float64; use impl='reference'"):
+        embedding(ids, wte.double(), wpe.double(), impl="cpp")
+
+
+def test_empty_batch():
+    wte, wpe = (torch.randn(shape, requires_grad=True) for shape in ((10, 24), (6, 24)))
+    h = embedding(torch.zeros(0, 5, dtype=torch.int64), wte, wpe, impl="cpp")
+    assert h.shape == (0, 5, 24)
+    assert not torch.autograd.grad(h.sum(), wte)[0].any()

@@ -151,7 +151,8 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
         file.write(compiled.cubin)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        # ptxas makes no tensor-core instruction where the PTX has none, and most kernels have none
+        code = _run("nvdisasm", "-c", file.name) if "mma" in compiled.asm["ptx"] else ""
     resources = _RESOURCES.search(usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource line for {compiled.spec.name}")

@@ -2,9 +2,9 @@
 
     S = scale Q K^T     P = softmax(S over visible keys)     O = dropout(P) V     lse = log sum exp S
 
-Query i sees key j iff j <= i and, with segments, segments[j] equals i's document (kernels read `segments` as
-the op defines it: a value >= 0 is a document, a value < 0 is padding of document ~value: blind to nobody, seen
-by nobody). A query that sees nothing has O = 0, lse = -inf and no gradient.
+Query i sees key j iff j <= i and, with segments, segments[j] is i's document. A segment value >= 0 is a
+document; a value < 0 is padding, which as a query belongs to document ~value and as a key is seen by nobody.
+A query that sees nothing has O = 0, lse = -inf and no gradient.
 
 Saved for backward: qkv, O and lse [B, H, T] (float32, natural log); P is recomputed, and its dropout mask is
 regenerated from coordinates (z = b H + h, row = i, column = j).
@@ -153,13 +153,13 @@ def forward(
 
     scale > 0 multiplies the scores. segments: int32 [B, T]. rng: int64 [1], read when dropout_p > 0.
     Returns out [B, T, H, D] in qkv's dtype and lse [B, H, T] float32, natural log.
-    Raises ValueError for a head size outside 16..128 or a scale that is not positive.
+    Raises ValueError for a head size outside 16..128, a scale that is not positive, or dropout without rng.
     """
+    common = _common(qkv, scale, dropout_p, rng, site)
+    rng = rng if dropout_p > 0.0 else None
     B, T, _, H, D = qkv.shape
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
-    common = _common(qkv, scale, dropout_p, site)
-    rng = rng if dropout_p > 0.0 else None
     with torch.cuda.device_of(qkv):
         _launch("forward", (qkv, segments, rng, out, lse), common)
     return out, lse
@@ -180,21 +180,24 @@ def backward(
 
     The other arguments are forward's, unchanged. Every element of dqkv is written, each by one program.
     """
+    common = _common(qkv, scale, dropout_p, rng, site)
+    rng = rng if dropout_p > 0.0 else None
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    common = _common(qkv, scale, dropout_p, site)
-    rng = rng if dropout_p > 0.0 else None
     with torch.cuda.device_of(qkv):
         _launch("backward_dq", (qkv, segments, rng, out, dout, lse, delta, dqkv), common)
         _launch("backward_dkdv", (qkv, segments, rng, dout, lse, delta, dqkv), common)
     return dqkv
 
 
-def _common(qkv: torch.Tensor, scale: float, dropout_p: float, site: int) -> tuple:
-    """The scalar arguments that end every kernel's run-time list."""
+def _common(qkv: torch.Tensor, scale: float, dropout_p: float, rng: torch.Tensor | None, site: int) -> tuple:
+    """The scalar arguments that end every kernel's run-time list, checked."""
+    _, T, _, H, D = qkv.shape
+    block_d(D)
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, got {scale}")
-    _, T, _, H, _ = qkv.shape
+    if dropout_p > 0.0 and rng is None:
+        raise ValueError(f"dropout_p = {dropout_p} needs rng, the int64 [1] key of the forward pass")
     return scale, keep_scale(dropout_p), threshold_bits(dropout_p), site, T, H
 
 

@@ -127,9 +127,7 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tens
     return du, dbias
 
 
-def _backward_cpp(
-    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual
-):
+def _backward_cpp(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual):
     du, dbias = _bias_gelu_backward(dy, u, n.dtype)
     dn = product(du, weight.to(n.dtype).t()).view(h.shape)
     dweight = product(n.view(-1, n.shape[-1]).t(), du, out_dtype=weight.dtype)
@@ -296,7 +294,8 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Inputs (x, residual, ln_weight, ln_bias, weight, bias, options) for tests and benchmarks, smallest first."""
     generator = torch.Generator().manual_seed(0)
     for shape, width, dropout_p, has_residual in [
-        ((1, 1, 20), 28, 0.0, True), ((3, 96), 384, 0.0, False), ((65, 96), 100, 0.1, True), ((3, 768), 96, 0.0, True),
+        ((1, 1, 20), 28, 0.0, True), ((5, 20), 36, 0.0, False), ((3, 96), 100, 0.1, True), ((65, 96), 384, 0.1, True),
+        ((3, 768), 96, 0.0, True),
     ]:  # fmt: skip
         x, residual = (torch.randn(shape, generator=generator) for _ in range(2))
         ln_weight, ln_bias = (torch.randn(shape[-1], generator=generator) * 0.3 for _ in range(2))

@@ -1,0 +1,201 @@
+"""AdamW as a torch.optim.Optimizer over the fused step of ops/adamw.py.
+
+It differs from torch.optim.AdamW in three ways. The gradient norm is taken and clipped inside the step
+(`clip_grad_norm`), without touching the gradients. A bfloat16 or float16 parameter has float32 averages and a
+float32 master copy, in its state as "master". And nothing is read back to the host: step counts live on the
+parameters' device, as do the hyperparameters, copied there when they change, so a step can be captured in a CUDA
+graph. State dicts go both ways between the two classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops import adamw as room
+from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.adamw import adamw
+from gpt2_fast.ops.dispatch import LOW_PRECISION
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay, global-norm clipping and mixed-precision masters in one pass.
+
+    Args:
+        params: parameters or groups of them, all on one device; a group may set lr, betas, eps, weight_decay and
+            maximize of its own.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr is a number.
+        clip_grad_norm: the 2-norm of all gradients together beyond which they are scaled down to it, as
+            torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled.
+        impl: see `gpt2_fast.ops.dispatch`.
+
+    Attributes:
+        last_grad_norm: the norm of the last step's gradients before clipping, a float32 scalar on the device; None
+            before the first step and without clip_grad_norm.
+
+    Raises:
+        ValueError: hyperparameters out of range, parameters on several devices, sparse gradients, amsgrad.
+        ImplementationUnavailable: the named `impl` cannot run here.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        clip_grad_norm: float | None = None,
+        impl: str = "auto",
+    ):
+        if clip_grad_norm is not None and not clip_grad_norm > 0.0:
+            raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
+        self.clip_grad_norm, self.impl = clip_grad_norm, impl
+        self.last_grad_norm: Tensor | None = None
+        self._hyper: Tensor | None = None
+        self._uploaded: list[list[float]] | None = None
+        self._warned = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"AdamW: parameters are on {names}; make one optimizer for each device")
+
+    def upload_hyperparameters(self) -> None:
+        """Brings the param_groups' numbers to the device if they changed, without waiting for it.
+
+        `step` does it too, except while a CUDA graph is captured: call this before each replay.
+        """
+        rows = [
+            [float(g["lr"]), *map(float, g["betas"]), float(g["eps"]), float(g["weight_decay"]), float(g["maximize"])]
+            for g in self.param_groups
+        ]
+        if rows == self._uploaded:
+            return
+        device = self.param_groups[0]["params"][0].device
+        host = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+        if self._hyper is None or self._hyper.shape != host.shape or self._hyper.device != device:
+            self._hyper = torch.empty_like(host, device=device, pin_memory=False)
+        self._hyper.copy_(host, non_blocking=True)
+        self._uploaded = rows
+
+    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
+        wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+        if p.dtype in LOW_PRECISION and "master" not in state:
+            state["master"] = p.detach().to(wide)
+        return state
+
+    def _implementation(self, p: Tensor) -> str:
+        """Which implementation updates `p`: the chosen one, or the reference where that cannot."""
+        reason = room.unsupported(p)
+        if reason is None:
+            return dispatch.choose(room.OP, self.impl, p.device, p.dtype)
+        if self.impl not in ("auto", "reference"):
+            raise ValueError(f"AdamW: impl={self.impl!r} cannot update a parameter {tuple(p.shape)}: {reason}")
+        if not self._warned and self.impl == "auto":
+            self._warned = True
+            warnings.warn(
+                f"AdamW: the reference updates the parameter {tuple(p.shape)}, one operation at a time: {reason}",
+                stacklevel=3,
+            )
+        return "reference"
+
+    def _collect(self) -> dict[str, tuple[list, ...]]:
+        """By implementation, the lists that `adamw` takes, of the parameters that have a gradient."""
+        collected: dict[str, tuple[list, ...]] = {}
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
+                lists = collected.setdefault(self._implementation(p), tuple([] for _ in range(7)))
+                state = self._init_state(p)
+                values = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], None, state["step"], index)
+                for values_of_all, value in zip(lists, values, strict=True):
+                    if value is not None:
+                        values_of_all.append(value)
+                if "master" in state:
+                    lists[4].append(state["master"])
+        return collected
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step with the gradients that are there; parameters without one are left alone.
+
+        Args:
+            closure: evaluates the model again and returns the loss, which is then returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        collected = self._collect()
+        if not collected:
+            return loss
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self.upload_hyperparameters()
+        torch._foreach_add_([step for lists in collected.values() for step in lists[5]], 1.0)
+        norm = None
+        if self.clip_grad_norm is not None and len(collected) > 1:
+            norm = room.grad_norm_reference([g for lists in collected.values() for g in lists[1]])
+        for impl, lists in collected.items():
+            self.last_grad_norm = adamw(*lists, self._hyper, max_norm=self.clip_grad_norm, norm=norm, impl=impl)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of this class or of torch.optim.AdamW.
+
+        A low-precision parameter's averages stay float32; a master that is not in the state is made from the
+        parameter as it is now, so load the model first.
+        """
+        for group in state_dict["param_groups"]:
+            _check_group({**self.defaults, **group})
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        # The base class casts state to the parameter's dtype: what is wider is taken again from the source.
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            source = state_dict["state"].get(i)
+            if source is None:
+                continue
+            state = self.state[p]
+            state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())
+            if p.dtype in LOW_PRECISION:
+                for key in ("exp_avg", "exp_avg_sq", "master"):
+                    if key in source:
+                        state[key] = source[key].detach().to(p.device, torch.float32, copy=True)
+                self._init_state(p)
+        self._uploaded = None
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    if isinstance(group["lr"], Tensor):
+        raise ValueError("AdamW: lr is a tensor; pass a number, which a captured step follows too")
+    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if not value >= 0.0:
+            raise ValueError(f"AdamW: {name} is {value}; it must be at least 0")
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"AdamW: betas are {(beta1, beta2)}; each must be at least 0 and below 1")
+    if group.get("amsgrad"):
+        raise ValueError("AdamW: amsgrad is not implemented; use torch.optim.AdamW")

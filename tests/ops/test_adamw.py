@@ -1,0 +1,174 @@
+"""adamw: every implementation against the reference in float64, and against torch's own step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import DTYPES, assert_as_exact, assert_same_bits
+
+from gpt2_fast.ops.adamw import adamw, adamw_reference, grad_norm_reference, samples
+from gpt2_fast.ops.dispatch import LOW_PRECISION, ImplementationUnavailable
+
+IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
+
+
+def _clones(lists, dtype=None):
+    """Fresh copies of the lists of tensors, in `dtype` where given; steps and groups as they are."""
+    fresh = [[t.to(dtype or t.dtype, copy=True) for t in tensors] for tensors in lists[:5]]
+    return [*fresh, *lists[5:]]
+
+
+def _check(lists, hyper, options, dtype, impl):
+    mine, eager, true = _clones(lists), _clones(lists), _clones(lists, torch.float64)
+    if dtype in LOW_PRECISION:
+        true[0], true[4] = true[4], []  # in float64 the master is the parameter
+    norm = adamw(*mine, hyper, **options, impl=impl)
+    eager_norm = adamw_reference(*eager, hyper, **options)
+    true_norm = adamw_reference(*true, hyper, **options)
+    if options["max_norm"] is None:
+        assert norm is None
+    else:
+        assert_as_exact(norm, eager_norm, true_norm, "norm")
+    assert_same_bits(mine[1], lists[1], "grad")
+    names = ("exp_avg", "exp_avg_sq", "weight")
+    weights = 4 if dtype in LOW_PRECISION else 0
+    for name, at, at_truth in zip(names, (2, 3, weights), (2, 3, 0), strict=True):
+        for i, (a, e, t) in enumerate(zip(mine[at], eager[at], true[at_truth], strict=True)):
+            if a.numel():
+                assert_as_exact(a, e, t, f"{impl} {dtype} {name} {i}")
+    for p, master in zip(mine[0], mine[4], strict=False):
+        assert torch.equal(p, master.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values(impl, dtype):
+    for *lists, hyper, options in samples(DEVICE, dtype):
+        _check(lists, hyper, options, dtype, impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    for *lists, hyper, options in samples("cpu", dtype):
+        _check(lists, hyper, options, dtype, "cpp")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dtypes_together(impl):
+    """One call over float32 and low-precision parameters, misaligned ones too."""
+    torch.manual_seed(1)
+    base = torch.randn(200, device=DEVICE)
+    params = [base[1:98], torch.randn(31, device=DEVICE).bfloat16(), torch.randn(7, device=DEVICE).half()]
+    grads = [torch.randn_like(p) for p in params]
+    averages = [[torch.rand(p.shape, device=DEVICE) for p in params] for _ in range(2)]
+    masters = [p.float() for p in params[1:]]
+    steps = [torch.tensor(3.0, device=DEVICE) for _ in params]
+    hyper = torch.tensor([[1e-2, 0.9, 0.99, 1e-8, 0.1, 0.0]], dtype=torch.float64, device=DEVICE)
+    lists = (params, grads, *averages, masters, steps, [0, 0, 0])
+    expected = _clones(lists)
+    before, after = base[0].clone(), base[98:].clone()
+    expected_norm = adamw_reference(*expected, hyper, max_norm=1.0)
+    norm = adamw(*lists, hyper, max_norm=1.0, impl=impl)
+    torch.testing.assert_close(norm, expected_norm)
+    for mine, theirs in zip(lists[:5], expected[:5], strict=True):
+        torch.testing.assert_close(list(mine), theirs)
+    assert base[0] == before
+    assert torch.equal(base[98:], after)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("max_norm", [1.0, 1e6, float("inf")])
+def test_clipping_is_torchs(impl, max_norm):
+    params = [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in ((40, 5), (9000,))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, q in zip(params, theirs, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    expected_norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    torch.optim.AdamW(theirs, lr=0.1).step()
+    zeros = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    steps = [torch.ones((), device=DEVICE) for _ in params]
+    hyper = torch.tensor([[0.1, 0.9, 0.999, 1e-8, 1e-2, 0.0]], dtype=torch.float64, device=DEVICE)
+    grads = [p.grad for p in params]
+    norm = adamw(params, grads, *zeros, [], steps, [0, 0], hyper, max_norm=max_norm, impl=impl)
+    torch.testing.assert_close(norm, expected_norm)
+    torch.testing.assert_close([p.detach() for p in params], [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_norm_that_is_given_and_norm_that_is_not_finite(impl):
+    *lists, hyper, _ = list(samples(DEVICE))[1]
+    one, two = _clones(lists), _clones(lists)
+    norm = grad_norm_reference(lists[1]) * 3.0
+    returned = adamw(*one, hyper, max_norm=0.5, norm=norm, impl=impl)
+    torch.testing.assert_close(returned, norm)
+    adamw_reference(*two, hyper, max_norm=0.5, norm=norm)
+    torch.testing.assert_close(one[2], two[2])
+    lists = _clones(lists)
+    lists[1][0][0, 0] = float("nan")
+    assert adamw(*lists, hyper, max_norm=0.5, impl=impl).isnan()
+    assert lists[0][3].isnan().all()  # as after torch.nn.utils.clip_grad_norm_
+
+
+def test_same_bits_whatever_the_threads(threads):
+    *lists, hyper, _ = list(samples())[2]
+    lists = [[t.repeat(40) if t.ndim == 1 else t.repeat(40, 1) for t in tensors] for tensors in lists[:5]] + lists[5:]
+    runs = []
+    for count in (2, 1, 2):
+        threads(count)
+        mine = _clones(lists)
+        norm = adamw(*mine, hyper, max_norm=1.0, impl="cpp")
+        runs.append([norm.reshape(1), *mine[0], *mine[2], *mine[3]])
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+def test_saved_values_are_seen_to_have_changed():
+    *lists, hyper, _ = next(iter(samples()))
+    weight = lists[0][0].requires_grad_()
+    y = weight * weight
+    adamw(*lists, hyper, impl="cpp")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_operator_contract():
+    for dtype in (torch.float32, torch.bfloat16):
+        *lists, hyper, options = list(samples("cpu", dtype))[1]
+        arguments = (*_clones(lists), hyper, None, options["max_norm"], "cpp")
+        torch.library.opcheck(torch.ops.gpt2_fast.adamw.default, arguments)
+
+
+def test_compiles_whole():
+    *lists, hyper, options = list(samples())[1]
+    mine, expected = _clones(lists), _clones(lists)
+
+    def step(*tensors):
+        return adamw(*tensors, hyper, **options)
+
+    norm = torch.compile(step, fullgraph=True, backend="aot_eager")(*mine)
+    torch.testing.assert_close(norm, step(*expected))
+    assert_same_bits(mine[0], expected[0])
+
+
+def test_bad_input_is_named():
+    *lists, hyper, _ = list(samples())[1]
+    params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups = lists
+    averages = (exp_avgs, exp_avg_sqs, masters, steps)
+    with pytest.raises(ValueError, match="3 grads for 4 params"):
+        adamw(params, grads[1:], *averages, groups, hyper)
+    with pytest.raises(ValueError, match=r"grad 0 must be a dense torch.float32 \(3, 5\)"):
+        adamw(params, [grads[0].double(), *grads[1:]], *averages, groups, hyper)
+    with pytest.raises(ValueError, match="param 1 is in group 2 and hyper has 2"):
+        adamw(params, grads, *averages, [0, 2, 0, 0], hyper)
+    with pytest.raises(ValueError, match=r"hyper is torch.float32 \(2, 6\)"):
+        adamw(params, grads, *averages, groups, hyper.float())
+    low = [[t.bfloat16() for t in tensors] for tensors in (params, grads)]
+    with pytest.raises(ValueError, match="0 masters for 4 bfloat16 and float16 params"):
+        adamw(*low, *averages, groups, hyper)
+    with pytest.raises(ValueError, match=r"cannot update param 0: it is not contiguous"):
+        adamw([params[0].t().contiguous().t(), *params[1:]], grads, *averages, groups, hyper, impl="cpp")
+    double = [[t.double() for t in tensors] for tensors in lists[:4]]
+    with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
+        adamw(*double, masters, steps, groups, hyper, impl="cpp")

@@ -1,0 +1,241 @@
+"""linear_cross_entropy: every implementation against float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
+
+from gpt2_fast.ops import linear
+from gpt2_fast.ops import linear_cross_entropy as room
+from gpt2_fast.ops.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, samples
+
+IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
+
+
+@pytest.fixture(params=["one chunk", "chunks of 4 rows"])
+def chunks(request, monkeypatch):
+    """Whole, and cut so that 9 and 65 rows leave a last chunk of one."""
+    if request.param != "one chunk":
+        monkeypatch.setattr(room, "chunk_rows", lambda *_: 4)
+
+
+def _samples(impl, dtype):
+    """Triton's interpreter takes a row at a time: small samples alone there."""
+    for x, *rest in samples(DEVICE, dtype):
+        if impl != "triton" or DEVICE != "cpu" or x.numel() < 1000:
+            yield x, *rest
+
+
+def _check(x, weight, labels, options, dtype, impl):
+    def run(x, weight):
+        return linear_cross_entropy(x, weight, labels, **options, impl=impl)
+
+    def reference(x, weight):
+        return linear_cross_entropy_reference(x, weight, labels, **options)
+
+    check_op(run, reference, [x, weight], dtype, f"{impl} {dtype} {tuple(x.shape)} {options}")
+
+
+def _inputs(n_rows=9, n_embd=20, vocabulary=50):
+    x, weight = torch.randn(n_rows, n_embd, device=DEVICE), torch.randn(vocabulary, n_embd, device=DEVICE)
+    return x.requires_grad_(), weight.requires_grad_(), torch.randint(vocabulary, (n_rows,), device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_and_gradients(impl, dtype, chunks):
+    for x, weight, labels, options in _samples(impl, dtype):
+        _check(x, weight, labels, options, dtype, impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    for x, weight, labels, options in samples("cpu", dtype):
+        _check(x, weight, labels, options, dtype, "cpp")
+
+
+@pytest.mark.parametrize("policy", [("onednn", False), ("mkl", True)], ids=["onednn", "native bfloat16"])
+def test_other_processors_products(monkeypatch, policy, chunks):
+    policy = linear.CpuPolicy(*policy, "a test")
+    monkeypatch.setattr(room, "cpu_policy", lambda: policy)
+    monkeypatch.setattr(linear, "cpu_policy", lambda: policy)
+    dtype = torch.bfloat16 if policy.native_bfloat16 else torch.float32
+    for x, weight, labels, options in samples("cpu", dtype):
+        _check(x, weight, labels, options, dtype, "cpp")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_logits_and_confident_rows(impl):
+    x, weight, labels = _inputs()
+    _check(x.detach() * 300, weight.detach(), labels, {}, torch.float32, impl)
+    hit = (x @ weight.t()).argmax(1)
+    _check(x.detach() * 10, weight.detach(), hit, {"reduction": "none"}, torch.float32, impl)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_all_rows_ignored(impl):
+    """As in F.cross_entropy: the mean of nothing is nan, its gradients and the sum are 0."""
+    x, weight, labels = _inputs()
+    labels = torch.full_like(labels, -100)
+    for reduction, expected in (("mean", float("nan")), ("sum", 0.0)):
+        loss = linear_cross_entropy(x, weight, labels, reduction=reduction, impl=impl)
+        torch.testing.assert_close(loss, torch.tensor(expected, device=DEVICE), equal_nan=True)
+        assert not any(g.any() for g in torch.autograd.grad(loss, (x, weight)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_ignore_index(impl):
+    x, weight, labels = _inputs()
+    labels[4] = 0
+    _check(x.detach(), weight.detach(), labels, {"ignore_index": 0}, torch.float32, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_accumulated_micro_batches_equal_the_whole(impl):
+    """num_items, as a number or a tensor: the micro-batches' losses and gradients add up to the batch's."""
+    x, weight, labels = _inputs(10)
+    labels[:3] = -100
+    whole = linear_cross_entropy(x, weight, labels, impl=impl)
+    expected = [whole, *torch.autograd.grad(whole, (x, weight))]
+    for num_items in (7, torch.tensor(7, device=DEVICE)):
+        parts = sum(
+            linear_cross_entropy(x[i : i + 5], weight, labels[i : i + 5], num_items=num_items, impl=impl)
+            for i in (0, 5)
+        )
+        torch.testing.assert_close([parts, *torch.autograd.grad(parts, (x, weight))], expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_upstream_gradient_and_second_backward(impl):
+    x, weight, labels = _inputs()
+    loss = linear_cross_entropy(x, weight, labels, impl=impl)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    halved = torch.autograd.grad(loss * 0.5, (x, weight))
+    assert_same_bits(first, again)
+    torch.testing.assert_close([g * 2 for g in halved], list(first))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_the_gradients_that_are_wanted(impl, monkeypatch):
+    wanted = []
+    original = room._SOFTMAX_XENT[impl]
+    monkeypatch.setitem(room._SOFTMAX_XENT, impl, lambda *a: (wanted.append(a[-1]), original(*a)))
+    x, weight, labels = _inputs()
+    expected = linear_cross_entropy(x, weight, labels, impl=impl)
+    with torch.no_grad():
+        loss = linear_cross_entropy(x, weight, labels, impl=impl)
+    assert wanted == [True, False]
+    torch.testing.assert_close(loss, expected.detach())
+    frozen = linear_cross_entropy(x, weight.detach(), labels, impl=impl)
+    torch.testing.assert_close(torch.autograd.grad(frozen, x), torch.autograd.grad(expected, x))
+
+
+def test_weight_keeps_the_gradient_it_is_given():
+    """weight.grad is the buffer that the forward pass filled, not a copy of V x C numbers."""
+    x, weight, labels = _inputs()
+    loss = linear_cross_entropy(x, weight, labels)
+    address = loss.grad_fn.gradients[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == address
+
+
+def test_autocast():
+    x, weight, labels = _inputs()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, labels)
+        eager = linear_cross_entropy(x, weight, labels, impl="reference")
+    truth = linear_cross_entropy_reference(x.detach().double(), weight.detach().double(), labels)
+    assert loss.dtype == torch.float32
+    assert_as_exact(loss, eager, truth, "loss", torch.bfloat16)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, (x, weight)))
+
+
+def test_strided_inputs():
+    x, weight = torch.randn(6, 4, 96).transpose(0, 1)[..., ::2], torch.randn(48, 70).t()
+    labels = torch.randint(70, (6, 4)).t()
+    _check(x, weight, labels, {"reduction": "sum"}, torch.float32, "cpp")
+
+
+def test_same_bits_whatever_the_threads(threads):
+    """Of the pass here; how a vendor's product sums is its own affair."""
+    logits, labels, scale = torch.randn(33, 5000), torch.randint(5000, (33,)), torch.rand(33)
+    runs = []
+    for count in (2, 1, 2):
+        threads(count)
+        dlogits, losses = logits.clone(), torch.empty(33)
+        room._softmax_xent_cpp(dlogits, labels, losses, scale, -100, True)
+        runs.append([dlogits, losses])
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_bits_twice(impl):
+    *inputs, labels = _inputs()
+    upstream = [torch.rand(9, device=DEVICE)]
+    for reduction in ("mean", "none"):
+
+        def run(x, weight, reduction=reduction):
+            return linear_cross_entropy(x, weight, labels, reduction=reduction, impl=impl).expand(9)
+
+        runs = [evaluate(run, inputs, upstream) for _ in range(2)]
+        assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
+
+
+def test_operator_contract():
+    x, weight, labels = (t.detach().cpu() for t in _inputs())
+    for need in ((True, True), (False, False)):
+        arguments = (x, weight, labels, torch.ones(1), -100, *need, "cpp")
+        torch.library.opcheck(torch.ops.gpt2_fast.linear_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole(reduction):
+    *inputs, labels = _inputs()
+
+    def step(x, weight):
+        return linear_cross_entropy(x, weight, labels, reduction=reduction).sum() * 0.5
+
+    one = [torch.ones(())]
+    expected, gradients = evaluate(step, inputs, one)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(evaluate(compiled, inputs, one), (expected, gradients))
+
+
+def test_a_chunk_is_all_of_the_logits_that_exists():
+    """A chunk of 124M's vocabulary stays below the 32 MiB that glibc keeps; one row is the least."""
+    rows = room.chunk_rows("cpu", 50257, 4)
+    assert rows > 100
+    assert rows * 50257 * 4 < 32 << 20
+    assert room.chunk_rows("cpu", 1 << 30, 4) == 1
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"] if DEVICE == "cpu" else [])
+@pytest.mark.parametrize("label", [50, -1, -(2**40)])
+def test_label_outside_the_vocabulary_is_named(impl, label):
+    x, weight, labels = _inputs()
+    labels[6] = label
+    with pytest.raises(IndexError, match=rf"label {label} at position 6 is outside the vocabulary of 50"):
+        linear_cross_entropy(x, weight, labels, impl=impl)
+
+
+def test_bad_input_is_named():
+    x, weight, labels = _inputs()
+    with pytest.raises(ValueError, match=r"x ends in 20 and weight is \(20, 50\); it must be \[V, C\]"):
+        linear_cross_entropy(x, weight.t(), labels)
+    with pytest.raises(ValueError, match=r"labels are \(8,\) and x \(9, 20\)"):
+        linear_cross_entropy(x, weight, labels[:-1])
+    with pytest.raises(ValueError, match=r"labels are torch.int32; they must be int64"):
+        linear_cross_entropy(x, weight, labels.int())
+    with pytest.raises(ValueError, match=r"weight is torch.bfloat16 and x torch.float32"):
+        linear_cross_entropy(x, weight.bfloat16(), labels)
+    with pytest.raises(ValueError, match=r"reduction is 'average'; choose mean, sum, none"):
+        linear_cross_entropy(x, weight, labels, reduction="average")
+    with pytest.raises(ValueError, match=r"num_items is the denominator of reduction='mean', not of 'sum'"):
+        linear_cross_entropy(x, weight, labels, reduction="sum", num_items=3)
+    with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
+        linear_cross_entropy(x.double(), weight.double(), labels, impl="cpp")

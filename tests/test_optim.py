@@ -1,0 +1,226 @@
+"""gpt2_fast.optim.AdamW beside torch.optim.AdamW, and in the places an optimizer is used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import assert_same_bits
+
+from gpt2_fast.optim import AdamW
+
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def _model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5))
+    return layers.to(DEVICE, dtype)
+
+
+def _run(model, optimizer, steps, *, clip=None, scheduler=None, start=0):
+    for i in range(start, start + steps):
+        x = torch.randn(16, 20, generator=torch.Generator().manual_seed(i)).to(next(model.parameters()))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_hundred_steps_equal_torchs(maximize):
+    """With clipping, here inside the step, and a schedule; one group without decay."""
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        model = _model()
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0, "lr": 1e-3},
+        ]
+        extra = {"clip_grad_norm": 0.05} if kind is AdamW else {}
+        optimizer = kind(groups, **OPTIONS, **extra, maximize=maximize)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 10))
+        results.append(_run(model, optimizer, 100, clip=None if extra else 0.05, scheduler=schedule))
+    _close(*results)
+
+
+def test_without_clipping_and_after_torchs_clip_grad_norm():
+    for clip in (None, 0.05):
+        ours, theirs = _model(), _model()
+        expected = _run(theirs, torch.optim.AdamW(theirs.parameters(), **OPTIONS), 20, clip=clip)
+        optimizer = AdamW(ours.parameters(), **OPTIONS)
+        _close(_run(ours, optimizer, 20, clip=clip), expected)
+        assert optimizer.last_grad_norm is None
+
+
+def test_last_grad_norm():
+    model = _model()
+    optimizer = AdamW(model.parameters(), **OPTIONS, clip_grad_norm=float("inf"))
+    assert optimizer.last_grad_norm is None
+    _run(model, optimizer, 1)
+    expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    torch.testing.assert_close(optimizer.last_grad_norm, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_follows_a_float32_master(dtype):
+    """Gradients rounded, weights not: 200 steps too small for the parameter's own precision still move it."""
+    p = torch.nn.Parameter(torch.ones(50, device=DEVICE, dtype=dtype))
+    q = torch.nn.Parameter(torch.ones(50, device=DEVICE))
+    ours = AdamW([p], lr=1e-5, weight_decay=0.0)
+    theirs = torch.optim.AdamW([q], lr=1e-5, weight_decay=0.0)
+    for i in range(200):
+        gradient = torch.randn(50, generator=torch.Generator().manual_seed(i)).add(2.0).to(DEVICE, dtype)
+        p.grad, q.grad = gradient, gradient.float()
+        ours.step()
+        theirs.step()
+    _close(ours.state[p]["master"], q.detach())
+    assert torch.equal(p.detach(), ours.state[p]["master"].to(dtype))
+    assert ours.state[p]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kinds", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)])
+def test_state_dict_goes_both_ways(kinds):
+    """Ten steps by one class and ten more by another from its state, beside twenty by torch's."""
+    straight = _model()
+    expected = _run(straight, torch.optim.AdamW(straight.parameters(), **OPTIONS), 20)
+    model = _model()
+    first = kinds[0](model.parameters(), **OPTIONS)
+    _run(model, first, 10)
+    second = kinds[1](model.parameters(), lr=1.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0]["lr"] == OPTIONS["lr"]
+    _close(_run(model, second, 10, start=10), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_run_repeats_to_the_bit(dtype):
+    model = _model(dtype)
+    optimizer = AdamW(model.parameters(), **OPTIONS, clip_grad_norm=0.1)
+    _run(model, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = _run(model, optimizer, 5, start=5)
+    other = _model(dtype)
+    other.load_state_dict(saved[0])
+    resumed = AdamW(other.parameters(), **OPTIONS, clip_grad_norm=0.1)
+    resumed.load_state_dict(saved[1])
+    assert_same_bits(_run(other, resumed, 5, start=5), expected)
+
+
+def test_torchs_low_precision_state_gets_a_master():
+    model = _model(torch.bfloat16)
+    theirs = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _run(model, theirs, 2)
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    optimizer.load_state_dict(theirs.state_dict())
+    for p in model.parameters():
+        state = optimizer.state[p]
+        assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "master")} == {torch.float32}
+        assert torch.equal(state["master"], p.detach().float())
+
+
+def test_parameter_without_a_gradient_is_left_alone():
+    model = _model()
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    frozen = model[0].weight
+    before = frozen.detach().clone()
+    model(torch.randn(4, 20, device=DEVICE)).sum().backward()
+    frozen.grad = None
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert frozen not in optimizer.state
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+
+
+def test_strided_gradient():
+    p, q = (torch.nn.Parameter(torch.ones(6, 4, device=DEVICE)) for _ in range(2))
+    p.grad = torch.randn(4, 6, device=DEVICE).t()
+    q.grad = p.grad.contiguous()
+    AdamW([p], **OPTIONS).step()
+    torch.optim.AdamW([q], **OPTIONS).step()
+    _close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("make", [lambda t: t.double(), lambda t: t.t().contiguous().t()], ids=["float64", "strides"])
+def test_what_kernels_cannot_take_goes_to_the_reference(make):
+    """Beside a parameter that they can: one norm over both, and a warning that names the reason."""
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(7, device=DEVICE))]
+        params.append(torch.nn.Parameter(make(torch.randn(6, 4, device=DEVICE))))
+        optimizer = kind(params, **OPTIONS, **({"clip_grad_norm": 0.5} if kind is AdamW else {}))
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if kind is AdamW:
+                if not optimizer.state:
+                    with pytest.warns(UserWarning, match=r"the reference updates the parameter \(6, 4\)"):
+                        optimizer.step()
+                    continue
+            else:
+                torch.nn.utils.clip_grad_norm_(params, 0.5)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    _close(*results)
+    named = AdamW([params[1]], **OPTIONS, impl="cpp" if DEVICE == "cpu" else "triton")
+    with pytest.raises(ValueError, match=r"cannot update a parameter \(6, 4\)"):
+        named.step()
+
+
+def test_closure_and_added_group():
+    model = _model()
+    optimizer = AdamW(model[0].parameters(), **OPTIONS)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.01})
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 20, device=DEVICE)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > optimizer.step(closure).item()
+    assert all(optimizer.state[p]["step"] == 2 for p in model.parameters())
+
+
+def test_changed_hyperparameters_are_uploaded():
+    p = torch.nn.Parameter(torch.zeros(3, device=DEVICE))
+    optimizer = AdamW([p], lr=0.0, weight_decay=0.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not p.any()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25))
+
+
+def test_bad_input_is_named():
+    p = torch.nn.Parameter(torch.zeros(4, 3, device=DEVICE))
+    for options, message in [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": torch.tensor(0.1)}, "lr is a tensor"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
+        ({"eps": -1e-8}, "eps is -1e-08"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm is 0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AdamW([p], **options)
+    with pytest.raises(ValueError, match="parameters are on cpu, meta|parameters are on cuda:0, meta"):
+        AdamW([p, torch.nn.Parameter(torch.zeros(3, device="meta"))])
+    with pytest.raises(ValueError, match="amsgrad is not implemented"):
+        AdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+    p.grad = torch.zeros(4, 3, device=DEVICE).to_sparse()
+    with pytest.raises(ValueError, match="a gradient is sparse"):
+        AdamW([p]).step()

@@ -1,14 +1,17 @@
 """Builds gpt2_fast._C with ninja: no torch header is included, so no torch is needed to build.
 
-Every kernel source in csrc/ is compiled once per instruction set (the binary picks one at run time,
-see csrc/dispatch.cpp), and embedding.cu becomes a fatbin where nvcc is found.
+Every kernel source in csrc/ is compiled once per instruction set (the binary picks one at run time, see
+csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
+NVRTC to compile at first use elsewhere (gpt2_fast/cuda.py).
+
+Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,22 +27,14 @@ KERNELS = ["embedding", "add_layernorm", "layernorm_linear_gelu", "attention", "
            "linear_cross_entropy", "adamw", "table"]  # fmt: skip
 ONCE = ["dispatch", "cuda_driver", "bindings"]
 X86_ISAS = {
-    "baseline": "",
+    "baseline": "-O2",  # for processors before 2013: compile time matters more
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     "avx512bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
     "-mprefer-vector-width=512",
 }
+CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["80", "90", "100"]
-
-
-def source_hash() -> str:
-    """One hash of csrc/, compiled in, so that a stale extension can be told from a fresh one."""
-    digest = hashlib.sha256()
-    for path in sorted(CSRC.glob("*")):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def find_nvcc() -> str | None:
@@ -50,41 +45,56 @@ def find_nvcc() -> str | None:
     return None
 
 
-def ninja_file(build: Path, target: Path, fatbin: Path | None) -> str:
-    """The build as one ninja file: an object per source and instruction set, one shared library."""
+def nvcc_flags(nvcc: str) -> str:
+    """Machine code for those of CUDA_ARCHS that this nvcc knows, and PTX of the first for every later GPU."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [a for a in CUDA_ARCHS if f"compute_{a}" in known] or CUDA_ARCHS[:1]
+    gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+    gencode.append(f"-gencode arch=compute_{archs[0]},code=compute_{archs[0]}")
+    return f"-std=c++17 -O3 --threads 0 --fatbin {' '.join(gencode)}"
+
+
+def ninja_file(build: Path, target: Path, fatbin: Path) -> str:
+    """The build as one ninja file: an object per source and instruction set, one shared library, one fatbin."""
     import pybind11
 
     cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     isas = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ""}
-    includes = f"-I{CSRC} -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    common = f"-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math {includes}"
-    defines = " ".join(f"-DGPT2_HAVE_{isa.upper()}" for isa in isas)
+    common = (f"-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -I{CSRC} "
+              + os.environ.get("CXXFLAGS", ""))  # fmt: skip
+    python = f"-O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"  # it compiles for long and runs little
+    source_hash = runpy.run_path(str(ROOT / "gpt2_fast" / "sources.py"))["source_hash"](CSRC)
+    once_flags = {
+        "dispatch": " ".join(f"-DGPT2_HAVE_{isa.upper()}" for isa in isas),
+        "cuda_driver": python,
+        "bindings": f"{python} -DGPT2_SOURCE_HASH='\"{source_hash}\"'",
+    }
     rules = [
-        "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = $cxx -shared -fopenmp $in -o $out -ldl",
+        "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+        "  description = $in $isa",
+        "rule link\n  command = $cxx -shared -fopenmp $in -o $out -ldl\n  description = $out",
         f"cxx = {cxx}",
     ]
     objects = []
-    for isa, march in isas.items():
-        for stem in KERNELS:
-            out = build / f"{stem}.{isa}.o"
-            objects.append(out)
-            rules.append(f"build {out}: cxx {CSRC / (stem + '.cpp')}\n"
-                         f"  flags = {common} {march} -DGPT2_ISA={isa}")  # fmt: skip
+
+    def compile_one(stem: str, name: str, flags: str, isa: str = "") -> None:
+        objects.append(build / f"{name}.o")
+        rules.append(f"build {objects[-1]}: cxx {CSRC / (stem + '.cpp')}\n  flags = {common} {flags}\n  isa = {isa}")
+
     for stem in ONCE:
-        out = build / f"{stem}.o"
-        objects.append(out)
-        extra = f"{defines} -DGPT2_SOURCE_HASH='\"{source_hash()}\"'"
-        rules.append(f"build {out}: cxx {CSRC / (stem + '.cpp')}\n  flags = {common} {extra}")
+        compile_one(stem, stem, once_flags[stem])
+    for stem in KERNELS:
+        for isa, march in isas.items():
+            compile_one(stem, f"{stem}.{isa}", f"{march} -DGPT2_ISA={isa}", isa)
     rules.append(f"build {target}: link {' '.join(map(str, objects))}")
     outputs = [target]
-    nvcc = find_nvcc()
-    if nvcc and fatbin:
-        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
-        gencode += f" -gencode arch=compute_{CUDA_ARCHS[0]},code=compute_{CUDA_ARCHS[0]}"
-        rules.append(f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 --fatbin {gencode} $in -o $out")
-        inputs = f"{CSRC / 'embedding.cu'} | " + " ".join(str(h) for h in sorted(CSRC.glob("*.h")))
-        rules.append(f"build {fatbin}: nvcc {inputs}")
+    if nvcc := find_nvcc():
+        # A toolkit that does not get along with this compiler is no reason to fail: NVRTC does without.
+        rules.append(f"rule nvcc\n  command = {nvcc} {nvcc_flags(nvcc)} $in -o $out || {{ rm -f $out; echo "
+                     "'gpt2_fast: nvcc failed; NVRTC will compile the CUDA kernels at first use'; }\n"
+                     "  description = $in")  # fmt: skip
+        source, *headers = (str(CSRC / name) for name in CUDA_SOURCES)
+        rules.append(f"build {fatbin}: nvcc {source} | {' '.join(headers)}")
         outputs.append(fatbin)
     return "\n".join(rules) + f"\ndefault {' '.join(map(str, outputs))}\n"
 
@@ -98,17 +108,26 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        cuda_sources = target.parent / "cuda_src"
+        cuda_sources.mkdir(parents=True, exist_ok=True)
+        for name in CUDA_SOURCES:
+            shutil.copy(CSRC / name, cuda_sources / name)
         (build / "build.ninja").write_text(ninja_file(build, target, target.parent / "embedding.fatbin"))
-        executable = Path(ninja.BIN_DIR) / "ninja"
-        command = [str(executable), "-C", str(build)]
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
         if subprocess.call(command) != 0:
             sys.exit("gpt2_fast: the C++ extension did not build; a C++17 compiler (g++ >= 9 or clang >= 12) "
                      "with OpenMP is needed, see the messages above")  # fmt: skip
 
+    def copy_extensions_to_source(self) -> None:
+        """In place (pip install -e): the fatbin goes where the extension goes; NVRTC reads csrc/ itself."""
+        super().copy_extensions_to_source()
+        built, placed = (folder / "gpt2_fast" / "embedding.fatbin" for folder in (Path(self.build_lib), ROOT))
+        placed.unlink(missing_ok=True)
+        if built.exists():
+            shutil.copy(built, placed)
 
-setup(
-    ext_modules=[Extension("gpt2_fast._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
-    package_data={"gpt2_fast": ["embedding.fatbin", "embedding.cu", "*.h"]},
-)
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("gpt2_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

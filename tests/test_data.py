@@ -1,5 +1,6 @@
 """Token data: formats, splits, the cache, batches that depend on the step alone, and clear refusals."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -73,14 +74,14 @@ def test_every_start_is_drawn_and_no_window_crosses_shards():
 
 
 def test_windows_do_not_overlap_and_cover_the_data():
-    tokens = dataset(13, 4, 9)  # (13 - 1) // 4 + (9 - 1) // 4
+    tokens = dataset(13, 4, 9, 8)  # (13 - 1) // 4 + (9 - 1) // 4 + (8 - 1) // 4; 4 tokens are too few
     batches = list(tokens.windows(batch_size=2))
-    assert [len(x) for x, _ in batches] == [2, 2, 1]
+    assert [len(x) for x, _ in batches] == [2, 2, 2]
     x = torch.cat([x for x, _ in batches])
     y = torch.cat([y for _, y in batches])
-    assert x[:, 0].tolist() == [0, 4, 8, 17, 21]
+    assert x[:, 0].tolist() == [0, 4, 8, 17, 21, 26]
     assert torch.equal(y, x + 1)
-    assert tokens.n_windows == 5
+    assert tokens.n_windows == 6
 
 
 @pytest.mark.parametrize(("limit", "starts"), [(1, [0]), (2, [0, 20]), (5, [0, 8, 16, 24, 32]), (99, None), (0, [])])
@@ -156,6 +157,7 @@ def test_text_in_blocks_has_the_ids_of_the_whole(tmp_path, monkeypatch):
 
 def test_folder_of_text(tmp_path):
     files = {"a.py": "x = 1\n", "deep/b.md": "# Title\n", "deep/empty.txt": "", "c": "plain"}
+    files |= {f"{i}.txt": f"number {i}" for i in range(6)}
     skipped = {"photo.jpg": b"\xff\xd8\xff\xe0abc", ".git/config": b"[core]", "n.dat": b"a\0b"}
     for name, content in [*files.items(), *skipped.items()]:
         path = tmp_path / "corpus" / name
@@ -163,8 +165,9 @@ def test_folder_of_text(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     tokens = load_tokens(tmp_path / "corpus", context=2).shards[0].tokens
     documents = get_tokenizer().decode(tokens).split("<|endoftext|>")
-    assert sorted(documents) == sorted([content for content in files.values() if content] + [""])
-    # The order is a matter of the names alone.
+    # The order is a matter of the names alone: of their hashes.
+    order = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert documents == [files[name] for name in order if files[name]] + [""]
     os.rename(tmp_path / "corpus", tmp_path / "moved")
     assert np.array_equal(load_tokens(tmp_path / "moved", context=2).shards[0].tokens, tokens)
 
@@ -225,7 +228,7 @@ def header(magic, version=1, count=4, tokens=4):
         (header(20240520)[:-2], ["holds 3 tokens", "says 4", "truncated"]),
         (header(20240520)[:100], ["100 bytes", "truncated"]),
         (header(20240520, version=7), ["version 7"]),
-        (header(20240520, count=0, tokens=0), ["0 tokens"]),
+        (header(20240520, count=0, tokens=0), ["header says 0 tokens"]),
         (header(20240801, version=7), ["another vocabulary"]),
         (header(20240326, version=3), ["llm.c model checkpoint"]),
         (b"PK\x03\x04" + bytes(100), ["zip archive"]),
@@ -262,13 +265,15 @@ def test_missing_empty_and_short_data(tmp_path):
     with pytest.raises(ValueError, match=r"folder holds no \.bin and no text file"):
         load_data(tmp_path / "folder", context=2)
     (tmp_path / "folder" / "empty.txt").touch()
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         load_data(tmp_path / "folder", context=2)
     (tmp_path / "short.txt").write_text("one two three")  # 4 tokens with <|endoftext|>
     for call in (load_data, load_tokens):
         with pytest.raises(ValueError) as short:
             call(tmp_path / "short.txt", context=8)
         assert_one_line(short.value, ["short.txt has 4 tokens", "context of 8", "shorter context"])
+    with pytest.raises(ValueError, match="needs 5"):  # a context needs the token that follows it
+        load_tokens(tmp_path / "short.txt", context=4)
     with pytest.raises(ValueError, match="18"):
         load_data([tmp_path / "short.txt"] * 2, context=8)
 

@@ -78,6 +78,7 @@ def _add_doctor(commands) -> None:
                         help="compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU")  # fmt: skip
     parser.add_argument("--arch", type=int, choices=(80, 90, 100), action="append", metavar="80|90|100",
                         help="with --kernels: this target alone (may be repeated)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="with --kernels: one configuration of each kernel")
     parser.set_defaults(run=_doctor)
 
 
@@ -87,7 +88,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if not arguments.kernels:
         doctor.report()
         return 0
-    return 1 if doctor.check_kernels(tuple(arguments.arch or doctor.ARCHS)) else 0
+    return 1 if doctor.check_kernels(tuple(arguments.arch or doctor.ARCHS), arguments.quick) else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import pkgutil
 import platform
-import sys
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -74,34 +74,35 @@ def _extension() -> Iterator[tuple[str, str]]:
         yield "CUDA embedding", "no nvcc was found at build time: NVRTC compiles it at first use"
 
 
-def report(out=sys.stdout) -> None:
+def report() -> None:
     """Prints machine, versions, the extension, and op by op the implementation chosen and why."""
     rows = [*_machine(), *_extension()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}", file=out)
+        print(f"{name:<{width}}  {value}"
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     for device_type in devices:
-        print(f"\nimpl='auto' on {device_type} takes", file=out)
+        print(f"\nimpl='auto' on {device_type} takes"
         for op in dispatch.TABLE:
             for dtype in (torch.float32, torch.bfloat16):
                 chosen, passed = dispatch.explain(op, torch.device(device_type), dtype)
                 if dtype == torch.bfloat16 and not passed:
                     continue
-                print(f"  {op:<22} {chosen}", file=out)
+                print(f"  {op:<22} {chosen}"
                 for name, reason in passed:
-                    print(f"  {'':<22}   not {name}: {reason}", file=out)
+                    print(f"  {'':<22}   not {name}: {reason}"
     if not torch.cuda.is_available():
-        print("\non a GPU it would take", file=out)
+        print("\non a GPU it would take"
         for op, by_device in dispatch.TABLE.items():
             first = by_device["cuda"][0]
             reason = dispatch.unavailable(first, "cuda", torch.float32)
-            print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""), file=out)
+            print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else "")
 
 
 # ---- the kernels ----
 
 ARCHS = (80, 90, 100)
+_DTYPE = re.compile(r" (?=fp32|bf16|fp16|C=)")  # what comes before it in a configuration's name is the kernel
 
 
 def kernel_modules() -> list[str]:
@@ -123,32 +124,38 @@ def _inspect_one(job: tuple[str, int, int]) -> tuple[str, int, dict | None, str]
         return spec.name, arch, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def _jobs(archs: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    jobs = []
+def _jobs(archs: tuple[int, ...], quick: bool) -> list[tuple[str, int, int]]:
+    """(stem, index of its spec, target) of what is to be compiled; quick: one bfloat16 configuration a kernel."""
+    jobs: dict[tuple, tuple[str, int, int]] = {}
     for stem in kernel_modules():
         for index, spec in enumerate(importlib.import_module(f"gpt2_fast.kernels.{stem}").aot_specs()):
-            jobs += [(stem, index, arch) for arch in spec.archs if arch in archs]
-    return jobs
+            for arch in set(spec.archs) & set(archs):
+                key = (_DTYPE.split(spec.name)[0], arch) if quick else (stem, index, arch)
+                if key not in jobs or "bf16" in spec.name:
+                    jobs[key] = (stem, index, arch)
+    return sorted(jobs.values())
 
 
-def check_kernels(archs: tuple[int, ...] = ARCHS, workers: int | None = None, out=sys.stdout) -> int:
+def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
     """Compiles every configuration of every Triton kernel for each of `archs` and prints what the code needs.
+
+    quick: one configuration of each kernel, not every one.
 
     Returns the number of failures: what does not compile, spills registers, or exceeds the target's shared memory.
     """
     if importlib.util.find_spec("triton") is None:
-        print("triton is not installed; run: pip install triton", file=out)
+        print("triton is not installed; run: pip install triton"
         return 1
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces kernels by Python: nothing to compile
     from gpt2_fast.kernels import aot
 
-    jobs = _jobs(archs)
+    jobs = _jobs(archs, quick)
     print(
         f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
         file=out,
     )
     failures = 0
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for name, arch, result, error in pool.map(_inspect_one, jobs, chunksize=4):
             found = [error] if result is None else aot.problems(result)
             failures += bool(found)
@@ -156,6 +163,6 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, workers: int | None = None, ou
             if result is not None:
                 mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
                 line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
-            print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), file=out, flush=True)
-    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}", file=out)
+            print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), flush=True)
+    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}"
     return failures

@@ -1,0 +1,76 @@
+"""`gpt2-fast doctor`: what it says of this machine, and the Triton kernels compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt2_fast.cli import main
+from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.dispatch import TABLE, ImplementationUnavailable
+
+ROW = re.compile(r"^(\S+).* sm_(80|90|100) +(\d+) +(\d+) +(\d+)  (.*)$")
+
+
+def test_names_what_runs_and_why(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert f"instruction set in use: {dispatch.extension().isa()}" in printed
+    for op in TABLE:
+        assert re.search(rf"^  {op} +(cpp|aten|triton|cuda)$", printed, re.MULTILINE), op
+
+
+def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_extension_missing", lambda: "the C++ extension is not built; run: pip install -e .")
+    chosen, passed = dispatch.explain("attention", torch.device("cpu"), torch.float32)
+    assert chosen == "reference"
+    assert passed == [("cpp", "the C++ extension is not built; run: pip install -e .")]
+    assert main(["doctor"]) == 0
+    assert "not cpp: the C++ extension is not built; run: pip install -e ." in capsys.readouterr().out
+
+
+def test_a_named_implementation_never_falls_back(monkeypatch):
+    monkeypatch.setattr(dispatch, "_extension_missing", lambda: "it is not built; run: pip install -e .")
+    dispatch._choice.cache_clear()
+    try:
+        with pytest.raises(ImplementationUnavailable, match="impl='cpp' cannot run: it is not built; run"):
+            dispatch.choose("attention", "cpp", torch.device("cpu"), torch.float32)
+    finally:
+        dispatch._choice.cache_clear()
+
+
+@pytest.mark.timeout(600)
+def test_kernels_compile_without_spills_and_on_tensor_cores():
+    """One configuration of every kernel for each target; `gpt2-fast doctor --kernels` does them all."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2_fast.cli", "doctor", "--kernels", "--quick"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [match.groups() for match in map(ROW.match, done.stdout.splitlines()) if match]
+    assert {arch for _, arch, *_ in rows} == {"80", "90", "100"}
+    assert all(spilled == "0" for _, _, _, spilled, _, _ in rows)
+    names = {name for name, *_ in rows}
+    assert {"adamw", "add_layernorm", "softmax_xent", "layernorm_linear_gelu", "attention.forward"} <= names
+    instruction = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+    for name, arch, *_, mma in rows:
+        if name in ("attention.forward", "attention.backward_dq", "attention.backward_dkdv"):
+            assert instruction[arch] in mma, f"{name} sm_{arch}: {mma}"
+        if name == "layernorm_linear_gelu":  # its tiles for few rows are too flat for the widest instructions
+            assert "MMA" in mma, f"{name} sm_{arch}: {mma}"
+
+
+def test_a_kernel_that_spills_is_a_failure():
+    from gpt2_fast.kernels import aot
+
+    good = {"registers": 64, "spilled_bytes": 0, "shared_bytes": 1000, "shared_limit": 163 << 10, "mma": {}}
+    assert aot.problems(good) == []
+    assert aot.problems({**good, "spilled_bytes": 8}) == ["spills 8 bytes a thread"]
+    assert "the limit is" in aot.problems({**good, "shared_bytes": 1 << 20})[0]

@@ -79,24 +79,24 @@ def report() -> None:
     rows = [*_machine(), *_extension()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}"
+        print(f"{name:<{width}}  {value}")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     for device_type in devices:
-        print(f"\nimpl='auto' on {device_type} takes"
+        print(f"\nimpl='auto' on {device_type} takes")
         for op in dispatch.TABLE:
             for dtype in (torch.float32, torch.bfloat16):
                 chosen, passed = dispatch.explain(op, torch.device(device_type), dtype)
                 if dtype == torch.bfloat16 and not passed:
                     continue
-                print(f"  {op:<22} {chosen}"
+                print(f"  {op:<22} {chosen}")
                 for name, reason in passed:
-                    print(f"  {'':<22}   not {name}: {reason}"
+                    print(f"  {'':<22}   not {name}: {reason}")
     if not torch.cuda.is_available():
-        print("\non a GPU it would take"
+        print("\non a GPU it would take")
         for op, by_device in dispatch.TABLE.items():
             first = by_device["cuda"][0]
             reason = dispatch.unavailable(first, "cuda", torch.float32)
-            print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else "")
+            print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""))
 
 
 # ---- the kernels ----
@@ -144,7 +144,7 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
     Returns the number of failures: what does not compile, spills registers, or exceeds the target's shared memory.
     """
     if importlib.util.find_spec("triton") is None:
-        print("triton is not installed; run: pip install triton"
+        print("triton is not installed; run: pip install triton")
         return 1
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces kernels by Python: nothing to compile
     from gpt2_fast.kernels import aot
@@ -152,7 +152,6 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
     jobs = _jobs(archs, quick)
     print(
         f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
-        file=out,
     )
     failures = 0
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -164,5 +163,5 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
                 mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
                 line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
             print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), flush=True)
-    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}"
+    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}")
     return failures

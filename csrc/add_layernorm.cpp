@@ -9,24 +9,26 @@
 namespace gpt2 {
 namespace GPT2_ISA {
 
+constexpr int ROW_STEP = 2 * KEEP_COLS;  // columns, four vectors
+
 // h = residual + dropout(x) for one row; returns its sum.
 template <class TX, class TH, bool DROP>
 GPT2_INLINE float add_row(const TX* x, const TH* residual, TH* h, int64_t C, const Dropout& d, int64_t row) {
-  vf sum[2] = {};
-  int8_t keep[KEEP_COLS];
-  for (int64_t c = 0; c < C; c += KEEP_COLS) {
-    if (DROP) keep_columns(d, 0, (uint32_t)row, c, keep);
-    for (int half = 0; half < 2; ++half) {
-      int64_t o = c + half * W, n = C - o;
+  vf sum[4] = {};
+  int8_t keep[ROW_STEP];
+  for (int64_t c = 0; c < C; c += ROW_STEP) {
+    if (DROP) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
+    for (int k = 0; k < 4; ++k) {
+      int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
       vf v = load_n(x + o, n);
-      if (DROP) v = apply_keep(v, d.scale, keep + half * W);
+      if (DROP) v = apply_keep(v, d.scale, keep + k * W);
       v = rounded<TH>(v + load_n(residual + o, n));
       store_n(h + o, v, n);
-      sum[half] += v;  // a tail's spare lanes are 0 + 0
+      sum[k] += v;  // a tail's spare lanes are 0 + 0
     }
   }
-  return hsum(sum[0] + sum[1]);
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 template <class TH>
@@ -93,17 +95,17 @@ GPT2_INLINE void backward_row(const TY* dy, const TH* dh, const TH* h, const flo
     store_n(dbias + c, load_n(dbias + c, n) + t, n);
   }
   float mean_g = hsum(sum_g) / (float)C, mean_gx = hsum(sum_gx) / (float)C;
-  int8_t keep[KEEP_COLS];
-  for (int64_t c = 0; c < C; c += KEEP_COLS) {
-    if (DROP) keep_columns(d, 0, (uint32_t)row, c, keep);
-    for (int half = 0; half < 2; ++half) {
-      int64_t o = c + half * W, n = C - o;
+  int8_t keep[ROW_STEP];
+  for (int64_t c = 0; c < C; c += ROW_STEP) {
+    if (DROP) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
+    for (int k = 0; k < 4; ++k) {
+      int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
       vf xhat = (load_n(h + o, n) - m) * r;
       vf v = (load_n(dy + o, n) * load_n(weight + o, n) - mean_g - xhat * mean_gx) * r;
       if (dh) v += load_n(dh + o, n);
       store_n(dresidual + o, v, n);
-      if (dx) store_n(dx + o, DROP ? apply_keep(v, d.scale, keep + half * W) : v, n);
+      if (dx) store_n(dx + o, DROP ? apply_keep(v, d.scale, keep + k * W) : v, n);
     }
   }
 }

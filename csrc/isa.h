@@ -88,9 +88,15 @@ GPT2_INLINE vf load(const bf16* p) {
 GPT2_INLINE void store(bf16* p, vf x) {
   vu u = as<vu>(x);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+#if defined(__AVX512F__)
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  __m512i bits = _mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bits));
+#else
   vu nan = as<vu>(x != x);
   vh h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), vh);
   memcpy(p, &h, sizeof(h));
+#endif
 }
 
 #if defined(__AVX512F__)
@@ -198,8 +204,17 @@ GPT2_INLINE float hmax(vf x) {
     for (int i = 0; i < w; ++i) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
   return s[0];
 }
+// As maxps and minps have it: b where either is NaN.
+#if defined(__AVX512F__)
+GPT2_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+GPT2_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+GPT2_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+GPT2_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 GPT2_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 GPT2_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+#endif
 
 GPT2_INLINE vf vsqrt(vf x) {
 #if defined(__AVX512F__)
@@ -213,8 +228,31 @@ GPT2_INLINE vf vsqrt(vf x) {
 #endif
 }
 
-// exp, to about one unit in the last place: Cody-Waite reduction and the Cephes expf polynomial.
+// exp(r) for |r| <= log(2) / 2: the Cephes expf polynomial.
+GPT2_INLINE vf exp_reduced(vf r) {
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// exp, to about one unit in the last place, after a Cody-Waite reduction.
 // Below -87.3 the result is 0, above 88.7 it is the largest power the exponent holds (inf).
+#if defined(__AVX512F__)
+GPT2_INLINE vf vexp(vf x) {
+  // Neither bound touches a NaN: min returns its second operand then, and "not less" is true.
+  vf clamped = vmin(splat(88.72283f), x);
+  __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  vf n = (vf)_mm512_roundscale_ps((__m512)(clamped * 1.44269504088896341f),
+                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  return (vf)_mm512_maskz_scalef_ps(kept, (__m512)exp_reduced(r), (__m512)n);
+}
+#else
 GPT2_INLINE vf vexp(vf x) {
   vf clamped = vmin(vmax(x, splat(-87.33654f)), splat(88.72283f));
   vf t = clamped * 1.44269504088896341f;
@@ -222,20 +260,14 @@ GPT2_INLINE vf vexp(vf x) {
   vf n = (t + 12582912.0f) - 12582912.0f;
   vf r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  vf y = p * (r * r) + r + 1.0f;
   // 2^n in two halves so that n = 128 does not overflow the exponent field early.
   vi k = __builtin_convertvector(n, vi);
   vi k1 = k >> 1, k2 = k - k1;
-  y = y * as<vf>((k1 + 127) << 23) * as<vf>((k2 + 127) << 23);
+  vf y = exp_reduced(r) * as<vf>((k1 + 127) << 23) * as<vf>((k2 + 127) << 23);
   y = select(x < -87.33654f, vf{}, y);
   return select(x != x, x, y);
 }
+#endif
 
 // Row-wise parallel loops: `GPT2_PARALLEL_FOR(i, n) { ... }` with a static schedule, so that which thread
 // does what is a function of the sizes alone.

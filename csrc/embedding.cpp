@@ -124,10 +124,10 @@ void embedding_forward(addr ids, addr positions, addr types, addr wte, addr wpe,
 }
 
 void embedding_backward(addr keys, addr order, addr grad, addr partial, addr dtable, int64_t entries, int64_t rows,
-                        int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold,
-                        double scale, int64_t site, int64_t grad_dtype, int64_t dtype) {
+                        int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng,
+                        int64_t threshold, double scale, int64_t site, int64_t grad_dtype, int64_t dtype) {
   EmbeddingBackward a = {(const int64_t*)keys, (const int64_t*)order, (const void*)grad, (float*)partial,
-                         (void*)dtable, entries, rows, T, C, table_rows, chunk,
+                         (void*)dtable, entries, rows, B, T, C, table_rows, chunk,
                          (const uint64_t*)rng, threshold, scale, site};
   Dropout mask = dropout_of(rng, threshold, scale, site);
   GPT2_DISPATCH_PAIR(grad_dtype, G, dtype, D, (backward<G, D>(a, mask)));

@@ -160,22 +160,25 @@ static __device__ __forceinline__ void finish(const EmbeddingBackward& a) {
 
 }  // namespace gpt2
 
+// Two blocks a multiprocessor at least: left to itself ptxas spills on sm_100 to fit four.
+#define GPT2_BOUNDS __launch_bounds__(256, 2)
+
 // embedding_forward_<tables>_<out>, embedding_reduce_<grad>_<table>, embedding_finish_<table>; with _whole, for
 // rows of whole tiles, aligned.
 #define GPT2_PAIR(a_name, A, b_name, B) \
   GPT2_PAIR_OF(a_name, A, b_name, B, , false) \
   GPT2_PAIR_OF(a_name, A, b_name, B, _whole, true)
 #define GPT2_PAIR_OF(a_name, A, b_name, B, suffix, WHOLE) \
-  extern "C" __global__ void __launch_bounds__(256) \
+  extern "C" __global__ void GPT2_BOUNDS \
       embedding_forward_##a_name##_##b_name##suffix(gpt2::EmbeddingForward a) { \
     gpt2::forward<A, B, WHOLE>(a); \
   } \
-  extern "C" __global__ void __launch_bounds__(256) \
+  extern "C" __global__ void GPT2_BOUNDS \
       embedding_reduce_##a_name##_##b_name##suffix(gpt2::EmbeddingBackward a) { \
     gpt2::reduce<A, B, WHOLE>(a); \
   }
 #define GPT2_FINISH(name, T, suffix, WHOLE) \
-  extern "C" __global__ void __launch_bounds__(256) embedding_finish_##name##suffix(gpt2::EmbeddingBackward a) { \
+  extern "C" __global__ void GPT2_BOUNDS embedding_finish_##name##suffix(gpt2::EmbeddingBackward a) { \
     gpt2::finish<T, WHOLE>(a); \
   }
 #define GPT2_TABLE(name, T) \

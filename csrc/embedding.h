@@ -12,5 +12,5 @@
           double scale, int64_t site, addr fault, int64_t dtype, int64_t out_dtype)) \
   KERNEL(embedding_backward, \
          (addr keys, addr order, addr grad, addr partial, addr dtable, int64_t entries, int64_t rows, \
-          int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold, double scale, \
-          int64_t site, int64_t grad_dtype, int64_t dtype))
+          int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold, \
+          double scale, int64_t site, int64_t grad_dtype, int64_t dtype))

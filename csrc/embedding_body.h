@@ -40,7 +40,7 @@ struct EmbeddingBackward {
   const void* grad;      // [rows, C], of out
   float* partial;        // [chunks, 2, C]
   void* dtable;          // [table_rows, C], zero
-  int64_t entries, rows, T, C, table_rows;
+  int64_t entries, rows, B, T, C, table_rows;  // rows = B * T
   int64_t chunk;        // entries a chunk
   const uint64_t* rng;  // as in the forward pass
   int64_t threshold;
@@ -88,15 +88,15 @@ GPT2_HOST_DEVICE void embedding_forward_tile(const EmbeddingForward& a, const Em
 
 // Key and flat row of sorted entry i.
 GPT2_HOST_DEVICE int64_t embedding_key(const EmbeddingBackward& a, int64_t i) {
-  return a.keys ? a.keys[i] : embedding_divide(i, embedding_divide(a.rows, a.T));
+  return a.keys ? a.keys[i] : embedding_divide(i, a.B);
 }
 GPT2_HOST_DEVICE int64_t embedding_row(const EmbeddingBackward& a, int64_t i) {
   if (a.keys) {
     int64_t row = a.order[i];
     return row < a.rows ? row : row - embedding_divide(row, a.rows) * a.rows;
   }
-  int64_t B = embedding_divide(a.rows, a.T), t = embedding_divide(i, B);
-  return (i - t * B) * a.T + t;
+  int64_t t = embedding_divide(i, a.B);
+  return (i - t * a.B) * a.T + t;
 }
 
 template <class Tile, class G, class W>

@@ -20,7 +20,7 @@ _BEFORE = """
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
+#define __launch_bounds__(threads, blocks)
 struct Extent { unsigned x, y, z; };
 static Extent blockIdx, threadIdx, blockDim;
 static inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -56,15 +56,15 @@ void launch_backward(void* kernel, const Extent* grid, const Extent* block, cons
 }
 int64_t offset(int64_t row, int64_t C, int64_t col) { return gpt2::embedding_offset(row, C, col); }
 int64_t divide(int64_t a, int64_t b) { return gpt2::embedding_divide(a, b); }
-int64_t row_of_position_entry(int64_t i, int64_t rows, int64_t T) {
+int64_t row_of_position_entry(int64_t i, int64_t B, int64_t T) {
   gpt2::EmbeddingBackward a = {};
-  a.rows = rows;
+  a.B = B;
   a.T = T;
   return gpt2::embedding_row(a, i);
 }
-int64_t key_of_position_entry(int64_t i, int64_t rows, int64_t T) {
+int64_t key_of_position_entry(int64_t i, int64_t B, int64_t T) {
   gpt2::EmbeddingBackward a = {};
-  a.rows = rows;
+  a.B = B;
   a.T = T;
   return gpt2::embedding_key(a, i);
 }

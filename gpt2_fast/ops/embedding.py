@@ -27,7 +27,7 @@ from gpt2_fast.ops.library import define
 OP = "embedding"
 CHUNK = 32  # sorted entries that one task sums
 _INDICES = {1: "input_ids", 2: "position_ids", 3: "token_type_ids"}  # csrc/embedding_body.h, EmbeddingIndex
-_FORWARD_STRUCT, _BACKWARD_STRUCT = struct.Struct("=13qd2q"), struct.Struct("=13qdq")
+_FORWARD_STRUCT, _BACKWARD_STRUCT = struct.Struct("=13qd2q"), struct.Struct("=14qdq")
 
 
 def embedding_reference(
@@ -147,13 +147,13 @@ def _forward_cuda(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropo
     cuda.launch(out.device, name, (groups, 1, 1), (32, cuda.WARPS, 1), _FORWARD_STRUCT.pack(*arguments))
 
 
-def _backward_arguments(keys, order, grad, partial, dtable, T, chunk, dropout_p, rng, site):
+def _backward_arguments(keys, order, grad, partial, dtable, chunk, dropout_p, rng, site):
     """The fields of struct EmbeddingBackward; keys None is every position of every row, t-major."""
-    rows, n_embd = grad.numel() // grad.shape[-1], grad.shape[-1]
-    entries = rows if keys is None else keys.numel()
+    B, T, n_embd = grad.shape
+    entries = B * T if keys is None else keys.numel()
     return (
         address(keys), address(order), address(grad), address(partial), address(dtable),
-        entries, rows, T, n_embd, dtable.shape[0], chunk, *philox.arguments(dropout_p, rng, site),
+        entries, B * T, B, T, n_embd, dtable.shape[0], chunk, *philox.arguments(dropout_p, rng, site),
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _table_gradient(impl, grad, keys, n_table_rows, dtype, dropout):
     else:
         (keys, order), entries, chunk = keys.sort(stable=True), keys.numel(), CHUNK
     partial = grad.new_empty(-(-entries // chunk), 2, n_embd, dtype=torch.float32)
-    arguments = _backward_arguments(keys, order, grad, partial, dtable, T, chunk, *dropout)
+    arguments = _backward_arguments(keys, order, grad, partial, dtable, chunk, *dropout)
     if impl == "cpp":
         _backward_cpp(grad, dtable, arguments)
     else:

@@ -174,8 +174,8 @@ def test_offsets_beyond_32_bits(on_cpu):
         assert on_cpu.index("divide", a, b) == a // b
     B, T = 2**21 + 3, 2**20
     for i in (0, B - 1, B, B * T - 1, 2**33 + 11):
-        assert on_cpu.index("key_of_position_entry", i, B * T, T) == i // B
-        assert on_cpu.index("row_of_position_entry", i, B * T, T) == (i % B) * T + i // B
+        assert on_cpu.index("key_of_position_entry", i, B, T) == i // B
+        assert on_cpu.index("row_of_position_entry", i, B, T) == (i % B) * T + i // B
 
 
 def test_table_beyond_32_bits(tmp_path):
@@ -189,7 +189,7 @@ def test_table_beyond_32_bits(tmp_path):
     keys, order = torch.tensor([7, V - 1, V - 1]), torch.tensor([1, 0, 2])
     grad, partial = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, C).contiguous(), torch.empty(1, 2, C)
     dispatch.extension().embedding_backward(
-        address(keys), address(order), address(grad), address(partial), address(wte), 3, 3, 3, C, V, 32,
+        address(keys), address(order), address(grad), address(partial), address(wte), 3, 3, 1, 3, C, V, 32,
         *philox.arguments(0.0, None, 0), 0, 1,
     )  # fmt: skip
     assert wte[[0, 7, V - 2, V - 1], C - 1].tolist() == [0.0, 2.0, 3.0, 5.0]

@@ -1,0 +1,207 @@
+"""The build: what it includes, what it ships, CUDA source through nvcc and NVRTC, one OpenMP runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import pytest
+
+from gpt2_fast import cuda, sources
+from gpt2_fast.ops import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+
+def _run(*command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def _python(code: str, **environment) -> str:
+    done = _run(sys.executable, "-W", "error::RuntimeWarning", "-c", code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _cuobjdump() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
+    return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
+
+
+def _no_nvrtc() -> str:
+    try:
+        cuda.find_nvrtc()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+needs_nvrtc = pytest.mark.skipif(bool(_no_nvrtc()), reason=_no_nvrtc())
+
+
+def test_no_torch_header():
+    for path in CSRC.iterdir():
+        included = re.findall(r'#\s*include\s*[<"]([^">]+)', path.read_text())
+        assert not [name for name in included if re.match(r"(torch|ATen|c10)/", name)], path.name
+
+
+def test_extension_is_of_these_sources(tmp_path):
+    extension = dispatch.extension()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sources.warn_if_stale(extension)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    (tmp_path / "csrc" / "isa.h").write_text("// changed\n")
+    with pytest.warns(RuntimeWarning, match=r"other sources than .*build it again: pip install -e \."):
+        sources.warn_if_stale(extension, tmp_path / "csrc")
+
+
+def test_one_openmp_runtime_and_torchs_thread_count():
+    out = _python("""
+import os, torch
+torch.set_num_threads(1)
+from gpt2_fast.ops.embedding import embedding
+maps = open("/proc/self/maps").read()
+print(len({line.split()[-1] for line in maps.splitlines() if "gomp" in line or "iomp" in line or "libomp" in line}))
+ids, wte, wpe = torch.zeros(4, 512, dtype=torch.int64), torch.zeros(8, 256), torch.zeros(512, 256)
+counts = []
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    embedding(ids, wte, wpe, impl="cpp")
+    counts.append(len(os.listdir("/proc/self/task")) - before)
+print(counts)
+""")
+    assert out.split("\n")[:2] == ["1", "[0, 2]"], out
+
+
+# ---- CUDA ----
+
+
+@needs_nvcc
+def test_nvcc_compiles_with_no_spills(tmp_path):
+    done = _run("nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings",
+                CSRC / "embedding.cu", "-o", tmp_path / "embedding.cubin")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == done.stderr.count("Compiling entry") == 34
+
+
+@needs_nvcc
+def test_fatbin_lies_beside_the_extension():
+    fatbin = Path(dispatch.extension().__file__).with_name("embedding.fatbin")
+    tool = _cuobjdump()
+    assert fatbin.exists()
+    if tool:
+        listed = _run(tool, "-lelf", "-lptx", fatbin).stdout
+        assert {"sm_80", "sm_90", "sm_100"} <= set(re.findall(r"sm_\d+", listed)), listed
+        assert "ptx" in listed
+
+
+def test_a_failing_nvcc_does_not_fail_the_build(tmp_path, monkeypatch):
+    ninja = pytest.importorskip("ninja", reason="ninja is a build dependency, not installed here")
+    pytest.importorskip("pybind11", reason="pybind11 is a build dependency, not installed here")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    fatbin = tmp_path / "embedding.fatbin"
+    text = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["ninja_file"](tmp_path, tmp_path / "_C.so", fatbin)
+    (tmp_path / "build.ninja").write_text(text)
+    done = _run(Path(ninja.BIN_DIR) / "ninja", "-C", tmp_path, fatbin)
+    assert done.returncode == 0, done.stdout
+    assert "NVRTC will compile" in done.stdout
+    assert not fatbin.exists()
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", [80, 100])
+def test_nvrtc_compiles_with_no_spills(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path / "cache"))
+    image = cuda.compiled(arch)
+    assert image.startswith(b"\x7fELF")
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.read_bytes() == image
+    assert re.fullmatch(rf"embedding-[0-9a-f]{{16}}-sm_{arch}-nvrtc_\d+\.\d+\.bin", kept.name)
+    monkeypatch.setattr(cuda.Nvrtc, "compile", None)
+    assert cuda.compiled(arch) == image, "the second time it comes from the cache"
+    if tool := _cuobjdump():
+        usage = _run(tool, "-res-usage", kept).stdout
+        assert usage.count("Function embedding_") == 34
+        assert set(re.findall(r"STACK:(\d+)", usage)) == set(re.findall(r"LOCAL:(\d+)", usage)) == {"0"}
+
+
+@needs_nvrtc
+def test_nvrtc_of_a_newer_gpu_and_of_a_broken_source(tmp_path, monkeypatch):
+    nvrtc = cuda.Nvrtc(cuda.find_nvrtc())
+    folder = tmp_path / "src"
+    folder.mkdir()
+    (folder / "embedding.cu").write_text('extern "C" __global__ void f(int* p) { *p = 1; }')
+    newest = nvrtc.architectures()[-1]
+    assert f".target sm_{newest}".encode() in nvrtc.compile(folder, newest + 1)
+    with pytest.raises(RuntimeError, match="compute capability 1.0"):
+        nvrtc.compile(folder, 10)
+    (folder / "embedding.cu").write_text("void f( {")
+    with pytest.raises(RuntimeError, match=r"nvrtcCompileProgram: NVRTC_ERROR_COMPILATION embedding.cu\(1\): error"):
+        nvrtc.compile(folder, newest)
+
+
+def test_driver_errors_are_exceptions():
+    if not Path("/dev/nvidiactl").exists():
+        with pytest.raises(RuntimeError, match=r"libcuda\.so\.1|cuInit|cuDevicePrimaryCtxRetain"):
+            dispatch.extension().cuda_load(0, b"")
+    with pytest.raises(RuntimeError, match=r"libcuda\.so\.1|no CUDA device|cuDevicePrimaryCtxRetain|cuInit"):
+        dispatch.extension().cuda_launch(63, 0, (1, 1, 1), (1, 1, 1), 0, b"")
+
+
+# ---- what is shipped, and the source tree ----
+
+
+def test_sdist_has_all_sources(tmp_path):
+    done = _run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    expected = [*CSRC.iterdir(), *ROOT.glob("kernels/*.py"), *ROOT.glob("gpt2_fast/**/*.py"), ROOT / "setup.py"]
+    assert not {str(path.relative_to(ROOT)) for path in expected} - names
+    assert not [name for name in names if name.endswith((".so", ".pyc", ".fatbin"))]
+
+
+def test_source_tree_beside_an_installed_package(tmp_path):
+    """After `pip install .`, python started in the repository root: the folder here shadows the installed one."""
+    tree, installed = tmp_path / "tree", tmp_path / "site" / "gpt2_fast"
+    shutil.copytree(ROOT / "gpt2_fast", tree / "gpt2_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", tree / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    installed.mkdir(parents=True)
+    extension = Path(dispatch.extension().__file__)
+    shutil.copy(extension, installed)
+    code = f"""
+import sys
+sys.path[:] = [{str(tree)!r}, {str(installed.parent)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]
+import gpt2_fast
+from gpt2_fast import sources
+path = [p for p in gpt2_fast.__path__[:1]]
+sources.extend_path(path)
+gpt2_fast.__path__[:] = path
+import importlib.util
+import torch
+for name in ("gpt2_fast.kernels", "gpt2_fast._C"):
+    print(importlib.util.find_spec(name).origin)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == [str(tree / "kernels" / "__init__.py"), str(installed / extension.name)]

@@ -149,6 +149,8 @@ class Run:
         self.optimizer = build_optimizer(self.model, config)
         self.out = prepare_folder(config, resume)
         self.step = 0
+        self.pending: tuple[int, Tensor, Tensor | None, float] | None = None
+        self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if resume is not None:
             self._restore()
         self.run_step = Step(self.model, self.optimizer, config, self.context)
@@ -234,23 +236,16 @@ class Run:
 
     def _loop(self) -> None:
         config = self.config
-        pending: tuple[int, Tensor, float] | None = None
-        tokens = config.grad_accum * config.batch_size * self.context
-        started = time.perf_counter()
         with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             while self.step < config.steps and not self.interrupted:
-                lr = config.learning_rate(self.step)
-                loss = self.run_step(*self._batches(), lr)
+                started = time.perf_counter()
+                loss = self.run_step(*self._batches(), config.learning_rate(self.step))
+                self._report(bar)  # of the step before: its loss is there by now, so nothing waits
                 self.step += 1
-                if pending is not None:
-                    self._report(bar, *pending, tokens)
-                now = time.perf_counter()
-                pending = (self.step, loss, now - started)
-                started = now
+                self.pending = (self.step, loss, self.optimizer.last_grad_norm, time.perf_counter() - started)
                 bar.update()
                 self._periodically(bar)
-            if pending is not None:
-                self._report(bar, *pending, tokens)
+            self._report(bar)
 
     def _batches(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this step, int64 [grad_accum, B, T]."""
@@ -259,24 +254,33 @@ class Run:
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
         return inputs, targets
 
-    def _report(self, bar: tqdm, step: int, loss: Tensor, seconds: float, tokens: int) -> None:
-        """Reads a finished step's loss into the bar and the log."""
+    def _report(self, bar: tqdm) -> None:
+        """Reads the pending step's loss into the bar and the log."""
+        if self.pending is None:
+            return
+        (step, loss, grad_norm, seconds), self.pending = self.pending, None
         value, lr = loss.item(), self.config.learning_rate(step - 1)
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
             )
-        rate = tokens / seconds
+        rate = self.tokens_per_step / seconds
         bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
-        self.log(step=step, loss=value, lr=lr, tokens_per_second=round(rate, 1))
+        norm = {} if grad_norm is None else {"grad_norm": round(grad_norm.item(), 5)}
+        self.log(step=step, loss=value, lr=lr, **norm, tokens_per_second=round(rate, 1))
 
     def _periodically(self, bar: tqdm) -> None:
         config, last = self.config, self.step >= self.config.steps
-        if config.eval_every and self.step % config.eval_every == 0 and not last:
+        due = [
+            n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
+        ]
+        if any(due):
+            self._report(bar)  # what is saved is logged, and the clock stands still meanwhile
+        if due[0]:
             bar.write(f"step {self.step}: validation loss {self.validate():.4f}")
-        if config.sample_every and self.step % config.sample_every == 0 and not last:
+        if due[1]:
             bar.write(f"step {self.step}: {self.sample()!r}")
-        if config.save_every and self.step % config.save_every == 0 and not last:
+        if due[2]:
             self.save()
 
 

@@ -58,9 +58,7 @@ def test_transformers_writes_and_we_read(tmp_path):
 
 def test_we_write_and_transformers_reads(tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours = GPT2Config(
-        n_embd=96, n_head=3, n_layer=2, n_inner=50, vocab_size=77, attn_pdrop=0.25, pad_token_id=3
-    )
+    ours = GPT2Config(n_embd=96, n_head=3, n_layer=2, n_inner=50, vocab_size=77, attn_pdrop=0.25, pad_token_id=3)
     ours.to_json(tmp_path / "config.json")
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(theirs) is transformers.GPT2Config
@@ -70,9 +68,7 @@ def test_we_write_and_transformers_reads(tmp_path):
 
 
 def test_aliases_and_keys_of_no_consequence():
-    config = GPT2Config.from_dict(
-        {"hidden_size": 48, "num_attention_heads": 4, "n_ctx": 1024, "dtype": "float32"}
-    )
+    config = GPT2Config.from_dict({"hidden_size": 48, "num_attention_heads": 4, "n_ctx": 1024, "dtype": "float32"})
     assert (config.n_embd, config.n_head, config.head_dim, config.n_inner_) == (48, 4, 12, 192)
 
 

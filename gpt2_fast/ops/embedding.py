@@ -322,8 +322,8 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Inputs (input_ids, wte, wpe, options) that tests and benchmarks read, smallest first."""
     generator = torch.Generator().manual_seed(0)
     for B, T, vocab_size, n_embd, positions, types, dropout_p in [
-        (1, 1, 5, 20, None, False, 0.0), (2, 63, 97, 96, None, True, 0.1), (3, 33, 4, 100, "row", False, 0.0),
-        (70, 3, 11, 36, None, False, 0.1), (2, 65, 300, 264, "batch", True, 0.0),
+        (1, 1, 5, 20, None, False, 0.0), (2, 31, 47, 96, None, True, 0.1), (3, 63, 4, 36, "row", False, 0.0),
+        (70, 3, 11, 20, None, False, 0.1), (2, 33, 60, 264, "batch", True, 0.0),
     ]:  # fmt: skip
         n_positions = 2 * T
         wte, wpe = (torch.randn(n, n_embd, generator=generator) for n in (vocab_size, n_positions))

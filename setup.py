@@ -2,7 +2,7 @@
 
 Every kernel source in csrc/ is compiled once per instruction set (the binary picks one at run time, see
 csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
-NVRTC to compile at first use elsewhere (gpt2_fast/cuda.py).
+NVRTC to compile at first use elsewhere (gpt2_fast/ops/cuda.py).
 
 Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time).
 """
@@ -30,8 +30,6 @@ X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
-    "avx512bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 "
-    "-mprefer-vector-width=512",
 }
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["80", "90", "100"]

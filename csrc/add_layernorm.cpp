@@ -12,17 +12,17 @@ namespace GPT2_ISA {
 constexpr int ROW_STEP = 2 * KEEP_COLS;  // columns, four vectors
 
 // h = residual + dropout(x) for one row; returns its sum.
-template <class TX, class TH, bool DROP>
+template <class TX, class TH>
 GPT2_INLINE float add_row(const TX* x, const TH* residual, TH* h, int64_t C, const Dropout& d, int64_t row) {
   vf sum[4] = {};
   int8_t keep[ROW_STEP];
   for (int64_t c = 0; c < C; c += ROW_STEP) {
-    if (DROP) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
+    if (d.on) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
     for (int k = 0; k < 4; ++k) {
       int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
       vf v = load_n(x + o, n);
-      if (DROP) v = apply_keep(v, d.scale, keep + k * W);
+      if (d.on) v = apply_keep(v, d.scale, keep + k * W);
       v = rounded<TH>(v + load_n(residual + o, n));
       store_n(h + o, v, n);
       sum[k] += v;  // a tail's spare lanes are 0 + 0
@@ -59,12 +59,12 @@ GPT2_INLINE float centred_squares(const TH* h, float mean, int64_t C) {
   return hsum(sum[0] + sum[1]);
 }
 
-template <class TX, class TH, class TY, bool DROP>
+template <class TX, class TH, class TY>
 static void forward(const TX* x, const TH* residual, const float* weight, const float* bias, TY* y, TH* h,
                     float* mean, float* rstd, int64_t N, int64_t C, double eps, const Dropout& d) {
   GPT2_PARALLEL_FOR(i, N) {
     const TH* row = residual ? h + i * C : (const TH*)x + i * C;
-    float sum = residual ? add_row<TX, TH, DROP>(x + i * C, residual + i * C, h + i * C, C, d, i)
+    float sum = residual ? add_row<TX, TH>(x + i * C, residual + i * C, h + i * C, C, d, i)
                          : sum_row(row, C);
     float m = sum / (float)C;
     float r = (float)(1.0 / sqrt((double)centred_squares(row, m, C) / (double)C + eps));
@@ -81,7 +81,7 @@ static void forward(const TX* x, const TH* residual, const float* weight, const 
 // With g = weight * dy and xhat = (h - mean) * rstd:
 //   dresidual = dh + rstd * (g - mean_C(g) - xhat * mean_C(g * xhat)),   dx = dropout'(dresidual)
 //   dweight = sum_N(dy * xhat),   dbias = sum_N(dy)
-template <class TX, class TH, class TY, bool DROP>
+template <class TX, class TH, class TY>
 GPT2_INLINE void backward_row(const TY* dy, const TH* dh, const TH* h, const float* weight, float m, float r,
                               TX* dx, TH* dresidual, float* dweight, float* dbias, int64_t C,
                               const Dropout& d, int64_t row) {
@@ -97,7 +97,7 @@ GPT2_INLINE void backward_row(const TY* dy, const TH* dh, const TH* h, const flo
   float mean_g = hsum(sum_g) / (float)C, mean_gx = hsum(sum_gx) / (float)C;
   int8_t keep[ROW_STEP];
   for (int64_t c = 0; c < C; c += ROW_STEP) {
-    if (DROP) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
+    if (d.on) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
     for (int k = 0; k < 4; ++k) {
       int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
@@ -105,12 +105,12 @@ GPT2_INLINE void backward_row(const TY* dy, const TH* dh, const TH* h, const flo
       vf v = (load_n(dy + o, n) * load_n(weight + o, n) - mean_g - xhat * mean_gx) * r;
       if (dh) v += load_n(dh + o, n);
       store_n(dresidual + o, v, n);
-      if (dx) store_n(dx + o, DROP ? apply_keep(v, d.scale, keep + k * W) : v, n);
+      if (dx) store_n(dx + o, d.on ? apply_keep(v, d.scale, keep + k * W) : v, n);
     }
   }
 }
 
-template <class TX, class TH, class TY, bool DROP>
+template <class TX, class TH, class TY>
 static void backward(const TY* dy, const TH* dh, const TH* h, const float* weight, const float* mean,
                      const float* rstd, TX* dx, TH* dresidual, float* partial, int64_t chunks, int64_t N,
                      int64_t C, const Dropout& d) {
@@ -120,7 +120,7 @@ static void backward(const TY* dy, const TH* dh, const TH* h, const float* weigh
     memset(dweight, 0, 2 * C * sizeof(float));
     int64_t end = (k + 1) * rows < N ? (k + 1) * rows : N;
     for (int64_t i = k * rows; i < end; ++i)
-      backward_row<TX, TH, TY, DROP>(dy + i * C, dh ? dh + i * C : nullptr, h + i * C, weight, mean[i], rstd[i],
+      backward_row<TX, TH, TY>(dy + i * C, dh ? dh + i * C : nullptr, h + i * C, weight, mean[i], rstd[i],
                                      dx ? dx + i * C : nullptr, dresidual + i * C, dweight, dbias, C, d, i);
   }
 }
@@ -152,8 +152,7 @@ void add_layernorm_forward(addr x, addr residual, addr weight, addr bias, addr y
                            addr rng, int64_t threshold, double scale, int64_t site) {
   Dropout d = dropout_of(rng, threshold, scale, site);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
-    auto run = rng ? forward<TX, TH, TY, true> : forward<TX, TH, TY, false>;
-    run((const TX*)x, (const TH*)residual, (const float*)weight, (const float*)bias, (TY*)y, (TH*)h,
+    forward<TX, TH, TY>((const TX*)x, (const TH*)residual, (const float*)weight, (const float*)bias, (TY*)y, (TH*)h,
         (float*)mean, (float*)rstd, N, C, eps, d);
   });
 }
@@ -164,8 +163,7 @@ void add_layernorm_backward(addr dy, addr dh, addr h, addr weight, addr mean, ad
                             int64_t threshold, double scale, int64_t site) {
   Dropout d = dropout_of(rng, threshold, scale, site);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
-    auto run = rng ? backward<TX, TH, TY, true> : backward<TX, TH, TY, false>;
-    run((const TY*)dy, (const TH*)dh, (const TH*)h, (const float*)weight, (const float*)mean,
+    backward<TX, TH, TY>((const TY*)dy, (const TH*)dh, (const TH*)h, (const float*)weight, (const float*)mean,
         (const float*)rstd, (TX*)dx, (TH*)dresidual, (float*)partial, chunks, N, C, d);
   });
   sum_partials((const float*)partial, chunks, 2 * C, (float*)dweight, C);

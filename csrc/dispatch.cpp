@@ -9,7 +9,6 @@ extern const Kernels kernels_baseline;
 #ifdef GPT2_HAVE_AVX2
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512bf16;
 #endif
 
 namespace {
@@ -28,13 +27,11 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Widest first.
 const Isa isas[] = {
 #ifdef GPT2_HAVE_AVX2
-    {"avx512bf16", &kernels_avx512bf16, has_avx512bf16},
     {"avx512", &kernels_avx512, has_avx512},
     {"avx2", &kernels_avx2, has_avx2},
 #endif

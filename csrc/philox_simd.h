@@ -17,11 +17,12 @@ struct Dropout {
   uint64_t key;
   uint32_t threshold, site;
   float scale;
+  bool on;
 };
 
 GPT2_INLINE Dropout dropout_of(addr rng, int64_t threshold, double scale, int64_t site) {
   uint64_t key = rng ? *(const uint64_t*)rng : 0;
-  return {key, (uint32_t)threshold, (uint32_t)site, (float)scale};
+  return {key, (uint32_t)threshold, (uint32_t)site, (float)scale, rng != 0};
 }
 
 // 64-bit products of the low halves; whatever the high halves hold is ignored.
@@ -51,7 +52,7 @@ GPT2_INLINE vq high_half(vq p) {
 // Each 64-bit lane runs one block, so a round needs no shuffle, only the products' own high and low halves. A
 // round waits for its products, so N = 2 vectors side by side take little longer than one.
 template <int N = 1>
-GPT2_INLINE void keep_columns(const Dropout& d, uint32_t z, uint32_t row, int64_t col, int8_t* keep) {
+GPT2_OUT_OF_LINE void keep_columns(const Dropout& d, uint32_t z, uint32_t row, int64_t col, int8_t* keep) {
   vq lane = {}, c0[N], c1[N], c2[N], c3[N];
   for (int i = 0; i < W / 2; ++i) lane[i] = i;
   for (int k = 0; k < N; ++k) {

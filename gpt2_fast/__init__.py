@@ -9,7 +9,8 @@ loss = model(input_ids, labels=input_ids).loss
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+
+from gpt2_fast import sources
 
 __version__ = "0.1.0"
 
@@ -24,15 +25,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def _extend_path() -> None:
-    """Makes the source tree usable as it lies, whether or not gpt2_fast is installed as well."""
-    here = Path(__file__).resolve().parent
-    if (here / "kernels").exists():
-        return
-    __path__.append(str(here.parent))  # the Triton kernels lie beside this folder, in kernels/
-
-
-_extend_path()
+sources.extend_path(__path__)
 
 
 def __getattr__(name: str):

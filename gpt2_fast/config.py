@@ -121,9 +121,7 @@ class GPT2Config:
         if model_type != "gpt2":
             raise ValueError(f"model_type is {model_type!r}; only 'gpt2' can be loaded")
         if data.get("add_cross_attention"):
-            raise ValueError(
-                "add_cross_attention is true; a GPT-2 decoder with cross-attention is not supported"
-            )
+            raise ValueError("add_cross_attention is true; a GPT-2 decoder with cross-attention is not supported")
         if data.get("quantization_config"):
             raise ValueError("quantization_config is set; load a checkpoint with unquantised weights")
         known = {_ALIASES.get(key, key): value for key, value in data.items()}

@@ -301,8 +301,6 @@ def aot_specs() -> list[AotSpec]:
     types = {"partial_ptr": "*fp32", "norm_ptr": "*fp32", "chunks": "i32"}
     blocks = {"BLOCK": config["BLOCK"]}
     specs.append(
-        make_spec(
-            norm_total_kernel, "adamw norm_total", types, blocks, config["num_warps"], unaligned=("chunks",)
-        )
+        make_spec(norm_total_kernel, "adamw norm_total", types, blocks, config["num_warps"], unaligned=("chunks",))
     )
     return specs

@@ -29,9 +29,7 @@ from .philox import keep_scale, keep_tile, load_key, threshold_bits
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CONFIGS = {
     "forward": {b: {"ROWS": min(16, max(1, 4096 // b)), "num_warps": 8 if b <= 4096 else 16} for b in BLOCKS},
-    "backward": {
-        b: {"ROWS": min(16, max(1, 2048 // b)), "num_warps": 8 if b <= 2048 else 16} for b in BLOCKS
-    },
+    "backward": {b: {"ROWS": min(16, max(1, 2048 // b)), "num_warps": 8 if b <= 2048 else 16} for b in BLOCKS},
 }
 
 
@@ -274,9 +272,7 @@ def backward(
     programs = min(PARTIALS, max(1, triton.cdiv(rows, step)))
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
     drop = _dropout(dropout_p if own_dx else 0.0, rng, site)
-    backward_kernel[(programs,)](
-        dy, dh, h, weight, mean, rstd, dx, dresidual, partials, N=rows, **drop, **tile
-    )
+    backward_kernel[(programs,)](dy, dh, h, weight, mean, rstd, dx, dresidual, partials, N=rows, **drop, **tile)
     dweight, dbias = reduce_partials(partials)
     return dx, dresidual, dweight, dbias
 
@@ -324,9 +320,7 @@ def _specs_alone(channels: int, row: str, stream: str) -> list[AotSpec]:
         _spec(forward_kernel, f"forward {label}", {**x, **affine}, channels, False),
         _spec(forward_kernel, f"statistics {label}", x, channels, False),
         _spec(backward_kernel, f"backward {label}", grads, channels, False),
-        _spec(
-            normalize_kernel, f"normalize {label}", {"h_ptr": f"*{stream}", **saved, **affine}, channels, None
-        ),
+        _spec(normalize_kernel, f"normalize {label}", {"h_ptr": f"*{stream}", **saved, **affine}, channels, None),
     ]
 
 

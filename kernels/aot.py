@@ -90,9 +90,7 @@ def make_spec(
     """
     absent = [arg for arg in kernel.arg_names if arg.endswith("_ptr") and arg not in types]
     attrs = tuple(arg for arg, kind in types.items() if kind != "fp32" and arg not in unaligned)
-    return AotSpec(
-        kernel, name, types, {**dict.fromkeys(absent), **constexprs}, num_warps, num_stages, attrs, archs
-    )
+    return AotSpec(kernel, name, types, {**dict.fromkeys(absent), **constexprs}, num_warps, num_stages, attrs, archs)
 
 
 def compile_spec(spec: AotSpec, arch: int) -> Compiled:
@@ -136,9 +134,7 @@ def find_tool(name: str) -> str:
     for candidate in (os.environ.get(f"TRITON_{name.upper()}_PATH"), str(wheel), shutil.which(name)):
         if candidate and os.access(candidate, os.X_OK):
             return candidate
-    raise RuntimeError(
-        f"{name} not found in the Triton wheel ({wheel.parent}) or on PATH; install the CUDA toolkit"
-    )
+    raise RuntimeError(f"{name} not found in the Triton wheel ({wheel.parent}) or on PATH; install the CUDA toolkit")
 
 
 def inspect(compiled: Compiled) -> dict[str, Any]:

@@ -90,9 +90,7 @@ def matmul_kernel(
             h = tl.load(h_rows + ks[None, :], mask=in_rows[:, None], other=0.0)
             ln_weight = tl.load(ln_weight_ptr + ks)
             ln_bias = tl.load(ln_bias_ptr + ks)
-            b = tl.load(
-                weight_ptr + ks[:, None].to(tl.int64) * F + cols[None, :], mask=in_cols[None, :], other=0.0
-            )
+            b = tl.load(weight_ptr + ks[:, None].to(tl.int64) * F + cols[None, :], mask=in_cols[None, :], other=0.0)
         else:
             in_k = ks < C
             h = tl.load(h_rows + ks[None, :], mask=in_rows[:, None] & in_k[None, :], other=0.0)
@@ -241,18 +239,14 @@ def aot_specs() -> list[AotSpec]:
     specs = []
     for (arch, size, shape), config in CONFIGS.items():
         if arch != INTERPRETER:
-            pairs = (
-                [("fp32", "fp32")] if size == 4 else [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
-            )
+            pairs = [("fp32", "fp32")] if size == 4 else [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
             specs += [_matmul_spec(arch, shape, config, dtype, stream) for dtype, stream in pairs]
     blocks = {"BLOCK_N": DU_CONFIG["BLOCK_N"], "BLOCK_F": DU_CONFIG["BLOCK_F"]}
     for dtype in TRITON_DTYPE.values():
         rows = dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}")
         types = {**rows, "partial_ptr": "*fp32", "N": "i32", "F": "i32"}
         name = f"gelu_backward {dtype}"
-        specs.append(
-            make_spec(gelu_backward_kernel, name, types, blocks, DU_CONFIG["num_warps"], unaligned=("N",))
-        )
+        specs.append(make_spec(gelu_backward_kernel, name, types, blocks, DU_CONFIG["num_warps"], unaligned=("N",)))
     return specs
 
 

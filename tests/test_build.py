@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_fast import cuda, sources
-from gpt2_fast.ops import dispatch
+from gpt2_fast import sources
+from gpt2_fast.ops import cuda, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"

@@ -17,7 +17,6 @@ SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 LAYERS = [
     ({"files", "config", "train_config", "sources"}, False),
     ({"kernels"}, True),
-    ({"cuda"}, False),
     ({"ops"}, True),
     ({"tokenizer"}, False),
     ({"model", "data", "optim", "checkpoint", "plots"}, False),

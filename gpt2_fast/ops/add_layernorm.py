@@ -184,6 +184,8 @@ def _validate(x, residual, weight, bias, dropout_p, rng):
     for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{OP}: {name} is on {t.device} and x on {x.device}; move them to one device")
+    if residual is not None and residual.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{OP}: residual is {residual.dtype} and x {x.dtype}; residual must be float32 or x's dtype")
     if residual is None and dropout_p > 0.0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p} and residual is None; dropout acts on what is added")
     philox.check(OP, dropout_p, rng, x.device)

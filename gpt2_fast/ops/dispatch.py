@@ -20,6 +20,8 @@ import os
 
 import torch
 
+from gpt2_fast import sources
+
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"cuda": ("cuda", "reference"), "cpu": ("cpp", "reference")},
     "add_layernorm": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
@@ -126,6 +128,7 @@ def extension():
     """
     from gpt2_fast import _C
 
+    sources.warn_if_stale(_C)
     isa = os.environ.get("GPT2_FAST_ISA")
     if isa:
         _C.set_isa(isa)

@@ -138,7 +138,7 @@ def _forward_cpp(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropou
 
 
 def _forward_cuda(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropout):
-    from gpt2_fast import cuda
+    from gpt2_fast.ops import cuda
 
     fault = _fault(out.device)
     arguments = _forward_arguments(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropout, fault)
@@ -162,7 +162,7 @@ def _backward_cpp(grad, dtable, arguments):
 
 
 def _backward_cuda(grad, dtable, arguments, partial):
-    from gpt2_fast import cuda
+    from gpt2_fast.ops import cuda
 
     suffix = cuda.whole(grad, dtable, partial)
     grid = (-(-partial.shape[0] // cuda.WARPS), -(-grad.shape[-1] // 256), 1)

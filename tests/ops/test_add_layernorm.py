@@ -112,6 +112,8 @@ def test_bad_input_is_named():
     x, weight = torch.randn(3, 96), torch.randn(96)
     with pytest.raises(ValueError, match=r"residual is \(3, 95\) and x is \(3, 96\)"):
         add_layernorm(x, torch.randn(3, 95), weight, weight)
+    with pytest.raises(ValueError, match="residual must be float32 or x's dtype"):
+        add_layernorm(x, x.bfloat16(), weight, weight)
     with pytest.raises(ValueError, match=r"weight is \(95,\)"):
         add_layernorm(x, x, weight[:-1], weight)
     with pytest.raises(ValueError, match="dropout_p is 1.0"):

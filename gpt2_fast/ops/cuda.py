@@ -73,7 +73,7 @@ def _module(index: int) -> int:
 def source_folder() -> Path:
     """Where embedding.cu and its headers are: in the package, or in csrc/ beside it in a source tree."""
     beside = Path(dispatch.extension().__file__).with_name("cuda_src")
-    for folder in (beside, Path(__file__).resolve().parent.parent / "csrc"):
+    for folder in (beside, Path(__file__).resolve().parent.parent.parent / "csrc"):
         if (folder / SOURCES[0]).exists():
             return folder
     raise RuntimeError(f"{beside / SOURCES[0]} is missing; reinstall gpt2_fast")

@@ -60,8 +60,9 @@ def _step(model, optimizer, autocast: torch.dtype | None, clip: bool) -> Callabl
 
 def gpt2_fast(size: str, dtype: torch.dtype, device: str, impl: str = "auto") -> Callable:
     """This package: fused AdamW with the clip inside; in bfloat16, float32 master weights in the optimizer."""
-    from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
+    from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel, retain_memory
 
+    retain_memory()
     model = _same_weights(GPT2LMHeadModel(GPT2Config(**SIZES[size], **NO_DROPOUT), impl=impl), size)
     model = model.to(device, dtype).train()
     return _step(model, AdamW(model.parameters(), **ADAMW, clip_grad_norm=1.0), None, clip=False)

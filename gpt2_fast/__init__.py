@@ -21,6 +21,7 @@ _PUBLIC = {
     "GPT2Model": "gpt2_fast.model",
     "AdamW": "gpt2_fast.optim",
     "get_tokenizer": "gpt2_fast.tokenizer",
+    "retain_memory": "gpt2_fast.memory",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

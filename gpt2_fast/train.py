@@ -23,6 +23,7 @@ from gpt2_fast.config import GPT2Config
 from gpt2_fast.data import TokenDataset, load_data
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
+from gpt2_fast.memory import retain_memory
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.optim import AdamW
 from gpt2_fast.plots import save_loss_plot
@@ -141,6 +142,8 @@ class Run:
     def __init__(self, config: TrainConfig, resume: str | None = None):
         self.config = config
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            retain_memory()
         self.model = build_model(config, self.device).train()
         self.context = config.context or self.model.config.n_positions
         self.train_data, self.val_data = load_data(

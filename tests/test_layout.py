@@ -15,7 +15,7 @@ SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 
 # From the leaves up: a module imports from layers below its own, or from its own where that is marked True.
 LAYERS = [
-    ({"files", "config", "train_config", "sources"}, False),
+    ({"files", "config", "train_config", "sources", "memory"}, False),
     ({"kernels"}, True),
     ({"ops"}, True),
     ({"tokenizer"}, False),

@@ -25,9 +25,9 @@ from gpt2_fast.ops.linear import cpu_policy, product
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
-# Bytes of one chunk of logits. On a CPU below 32 MiB, up to which glibc gives the same pages again; on a GPU
-# enough rows to fill every tile of the products.
-CHUNK_BYTES = {"cpu": 31 << 20, "cuda": 512 << 20}
+# Bytes of one chunk of logits: enough rows to keep the products at full speed, since every chunk reads the weight
+# twice and reads and writes its gradient.
+CHUNK_BYTES = {"cpu": 104 << 20, "cuda": 512 << 20}
 
 
 def linear_cross_entropy_reference(
@@ -100,10 +100,12 @@ def chunk_rows(device_type: str, vocabulary: int, itemsize: int) -> int:
     return max(1, CHUNK_BYTES[device_type] // (vocabulary * itemsize))
 
 
-def _accumulate_dweight(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    """dweight [V, C] float32 += dlogits^T @ x."""
+def _accumulate_dweight(dweight: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
+    """dweight [V, C] float32 += dlogits^T @ x; the first chunk writes it, so nothing has to be zero before."""
     if dlogits.dtype == torch.float32 and (dlogits.device.type != "cpu" or cpu_policy().float32 == "mkl"):
-        dweight.addmm_(dlogits.t(), x)
+        dweight.addmm_(dlogits.t(), x, beta=0 if first else 1)
+    elif first:
+        dweight.copy_(product(dlogits.t(), x))
     else:
         dweight += product(dlogits.t(), x)
 
@@ -119,7 +121,9 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
     rows = chunk_rows(x.device.type, vocabulary, x.element_size())
     losses = x.new_empty(n_rows, dtype=torch.float32)
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=torch.float32) if need_dweight else weight.new_empty(0)
+    dweight = weight.new_empty(0)
+    if need_dweight:
+        dweight = (torch.empty_like if n_rows else torch.zeros_like)(weight, dtype=torch.float32)
     for start in range(0, n_rows, rows):
         chunk = slice(start, min(start + rows, n_rows))
         logits = product(x[chunk], weight.t())
@@ -128,7 +132,7 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
         if need_dx:
             dx[chunk] = product(logits, weight)
         if need_dweight:
-            _accumulate_dweight(dweight, logits, x[chunk])
+            _accumulate_dweight(dweight, logits, x[chunk], first=start == 0)
     return losses, dx.to(dtype), dweight.to(dtype)
 
 

@@ -70,6 +70,63 @@ def _train(arguments: argparse.Namespace) -> int:
     return 130 if run.interrupted else 0
 
 
+def _add_generate(commands) -> None:
+    parser = commands.add_parser(
+        "generate", help="continue a text", description="Continues a text; one sample appears as its tokens come."
+    )
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="without it, a text from its start")
+    add = parser.add_argument
+    add("--model", metavar="MODEL", default="gpt2", help="checkpoint folder or hub repository (default gpt2)")
+    add("--num-samples", type=int, default=1, metavar="N", help="samples, as one batch (default 1)")
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens a sample (default 100)")
+    add("--seed", type=int, metavar="N", help="of the sampling; without it, every run differs")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely token (default 1)")
+    add("--top-k", type=int, default=50, metavar="N", help="sample among the N most likely; 0: all (default 50)")
+    add("--top-p", type=float, metavar="P", help="sample among the fewest tokens whose probabilities reach P")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
+    add("--stop", action="append", default=[], metavar="STRING", help="end in front of it (may be repeated)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--impl", default="auto", metavar="NAME", help="auto, reference, cpp or triton (default auto)")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from gpt2_fast.checkpoint import load_pretrained
+    from gpt2_fast.generate import complete
+    from gpt2_fast.model import GPT2LMHeadModel
+    from gpt2_fast.tokenizer import get_tokenizer
+    from gpt2_fast.train import resolve_device
+
+    device = resolve_device(arguments.device)
+    config, weights = load_pretrained(arguments.model)
+    model = GPT2LMHeadModel(config, arguments.impl)
+    model.load_state_dict(weights)
+    model.to(device, getattr(torch, arguments.dtype))
+    one = arguments.num_samples == 1
+    started = False
+
+    def write(piece: str) -> None:
+        nonlocal started
+        print(piece if started else arguments.prompt + piece, end="", flush=True)
+        started = True
+
+    texts = complete(
+        model, get_tokenizer(), arguments.prompt, arguments.max_new_tokens, num_samples=arguments.num_samples,
+        stop=arguments.stop, write=write if one else None, temperature=arguments.temperature,
+        top_k=arguments.top_k or None, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+    )  # fmt: skip
+    if one:
+        print("" if started else arguments.prompt)
+    else:
+        for i, text in enumerate(texts, start=1):
+            print(f"--- {i} of {len(texts)} ---\n{arguments.prompt}{text}")
+    return 0
+
+
 def _add_doctor(commands) -> None:
     parser = commands.add_parser(
         "doctor", help="what runs on this machine, and why", description="Machine, versions, and op by op what runs."
@@ -96,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="gpt2-fast", description=DESCRIPTION)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_generate(commands)
     _add_doctor(commands)
     return top
 

@@ -7,7 +7,11 @@ import torch
 from conftest import DEVICE
 from test_model import pair, tokens
 
-from gpt2_fast.generate import KVCache, generate, sample
+from gpt2_fast import checkpoint, cli
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
+from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.tokenizer import get_tokenizer
 
 
 def test_greedy_equals_transformers():
@@ -59,6 +63,142 @@ def test_stops_at_end_of_text():
     assert generate(model, [[1, 2, 3]], 10, temperature=0, eos_token_id=greedy[4])[0] == greedy[:cut]
 
 
+def test_repetition_penalty_is_transformers():
+    theirs, ours = pair()
+    prompt = tokens(1, 7)
+    expected = (
+        theirs.eval()
+        .generate(
+            prompt, max_new_tokens=30, do_sample=False, pad_token_id=0, eos_token_id=None, repetition_penalty=1.3
+        )[0, 7:]
+        .tolist()
+    )
+    greedy = {"temperature": 0, "repetition_penalty": 1.3}
+    assert generate(ours, prompt.tolist(), 30, **greedy)[0] == expected
+    assert expected != generate(ours, prompt.tolist(), 30, temperature=0)[0]
+    # In a batch, the other prompt's tokens and the padding are not penalised.
+    assert generate(ours, [prompt[0].tolist(), [0] * 12], 30, **greedy)[0] == expected
+
+
+def test_each_row_ends_on_its_own_and_stays_as_it_is():
+    _, model = pair()
+    prompts = [[1, 2, 3], [4, 5]]
+    free = generate(model, prompts, 12, temperature=0)
+    stop_after, seen = {0: 3, 1: 6}, []
+
+    def on_token(newest):
+        seen.append(newest.tolist())
+        return torch.tensor([len(seen) >= stop_after[row] for row in range(2)])
+
+    assert generate(model, prompts, 12, temperature=0, on_token=on_token) == [free[0][:3], free[1][:6]]
+    assert seen == [[free[0][min(step, 2)], free[1][step]] for step in range(6)]
+
+
+def test_several_ids_end_a_row():
+    _, model = pair()
+    free = generate(model, [[1, 2, 3]], 10, temperature=0)[0]
+    cut = min(free.index(free[3]), free.index(free[6]))
+    assert generate(model, [[1, 2, 3]], 10, temperature=0, eos_token_id=(free[6], free[3]))[0] == free[:cut]
+
+
+def stream(text, stop=()):
+    """What a TextStream gives, piece by piece, for the tokens of a text."""
+    tokenizer = get_tokenizer()
+    out = TextStream(tokenizer, stop)
+    pieces = [out.push(i) for i in tokenizer.encode(text)]
+    return [*pieces, out.close()], out
+
+
+def test_stream_holds_back_unfinished_characters():
+    text = "naïve 🙂 日本語 🧑‍🚀."
+    pieces, out = stream(text)
+    assert len(get_tokenizer().encode("🙂")) > 1, "one token a character would prove nothing"
+    assert "".join(pieces) == out.text == text
+    assert "\ufffd" not in "".join(pieces)
+    out = TextStream(get_tokenizer())
+    broken = get_tokenizer().encode("🙂")[:-1]
+    assert [out.push(i) for i in broken] == [""] * len(broken)
+    assert out.close() == "\ufffd"
+
+
+def test_stream_ends_in_front_of_a_stop_string():
+    pieces, out = stream("one two\n\nthree four", ["two\n\nthree", "four"])
+    assert out.stopped
+    assert "".join(pieces) == out.text == "one "
+    # What only began like a stop string is text after all.
+    pieces, out = stream("one two\n\nfive", ["two\n\nthree"])
+    assert "".join(pieces) == out.text == "one two\n\nfive"
+    assert not out.stopped
+    assert stream("one two", ["two three"])[1].text == "one two"
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        TextStream(get_tokenizer(), [""])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model of GPT-2's vocabulary, saved as a checkpoint."""
+    torch.manual_seed(3)
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=40, initializer_range=0.5)
+    path = tmp_path_factory.mktemp("model")
+    checkpoint.save_pretrained(path, GPT2LMHeadModel(config).state_dict(), config)
+    return path
+
+
+def run(capsys, *arguments):
+    status = cli.main(["generate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_command_prints_what_generate_gives(folder, capsys):
+    config, weights = checkpoint.load_pretrained(folder)
+    model, tokenizer = GPT2LMHeadModel(config), get_tokenizer()
+    model.load_state_dict(weights)
+    model.to(DEVICE)
+    ids = tokenizer.encode("Hello, I'm a language model,")
+    options = {"top_k": 40, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    base = ("Hello, I'm a language model,", "--model", folder, "--max-new-tokens", 8, *flags)
+    for n in (1, 3):
+        rows = generate(model, [ids] * n, 8, eos_token_id=tokenizer.eot_token, **options)
+        texts = ["Hello, I'm a language model," + tokenizer.decode(row) for row in rows]
+        status, out, err = run(capsys, *base, "--num-samples", n)
+        assert (status, err) == (0, "")
+        parts = texts if n == 1 else [f"--- {i} of {n} ---\n{text}" for i, text in enumerate(texts, start=1)]
+        assert out == "\n".join(parts) + "\n"
+    assert complete(model, tokenizer, "", 3, temperature=0) == [
+        tokenizer.decode(generate(model, [[tokenizer.eot_token]], 3, temperature=0)[0])
+    ]
+
+
+def test_command_stops_at_a_string(folder, capsys):
+    greedy = ("A", "--model", folder, "--temperature", 0, "--max-new-tokens", 12)
+    whole = run(capsys, *greedy)[1]
+    stop = whole[8:11]
+    assert run(capsys, *greedy, "--stop", stop)[1] == whole[: whole.index(stop, 1)] + "\n"
+
+
+def test_command_refuses_in_one_line(folder, capsys, tmp_path):
+    for arguments, message in [
+        (("word " * 38, "--model", folder), "need 69 positions and the model has 40"),
+        (("a", "--model", folder, "--num-samples", 0), "num_samples is 0"),
+        (("a", "--model", folder, "--repetition-penalty", 0), "repetition_penalty is 0"),
+        (("a", "--model", tmp_path / "no" / "such" / "one"), "does not exist"),
+        (("a", "--model", folder, "--impl", "cuda9"), "impl is 'cuda9'"),
+    ]:
+        status, out, err = run(capsys, *arguments, "--max-new-tokens", 30)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+        assert out == ""
+
+
+def test_a_vocabulary_that_is_not_gpt2s_is_refused():
+    _, model = pair()
+    with pytest.raises(ValueError, match="vocab_size 257"):
+        complete(model, get_tokenizer(), "a", 3)
+
+
 def test_sampling_keeps_what_it_should():
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).expand(4000, 5)
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +213,7 @@ def test_sampling_keeps_what_it_should():
 
 def test_bad_input_is_one_line():
     _, model = pair()
-    with pytest.raises(ValueError, match="needs 65 positions and the model has 64"):
+    with pytest.raises(ValueError, match="need 65 positions and the model has 64"):
         generate(model, [[1] * 60], 5)
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(model, [[]], 5)

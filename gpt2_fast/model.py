@@ -14,11 +14,13 @@ receives (y = ln_1(h), h) and returns (y = ln_1 of the next block, or ln_f; h).
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm
@@ -226,6 +228,48 @@ class GPT2LMHeadModel(nn.Module):
         else:
             self.lm_head.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
             nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        impl: str = "auto",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> GPT2LMHeadModel:
+        """The model of a folder or of a hub repository such as "gpt2", in eval mode as transformers has it.
+
+        dtype: of the weights; None keeps what is stored. device: None is the CPU. impl: see the class.
+        revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
+        Raises FileNotFoundError or ValueError, one line, for what is missing, truncated or not a GPT-2.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16, float16 or float64")
+        config, state = checkpoints.load_pretrained(
+            name_or_folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, dtype=dtype
+        )
+        with torch.device("meta"):  # no memory, no initialisation: every parameter is replaced below
+            model = cls(config, impl)
+        # A mapped file's tensors start at any multiple of 8 bytes, torch's own at 64, as vector loads like it.
+        state = {name: tensor.clone() if tensor.data_ptr() % 64 else tensor for name, tensor in state.items()}
+        model.load_state_dict(state, strict=True, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.to(device).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained loads.
+
+        dtype: of the stored weights; None keeps the model's. Raises OSError where the folder cannot be written.
+        """
+        state = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        checkpoints.save_pretrained(folder, state, self.config, dtype=dtype)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keeps only the inputs of each block in training and computes the rest again in backward."""

@@ -18,9 +18,9 @@ LAYERS = [
     ({"files", "config", "train_config", "sources", "memory"}, False),
     ({"kernels"}, True),
     ({"ops"}, True),
-    ({"tokenizer"}, False),
-    ({"model", "data", "optim", "checkpoint", "plots"}, False),
-    ({"generate"}, False),
+    ({"tokenizer", "checkpoint"}, False),
+    ({"model", "data", "optim", "formats", "plots"}, False),
+    ({"generate", "convert"}, False),
     ({"train", "doctor"}, False),
     ({"cli"}, False),
 ]

@@ -148,6 +148,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if doctor.check_kernels(tuple(arguments.arch or doctor.ARCHS), arguments.quick) else 0
 
 
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert", help="between Hugging Face folders, nanoGPT and llm.c checkpoints",
+        description="Converts a checkpoint. The numbers keep their bits, unless --dtype asks for fewer.",
+    )  # fmt: skip
+    parser.add_argument("source", metavar="SOURCE", help="folder, hub repository, nanoGPT ckpt.pt or llm.c .bin")
+    parser.add_argument("target", metavar="TARGET", help="its name says the format: .pt nanoGPT, .bin llm.c, else hf")
+    parser.add_argument("--to", choices=("hf", "nanogpt", "llmc"), help="the format, whatever the name of the target")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the weights; bfloat16 rounds float32 ones; without it, as they are")  # fmt: skip
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from gpt2_fast import convert
+
+    dtype = None if arguments.dtype is None else convert.DTYPES[arguments.dtype]
+    written = convert.convert(arguments.source, arguments.target, to=arguments.to, dtype=dtype)
+    print(convert.summary(written, arguments.target))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, whole."""
     top = argparse.ArgumentParser(prog="gpt2-fast", description=DESCRIPTION)
@@ -155,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_generate(commands)
     _add_doctor(commands)
+    _add_convert(commands)
     return top
 
 

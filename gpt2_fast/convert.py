@@ -1,0 +1,151 @@
+"""Conversion between Hugging Face folders, nanoGPT's ckpt.pt and llm.c's .bin checkpoints.
+
+Lossless: the numbers keep their bits, unless a narrower dtype is asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.checkpoint import load_pretrained, save_pretrained
+from gpt2_fast.config import GPT2Config, num_params
+from gpt2_fast.formats import LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
+
+FORMATS = ("hf", "nanogpt", "llmc")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_SUFFIXES = {".pt": "nanogpt", ".pth": "nanogpt", ".bin": "llmc"}
+# Files of formats that are not written here; without this list they would become names of folders.
+_FOREIGN = (".safetensors", ".gguf", ".onnx", ".ckpt", ".npz", ".json")
+# Below the first bytes of a file: torch.save's archive, and llm.c's own magic numbers.
+_ZIP, _LLMC_TOKENS = b"PK\x03\x04", (20240520, 20240801)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint of any format. notes: what a user should know, one sentence each."""
+
+    format: str
+    config: GPT2Config
+    state: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def source_format(source: str | os.PathLike[str]) -> str:
+    """One of FORMATS, by what a file begins with, then by its suffix. Anything that is no file is "hf"."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        if path.suffix in _SUFFIXES and not path.is_dir():
+            raise FileNotFoundError(f"{path} does not exist; give a checkpoint")
+        return "hf"
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == _ZIP:
+        return "nanogpt"
+    magic = struct.unpack("<i", start)[0] if len(start) == 4 else None
+    if magic in _LLMC_TOKENS:
+        raise ValueError(f"{path} is a shard of llm.c's tokens, not a checkpoint")
+    if magic == LLMC_MAGIC:
+        return "llmc"
+    if path.suffix in _SUFFIXES:
+        return _SUFFIXES[path.suffix]
+    raise ValueError(f"{path} is no checkpoint known here; give a Hugging Face folder, a nanoGPT .pt or an llm.c .bin")
+
+
+def target_format(target: str | os.PathLike[str]) -> str:
+    """One of FORMATS by the target's name: .pt or .pth is nanoGPT's, .bin llm.c's, any other name a folder."""
+    path = Path(target)
+    if path.suffix in _FOREIGN:
+        raise ValueError(f"{path} names a {path.suffix} file; give a folder, a .pt or a .bin, or say which with --to")
+    return "hf" if path.is_dir() else _SUFFIXES.get(path.suffix, "hf")
+
+
+def load(source: str | os.PathLike[str]) -> Loaded:
+    """Read a Hugging Face folder or hub name, a nanoGPT ckpt.pt or an llm.c .bin; tensors on the CPU, dtypes kept.
+
+    Raises FileNotFoundError or ValueError, one line that names the file and what is wrong with it.
+    """
+    kind = source_format(source)
+    if kind == "hf":
+        return Loaded(kind, *load_pretrained(source), ())
+    read = read_nanogpt if kind == "nanogpt" else read_llmc
+    config, state, notes = read(Path(source).expanduser())
+    return Loaded(kind, config, state, tuple(notes))
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Read `source` in whatever format it is, write `target`, and return what was written.
+
+    to: one of FORMATS; None goes by the target's name.
+    dtype: of the written weights, torch.float32 or torch.bfloat16. None keeps every number as it is; llm.c then
+        gets bfloat16 where all weights are bfloat16, and float32 for narrower or mixed ones, which is exact.
+
+    Nothing is left behind after an error. Raises FileNotFoundError, ValueError or OSError, one line.
+    """
+    target = Path(target).expanduser()
+    to = target_format(target) if to is None else to
+    if to not in FORMATS:
+        raise ValueError(f"to is {to!r}; choose one of {', '.join(FORMATS)}")
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype is {dtype}; choose float32 or bfloat16")
+    if to != "hf" and target.is_dir():
+        raise ValueError(f"{target} is a folder; a {to} checkpoint is one file")
+    if to == "hf" and target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; a Hugging Face checkpoint is a folder")
+    loaded = load(source)
+    stored = _dtype(loaded.state)
+    notes = list(loaded.notes)
+    if _narrows(stored, dtype):
+        notes.append(f"the weights are {str(stored)[6:]} in {source}; they were rounded to {str(dtype)[6:]}")
+    if to == "llmc":
+        if dtype is None and stored == torch.float64:
+            raise ValueError(f"{source} holds float64, which llm.c has not; --dtype float32 rounds it")
+        dtype = dtype or (stored if stored in DTYPES.values() else torch.float32)
+        notes.append("llm.c keeps neither dropout nor token ids of the config")
+    state = loaded.state if dtype is None else _cast(loaded.state, dtype)
+    if to == "hf":
+        save_pretrained(target, state, loaded.config)
+    elif to == "nanogpt":
+        write_nanogpt(target, state, loaded.config)
+    else:
+        write_llmc(target, state, loaded.config, dtype=dtype)
+    return Loaded(to, loaded.config, state, tuple(notes))
+
+
+def summary(written: Loaded, target: str | os.PathLike[str]) -> str:
+    """What `convert` did, in lines to print."""
+    c = written.config
+    head = (
+        f"{target}: {written.format}, {str(_dtype(written.state))[6:]}, {num_params(c):,} parameters "
+        f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, {c.vocab_size} tokens, {c.n_positions} positions)"
+    )
+    return "\n".join([head, *(f"note: {note}" for note in written.notes)])
+
+
+def _dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds every tensor exactly."""
+    return reduce(torch.promote_types, {t.dtype for t in state.values()})
+
+
+def _narrows(stored: torch.dtype, dtype: torch.dtype | None) -> bool:
+    """Whether a cast from stored to dtype can round."""
+    return dtype is not None and torch.promote_types(stored, dtype) != dtype
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    cast = {id(t): t.to(dtype) for t in state.values()}  # a tied head stays one tensor
+    return {name: cast[id(t)] for name, t in state.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt2_fast.checkpoint import load_pretrained, save_pretrained
 from gpt2_fast.config import GPT2Config, num_params
-from gpt2_fast.formats import LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
+from gpt2_fast.formats import GELU_NOTE, LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
 
 FORMATS = ("hf", "nanogpt", "llmc")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,6 +111,8 @@ def convert(
     notes = list(loaded.notes)
     if _narrows(stored, dtype):
         notes.append(f"the weights are {str(stored)[6:]} in {source}; they were rounded to {str(dtype)[6:]}")
+    if to == "nanogpt" and loaded.format != to:
+        notes.append(GELU_NOTE)
     if to == "llmc":
         if dtype is None and stored == torch.float64:
             raise ValueError(f"{source} holds float64, which llm.c has not; --dtype float32 rounds it")

@@ -31,6 +31,7 @@ _NANOGPT = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
+GELU_NOTE = "nanoGPT's MLP uses erf GELU and GPT-2's its tanh approximation: same weights, outputs differ slightly"
 _COMPILED = "_orig_mod."  # the prefix of a state dict of a torch.compile'd module
 
 # llm.c's header: 256 int32. Its padded versions alone are read: 1 and 2 differ in layout and are long replaced.
@@ -97,7 +98,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
         state = canonical_state_dict(state, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    notes = ["nanoGPT's MLP uses erf GELU and GPT-2's its tanh approximation: same weights, outputs differ slightly"]
+    notes = [GELU_NOTE]
     if not bias:
         notes.append("the model has no biases; zeros stand in for them and compute the same")
     return config, state, notes
@@ -124,7 +125,7 @@ def write_nanogpt(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]
     if not config.embd_pdrop == config.attn_pdrop == config.resid_pdrop:
         raise ValueError("nanoGPT has one dropout; make embd_pdrop, attn_pdrop and resid_pdrop equal in config.json")
     state = {n: _transposed(n, t.detach().cpu()) for n, t in canonical_state_dict(state_dict, config).items()}
-    state[HEAD] = state[EMBEDDING]  # stored once
+    state[HEAD] = state[EMBEDDING]  # stored once, also where .cpu() copied
     arguments = {theirs: getattr(config, ours) for theirs, ours in _NANOGPT.items()}
     arguments |= {"bias": True, "dropout": config.resid_pdrop}
     data = {"model": state, "model_args": arguments, "iter_num": 0, "best_val_loss": math.inf, "config": {}}

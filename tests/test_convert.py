@@ -375,6 +375,7 @@ def test_command(tmp_path, capsys):
     assert_same_bits(convert.load(tmp_path / "m.bin").state, {n: t.bfloat16() for n, t in state.items()})
     assert cli.main(["convert", str(source), str(tmp_path / "m"), "--to", "nanogpt"]) == 0
     assert convert.load(tmp_path / "m").format == "nanogpt"
+    assert capsys.readouterr().out.count("note: nanoGPT's MLP uses erf GELU") == 1
     assert cli.main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("gpt2-fast: ")

@@ -20,7 +20,7 @@ LAYERS = [
     ({"ops"}, True),
     ({"tokenizer", "checkpoint"}, False),
     ({"model", "data", "optim", "formats", "plots"}, False),
-    ({"generate", "convert"}, False),
+    ({"generate", "convert", "inspect", "inspect_plots"}, False),
     ({"train", "doctor"}, False),
     ({"cli"}, False),
 ]

@@ -2,9 +2,9 @@
 //
 // Forward, for flat row r = b * T + t:
 //   out[r] = dropout(wte[ids[r]] + wpe[position(r)] (+ wte[types[r]]))
-// Backward of a table (wte or wpe): dtable[k] = sum of dropout'(grad[row]) over the entries whose key is k. The
+// Backward of a table (wte or wpe): dtable[k] += sum of dropout'(grad[row]) over the entries whose key is k. The
 // entries are sorted by key, so that each touched row is one run of entries, summed in float32 in the order of the
-// sort and written once. For the sum to run in parallel and yet be the same every time, the entries are cut into
+// sort, added to the row and rounded once. For the sum to run in parallel and yet be the same every time, the entries are cut into
 // chunks of fixed size: a chunk writes the runs it holds whole, and leaves the sum of a run that began before it
 // in partial[chunk][0] and of one that it begins and that goes on after it in partial[chunk][1]; the chunk where
 // a run begins then adds up the run's partial sums in order.
@@ -39,7 +39,7 @@ struct EmbeddingBackward {
   const int64_t* order;  // [entries], each key's place before the sort: its row, modulo rows
   const void* grad;      // [rows, C], of out
   float* partial;        // [chunks, 2, C]
-  void* dtable;          // [table_rows, C], zero
+  void* dtable;          // [table_rows, C], added to
   int64_t entries, rows, B, T, C, table_rows;  // rows = B * T
   int64_t chunk;        // entries a chunk
   const uint64_t* rng;  // as in the forward pass
@@ -99,6 +99,14 @@ GPT2_HOST_DEVICE int64_t embedding_row(const EmbeddingBackward& a, int64_t i) {
   return (i - t * a.B) * a.T + t;
 }
 
+// dtable[k] += sum; each touched row comes here once.
+template <class Tile, class W>
+GPT2_HOST_DEVICE void embedding_add_to_row(const EmbeddingBackward& a, int64_t k, Tile& sum, int64_t col) {
+  W* row = (W*)a.dtable + embedding_offset(k, a.C, col);
+  sum.add(Tile::load(row, a.C - col));
+  sum.store(row, a.C - col);
+}
+
 template <class Tile, class G, class W>
 GPT2_HOST_DEVICE void embedding_reduce_chunk(const EmbeddingBackward& a, const typename Tile::Mask& mask,
                                              int64_t chunk, int64_t col) {
@@ -121,7 +129,7 @@ GPT2_HOST_DEVICE void embedding_reduce_chunk(const EmbeddingBackward& a, const t
     if (began_before || key == run)
       sum.store(a.partial + embedding_offset(2 * chunk + !began_before, a.C, col), n);
     else
-      sum.store((W*)a.dtable + embedding_offset(run, a.C, col), n);
+      embedding_add_to_row<Tile, W>(a, run, sum, col);
   }
 }
 
@@ -139,7 +147,7 @@ GPT2_HOST_DEVICE void embedding_finish_chunk(const EmbeddingBackward& a, int64_t
     if (embedding_key(a, next * a.chunk) != run) break;
     sum.add(Tile::load((const float*)a.partial + embedding_offset(2 * next, a.C, col), n));
   }
-  sum.store((W*)a.dtable + embedding_offset(run, a.C, col), n);
+  embedding_add_to_row<Tile, W>(a, run, sum, col);
 }
 
 }  // namespace gpt2

@@ -146,7 +146,9 @@ class GPT2Model(nn.Module):
         token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache=None,
-    ) -> Tensor:
+        return_table: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states; with return_table, wte for a tied head besides, see `embedding`."""
         self._validate(input_ids, position_ids)
         impl = Impl(self.impl, input_ids.device.type)
         c = self.config
@@ -155,9 +157,10 @@ class GPT2Model(nn.Module):
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        h = embedding(
+        h, table = embedding(
             input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, token_type_ids=token_type_ids,
-            dropout_p=c.embd_pdrop if self.training else 0.0, rng=rng, site=0, impl=impl("embedding"),
+            dropout_p=c.embd_pdrop if self.training else 0.0, rng=rng, site=0, return_table=True,
+            impl=impl("embedding"),
         )  # fmt: skip
         ln_1 = self.h[0].ln_1
         y, h = add_layernorm(h, None, ln_1.weight, ln_1.bias, eps=c.layer_norm_epsilon, impl=impl("add_layernorm"))
@@ -169,7 +172,7 @@ class GPT2Model(nn.Module):
                                   use_reentrant=False, preserve_rng_state=False)  # fmt: skip
             else:
                 y, h = block(y, h, next_ln, segments, rng, cache, impl)
-        return y
+        return (y, table) if return_table else y
 
     def _validate(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -309,7 +312,11 @@ class GPT2LMHeadModel(nn.Module):
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
-        hidden = self.transformer(input_ids, attention_mask, position_ids, token_type_ids, document_ids)
+        hidden, head = self.transformer(
+            input_ids, attention_mask, position_ids, token_type_ids, document_ids, return_table=True
+        )
+        if self.lm_head.weight is not self.transformer.wte.weight:
+            head = self.lm_head.weight
         impl = Impl(self.transformer.impl, hidden.device.type)
         loss = None
         if labels is not None:
@@ -318,6 +325,6 @@ class GPT2LMHeadModel(nn.Module):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is not None:
             loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, targets, num_items=num_items_in_batch, impl=impl("linear_cross_entropy")
+                hidden, head, targets, num_items=num_items_in_batch, impl=impl("linear_cross_entropy")
             )
-        return CausalLMOutput(loss, hidden, self.lm_head.weight, impl("linear"))
+        return CausalLMOutput(loss, hidden, head, impl("linear"))

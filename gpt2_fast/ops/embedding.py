@@ -8,6 +8,9 @@ The ids are sorted (stable), so that each touched row of a table is one run of e
 order and written once: no atomics, and the same bits every time (``csrc/embedding_body.h``). Saved for backward:
 the ids. torch runs this as two or three gathers, one or two adds and dropout, and saves the dropout mask.
 
+A head tied to wte gives it a second gradient [V, C]. With `return_table` wte comes out again beside h, for the head
+to use, so that its gradient comes in through this backward, which adds the token rows to it where it lies.
+
 An id outside its table raises IndexError on the CPU, before anything is written. A GPU cannot raise without a
 sync: there the row becomes NaN, the gradients leave that id out, and `check_ids` raises when it is next called.
 """
@@ -23,6 +26,7 @@ from torch import Tensor
 from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
+from gpt2_fast.ops.ownership import holders, sole_holders
 
 OP = "embedding"
 CHUNK = 32  # sorted entries that one task sums
@@ -59,6 +63,11 @@ define(
     " SymInt vocab_size, SymInt n_positions, float dropout_p, Tensor? rng, int site, ScalarType dtype,"
     " bool wte_needed, bool wpe_needed, str impl) -> (Tensor dwte, Tensor dwpe)"
 )
+# dwte += the gradient of wte.
+define(
+    "embedding_backward_into(Tensor(a!) dwte, Tensor grad, Tensor input_ids, Tensor? token_type_ids,"
+    " float dropout_p, Tensor? rng, int site, str impl) -> ()"
+)
 
 
 @torch.library.register_fake("gpt2_fast::embedding")
@@ -72,6 +81,11 @@ def _(grad, input_ids, position_ids, token_type_ids, vocab_size, n_positions, dr
     n_embd = grad.shape[-1]
     dwte = grad.new_empty((vocab_size, n_embd) if wte_needed else (0,), dtype=dtype)
     return dwte, grad.new_empty((n_positions, n_embd) if wpe_needed else (0,), dtype=dtype)
+
+
+@torch.library.register_fake("gpt2_fast::embedding_backward_into")
+def _(dwte, grad, input_ids, token_type_ids, dropout_p, rng, site, impl):
+    return None
 
 
 def _outside(name: str, value: int, bound: int, where: str) -> IndexError:
@@ -171,12 +185,11 @@ def _backward_cuda(grad, dtable, arguments, partial):
         cuda.launch(grad.device, name + suffix, grid, (32, cuda.WARPS, 1), packed)
 
 
-def _table_gradient(impl, grad, keys, n_table_rows, dtype, dropout):
-    """[n_table_rows, C] gradient of a table; keys [entries] are the table's row for each of grad's rows, or None."""
+def _add_table_gradient(impl, grad, keys, dtable, dropout):
+    """Adds a table's gradient to dtable [n, C]; keys [entries] are its row for each of grad's rows, or None."""
     B, T, n_embd = grad.shape
-    dtable = grad.new_zeros(n_table_rows, n_embd, dtype=dtype)
     if grad.numel() == 0:
-        return dtable
+        return
     if keys is None:  # a chunk a position, unless the batch is too long for one
         order, entries, chunk = None, B * T, B if B <= 2 * CHUNK else CHUNK
     else:
@@ -187,11 +200,15 @@ def _table_gradient(impl, grad, keys, n_table_rows, dtype, dropout):
         _backward_cpp(grad, dtable, arguments)
     else:
         _backward_cuda(grad, dtable, arguments, partial)
-    return dtable
 
 
 def _ids(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.int64).contiguous()
+
+
+def _token_keys(input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    tokens = _ids(input_ids).flatten()
+    return tokens if token_type_ids is None else torch.cat([tokens, _ids(token_type_ids).flatten()])
 
 
 @torch.library.impl("gpt2_fast::embedding", ("CPU", "CUDA"))
@@ -210,35 +227,61 @@ def _(grad, input_ids, position_ids, token_type_ids, vocab_size, n_positions, dr
     grad, dropout = grad.contiguous(), (dropout_p, rng, site)
     dwte, dwpe = grad.new_empty(0, dtype=dtype), grad.new_empty(0, dtype=dtype)
     if wte_needed:
-        tokens = _ids(input_ids).flatten()
-        if token_type_ids is not None:
-            tokens = torch.cat([tokens, _ids(token_type_ids).flatten()])
-        dwte = _table_gradient(impl, grad, tokens, vocab_size, dtype, dropout)
+        dwte = grad.new_zeros(vocab_size, grad.shape[-1], dtype=dtype)
+        _add_table_gradient(impl, grad, _token_keys(input_ids, token_type_ids), dwte, dropout)
     if wpe_needed:
         positions = None if position_ids is None else _ids(position_ids).expand(input_ids.shape).flatten()
-        dwpe = _table_gradient(impl, grad, positions, n_positions, dtype, dropout)
+        dwpe = grad.new_zeros(n_positions, grad.shape[-1], dtype=dtype)
+        _add_table_gradient(impl, grad, positions, dwpe, dropout)
     return dwte, dwpe
+
+
+@torch.library.impl("gpt2_fast::embedding_backward_into", ("CPU", "CUDA"))
+def _(dwte, grad, input_ids, token_type_ids, dropout_p, rng, site, impl):
+    if not dwte.is_contiguous():
+        raise ValueError(f"{OP}: dwte has strides {dwte.stride()}; it must be contiguous")
+    _add_table_gradient(impl, grad.contiguous(), _token_keys(input_ids, token_type_ids), dwte, (dropout_p, rng, site))
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, dtype, impl):
+    def forward(
+        ctx, input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, dtype, impl, return_table=False
+    ):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input_ids, position_ids, token_type_ids, rng)
         ctx.options = (wte.shape[0], wpe.shape[0], wte.dtype, dropout_p, site, impl)
-        return torch.ops.gpt2_fast.embedding(
+        h = torch.ops.gpt2_fast.embedding(
             input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, dtype, impl
         )
+        return (h, wte.detach()) if return_table else h
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, dtable=None):
+        if grad is None:  # h is not used
+            return None, dtable, *(None,) * 9
         input_ids, position_ids, token_type_ids, rng = ctx.saved_tensors
         vocab_size, n_positions, dtype, dropout_p, site, impl = ctx.options
-        needed = ctx.needs_input_grad[1:3]
+        wte_needed, wpe_needed = ctx.needs_input_grad[1:3]
+        # In place where the values are no one else's: not a user's, a hook's, another function's.
+        in_place = (
+            dtable is not None and wte_needed and type(dtable) is Tensor and dtable.layout is torch.strided
+            and dtable.is_contiguous() and dtable.dtype == dtype
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and all(n <= sole for n, sole in zip(holders(dtable), sole_holders(), strict=True))
+        )  # fmt: skip
         dwte, dwpe = torch.ops.gpt2_fast.embedding_backward(
             grad, input_ids, position_ids, token_type_ids, vocab_size, n_positions, dropout_p, rng, site, dtype,
-            *needed, impl,
+            wte_needed and not in_place, wpe_needed, impl,
         )  # fmt: skip
-        return None, dwte if needed[0] else None, dwpe if needed[1] else None, *(None,) * 7
+        if in_place:
+            torch.ops.gpt2_fast.embedding_backward_into(
+                dtable, grad, input_ids, token_type_ids, dropout_p, rng, site, impl
+            )
+            dwte = dtable
+        elif dtable is not None and wte_needed:
+            dwte = dwte + dtable if torch.is_grad_enabled() else dwte.add_(dtable)
+        return None, dwte if wte_needed else None, dwpe if wpe_needed else None, *(None,) * 8
 
 
 def _validate(input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, dtype):
@@ -278,8 +321,9 @@ def embedding(
     rng: Tensor | None = None,
     site: int = 0,
     dtype: torch.dtype | None = None,
+    return_table: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Token, position and token type embeddings, added, with dropout.
 
     Args:
@@ -292,10 +336,12 @@ def embedding(
         rng: int64 [1] key of this forward pass (`philox.new_key`), needed when dropout_p > 0.
         site: which dropout of the model this is; each site draws its own mask from the key.
         dtype: of the result; None is the tables' own, also under autocast, as in torch.
+        return_table: also return wte, for a head tied to it: used there in wte's place, the head's gradient is
+            what the token rows are added to, instead of a second [vocab_size, C] one. Same values either way.
         impl: see `gpt2_fast.ops.dispatch`.
 
     Returns:
-        [B, T, C].
+        [B, T, C]; with `return_table`, (that, wte).
 
     Raises:
         IndexError: on the CPU, an id outside its table; on a GPU `check_ids` raises it.
@@ -312,10 +358,15 @@ def embedding(
             input_ids, wte, wpe, position_ids=position_ids, token_type_ids=token_type_ids,
             dropout_p=dropout_p, rng=rng, site=site,
         )  # fmt: skip
-        return h.to(dtype)
-    return _Embedding.apply(
-        input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, dtype, name
+        return (h.to(dtype), wte) if return_table else h.to(dtype)
+    # Compiled, autograd itself adds the two gradients; a frozen wte must not look as if it needed one.
+    through = return_table and wte.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if through:
+        sole_holders()
+    result = _Embedding.apply(
+        input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, dtype, name, through
     )  # fmt: skip
+    return (result, wte) if return_table and not through else result
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

@@ -136,3 +136,13 @@ def test_refusals_are_one_line(tmp_path):
     (tmp_path / "model/model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
         GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+
+
+def test_a_diverged_model_is_saved(tmp_path):
+    """NaN differs from itself; a tied head is not compared with the embedding that it is."""
+    model = GPT2LMHeadModel(CONFIG)
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    weight = checkpoint.load_pretrained(tmp_path)[1]["lm_head.weight"]
+    assert weight.isnan().nonzero().tolist() == [[3, 5]]

@@ -94,17 +94,15 @@ def _add_generate(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from gpt2_fast.checkpoint import load_pretrained
     from gpt2_fast.generate import complete
     from gpt2_fast.model import GPT2LMHeadModel
     from gpt2_fast.tokenizer import get_tokenizer
     from gpt2_fast.train import resolve_device
 
+    _check_published(arguments.model)
     device = resolve_device(arguments.device)
-    config, weights = load_pretrained(arguments.model)
-    model = GPT2LMHeadModel(config, arguments.impl)
-    model.load_state_dict(weights)
-    model.to(device, getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    model = GPT2LMHeadModel.from_pretrained(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
     one = arguments.num_samples == 1
     started = False
 
@@ -125,6 +123,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         for i, text in enumerate(texts, start=1):
             print(f"--- {i} of {len(texts)} ---\n{arguments.prompt}{text}")
     return 0
+
+
+def _check_published(model: str) -> None:
+    """Refuses the one preset that is no repository on the hub, before it is looked for there."""
+    if model == "nano" and not os.path.isdir(model):
+        raise ValueError("nano is a preset without published weights; train one, then give its checkpoint folder")
 
 
 def _add_inspect(commands) -> None:
@@ -162,6 +166,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     from gpt2_fast.plots import save_figure
 
+    _check_published(arguments.model)
     out = arguments.out or f"{kind}.png"
     save_figure(_picture(kind, arguments, *load_pretrained(arguments.model)), out)
     print(out)

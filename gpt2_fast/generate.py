@@ -120,8 +120,8 @@ def _validate(model, prompts, max_new_tokens, temperature, top_k, top_p, repetit
     longest, n_positions = max(map(len, prompts)), model.config.n_positions
     if longest + max_new_tokens > n_positions:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {longest + max_new_tokens} positions and "
-            f"the model has {n_positions}; generate fewer tokens or shorten the prompt"
+            f"prompt ({longest} tokens) and new tokens ({max_new_tokens}) need {longest + max_new_tokens} positions "
+            f"and the model has {n_positions}; generate fewer tokens or shorten the prompt"
         )
 
 

@@ -160,7 +160,7 @@ def _colors(cmap: str, count: int) -> np.ndarray:
 
 
 def _bar(figure: Figure, axes: Axes, image, label: str, **options) -> None:
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=36, pad=0.015, **options)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, aspect=48, pad=0.015, **options)
     bar.set_label(label, color=INK, fontsize=10)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=9, length=0)

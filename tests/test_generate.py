@@ -182,6 +182,7 @@ def test_command_refuses_in_one_line(folder, capsys, tmp_path):
     for arguments, message in [
         (("word " * 38, "--model", folder), "need 69 positions and the model has 40"),
         (("a", "--model", folder, "--num-samples", 0), "num_samples is 0"),
+        (("a", "--model", "nano"), "nano is a preset without published weights"),
         (("a", "--model", folder, "--repetition-penalty", 0), "repetition_penalty is 0"),
         (("a", "--model", tmp_path / "no" / "such" / "one"), "does not exist"),
         (("a", "--model", folder, "--impl", "cuda9"), "impl is 'cuda9'"),

@@ -259,6 +259,7 @@ def test_command_refuses_in_one_line(folder, capsys, tmp_path):
         ((folder, "--attention", "a", "--layer", 3), "layers 0 to 2"),
         ((folder, "--attention", "a", "--head", 2), "heads 0 to 1"),
         ((folder, "--attention", ""), "has 0 tokens"),
+        (("nano", "--positions"), "nano is a preset without published weights"),
         ((tmp_path / "no" / "such" / "one",), "does not exist"),
     ]:
         status, _, err = run(capsys, *arguments, "--out", tmp_path / "a.png")

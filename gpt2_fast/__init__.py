@@ -20,6 +20,7 @@ _PUBLIC = {
     "GPT2LMHeadModel": "gpt2_fast.model",
     "GPT2Model": "gpt2_fast.model",
     "AdamW": "gpt2_fast.optim",
+    "check_ids": "gpt2_fast.ops.embedding",
     "get_tokenizer": "gpt2_fast.tokenizer",
     "retain_memory": "gpt2_fast.memory",
 }

@@ -174,7 +174,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({_line(error)}); it may be truncated") from None
-    tensors = _torch_load(path)
+    tensors = torch_load(path)
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a state dict: it holds more than tensors by name")
     return dict(tensors)
@@ -287,7 +287,7 @@ def load_training_state(path: str | os.PathLike[str], *, config: GPT2Config | No
     path = path / TRAINING if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; there is no run to resume")
-    state = _torch_load(path)
+    state = torch_load(path)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a training state of this version of gpt2_fast")
     saved = GPT2Config.from_dict(state["config"])
@@ -300,7 +300,7 @@ def load_training_state(path: str | os.PathLike[str], *, config: GPT2Config | No
     return TrainingState(state["step"], saved, state["model"], state["optimizer"], state["rng"], state["extra"])
 
 
-def _torch_load(path: Path) -> Any:
+def torch_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_fast.checkpoint import EMBEDDING, HEAD, _torch_load, canonical_state_dict, expected_shapes
+from gpt2_fast.checkpoint import EMBEDDING, HEAD, torch_load, canonical_state_dict, expected_shapes
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.files import atomic_write
 
@@ -80,7 +80,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a ckpt.pt of nanoGPT")
-    data = _torch_load(path)
+    data = torch_load(path)
     state, arguments = (data.get("model"), data.get("model_args")) if isinstance(data, Mapping) else (None, None)
     if not isinstance(state, Mapping) or not isinstance(arguments, Mapping):
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")

@@ -199,7 +199,9 @@ class CausalLMOutput:
     @property
     def logits(self) -> Tensor:
         if self._logits is None:
-            self._logits = linear(self.last_hidden_state, self._head.t(), impl=self._impl)
+            # Under autocast the hidden states are of its dtype, and may outlive its block.
+            head = self._head.to(self.last_hidden_state.dtype)
+            self._logits = linear(self.last_hidden_state, head.t(), impl=self._impl)
         return self._logits
 
     def __iter__(self):

@@ -25,6 +25,7 @@ from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
 from gpt2_fast.memory import retain_memory
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops.embedding import check_ids
 from gpt2_fast.optim import AdamW
 from gpt2_fast.plots import save_loss_plot
 from gpt2_fast.tokenizer import get_tokenizer
@@ -262,6 +263,7 @@ class Run:
         if self.pending is None:
             return
         (step, loss, grad_norm, seconds), self.pending = self.pending, None
+        check_ids()
         value, lr = loss.item(), self.config.learning_rate(step - 1)
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -233,6 +233,8 @@ def test_autocast_matches_transformers_autocast():
     ids = tokens(B, T)
     with torch.autocast(DEVICE, torch.bfloat16):
         mine, other = ours(ids, labels=ids), theirs(ids, labels=ids)
+    assert mine.logits.dtype == other.logits.dtype == torch.bfloat16  # asked for outside the block
+    assert_as_exact(mine.logits, other.logits, truth(ids).logits, "logits", torch.bfloat16)
     mine.loss.backward()
     other.loss.backward()
     exact = truth(ids, labels=ids)

@@ -14,6 +14,7 @@ DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hug
 
 TRAIN_HELP = {
     "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
+    "init_from": "start from these weights: Hugging Face folder or hub name, nanoGPT ckpt.pt or llm.c .bin",
     "data": "text file, folder of text, nanoGPT or llm.c .bin shards; without it, Python's own source text",
     "steps": "optimizer steps",
     "batch_size": "sequences a micro-batch",
@@ -25,7 +26,7 @@ TRAIN_HELP = {
     "weight_decay": "on matrices and embeddings only",
     "beta1": "AdamW's first decay rate",
     "beta2": "AdamW's second decay rate",
-    "dropout": "of embeddings, attention and residuals",
+    "dropout": "of embeddings, attention and residuals; without it 0, or as the config of --init-from says",
     "grad_clip": "largest global gradient norm; 0 turns clipping off",
     "dtype": "float32 or bfloat16 (AdamW then keeps float32 master weights)",
     "device": "auto, cpu, cuda or cuda:N",

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.convert import load as load_any
 from gpt2_fast.data import TokenDataset, load_data
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
@@ -49,21 +50,34 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, device: torch.device) -> GPT2LMHeadModel:
-    """The model of a run, with fresh weights, in the run's dtype on its device."""
-    p = config.dropout
-    overrides = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
-    model_config = GPT2Config.from_preset(config.model, **overrides)
+def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None) -> GPT2LMHeadModel:
+    """The model of a run in the run's dtype on its device.
+
+    Its weights are those of --init-from, else fresh ones. model_config: of a run that is resumed, whose weights
+    are loaded later. --dropout, where it is given, replaces what the checkpoint's config says.
+    """
+    state = None
+    if model_config is None and config.init_from is not None:
+        loaded = load_any(config.init_from)
+        model_config, state = loaded.config, loaded.state
+        if config.dropout is not None:
+            model_config = dataclasses.replace(model_config, **_dropout(config.dropout))
+    if model_config is None:
+        model_config = GPT2Config.from_preset(config.model, **_dropout(config.dropout or 0.0))
     context = config.context or model_config.n_positions
     if context > model_config.n_positions:
-        raise ValueError(
-            f"--context is {context} and {config.model} has {model_config.n_positions} positions; lower --context"
-        )
+        name = config.init_from or config.model
+        raise ValueError(f"--context is {context} and {name} has {model_config.n_positions} positions; lower --context")
     torch.manual_seed(config.seed)
     model = GPT2LMHeadModel(model_config, impl=config.impl)
-    if config.recompute:
-        model.gradient_checkpointing_enable()
+    if state is not None:
+        model.load_state_dict(state)
+    model.gradient_checkpointing_enable(config.recompute)
     return model.to(device, getattr(torch, config.dtype))
+
+
+def _dropout(p: float) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p)
 
 
 def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
@@ -145,7 +159,8 @@ class Run:
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             retain_memory()
-        self.model = build_model(config, self.device).train()
+        state = None if resume is None else checkpoint.load_training_state(resume)
+        self.model = build_model(config, self.device, state and state.config).train()
         self.context = config.context or self.model.config.n_positions
         self.train_data, self.val_data = load_data(
             config.data, context=self.context, vocab_size=self.model.config.vocab_size
@@ -155,15 +170,14 @@ class Run:
         self.step = 0
         self.pending: tuple[int, Tensor, Tensor | None, float] | None = None
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
-        if resume is not None:
-            self._restore()
+        if state is not None:
+            self._restore(state)
         self.run_step = Step(self.model, self.optimizer, config, self.context)
         self.interrupted = False
 
     # ---- state on disk ----
 
-    def _restore(self) -> None:
-        state = checkpoint.load_training_state(self.out, config=self.model.config)
+    def _restore(self, state: checkpoint.TrainingState) -> None:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         checkpoint.restore_rng(state.rng)
@@ -314,7 +328,8 @@ def start_run(options: dict) -> Run:
 def resume_run(folder: str, options: dict) -> Run:
     """Continues the run in `folder` with the options it had, except those given again."""
     saved = checkpoint.load_training_state(folder).extra["train_config"]
-    fixed = {"model", "dropout", "out"} & options.keys()
+    fixed = {"model", "init_from", "dropout", "out"} & options.keys()
     if fixed:
-        raise ValueError(f"--{sorted(fixed)[0]} cannot change when a run is resumed; start a new run for that")
+        flag = sorted(fixed)[0].replace("_", "-")
+        raise ValueError(f"--{flag} cannot change when a run is resumed; start a new run for that")
     return Run(TrainConfig(**{**saved, **options}), resume=folder)

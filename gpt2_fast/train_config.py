@@ -13,6 +13,7 @@ class TrainConfig:
     """Every option of a run; the command line has one flag for each."""
 
     model: str = "nano"
+    init_from: str | None = None
     data: str | None = None
     steps: int = 300
     batch_size: int = 8
@@ -24,7 +25,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    dropout: float = 0.0
+    dropout: float | None = None  # None: 0, or what the config of init_from says
     grad_clip: float = 1.0
     dtype: str = "float32"
     device: str = "auto"

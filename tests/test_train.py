@@ -105,6 +105,26 @@ def test_gradient_accumulation_is_one_large_batch(corpus, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
+def test_fine_tuning_starts_from_a_checkpoint(corpus, tmp_path):
+    """From a transformers folder: its loss at the start, its dropout kept, its format at the end; and it resumes."""
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=2, n_layer=2, n_positions=32))
+    theirs.save_pretrained(tmp_path / "theirs")
+    out = tmp_path / "run"
+    run = start_run(options(corpus, out, init_from=str(tmp_path / "theirs"), steps=2))
+    assert run.model.config.attn_pdrop == 0.1
+    inputs, targets = next(run.val_data.windows(batch_size=2))
+    ours, logits = run.model.eval()(inputs, targets=targets).loss, theirs.eval()(inputs).logits
+    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    run.model.train()
+    run.train()
+    saved = transformers.GPT2LMHeadModel.from_pretrained(out / "checkpoint").state_dict()
+    assert not torch.equal(saved["transformer.wte.weight"], theirs.state_dict()["transformer.wte.weight"])
+    (tmp_path / "theirs").rename(tmp_path / "gone")
+    assert main(["train", "--resume", str(out), "--steps", "3"]) == 0
+    assert len(metrics(out, "loss")) == 3
+
+
 def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
     run = start_run(options(corpus, tmp_path / "run"))
     decayed = {id(p) for group in run.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}

@@ -133,7 +133,8 @@ def main(argv: list[str]) -> int:
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}-train-{options.size}-b{options.batch}-t{options.context}-{time.strftime('%Y-%m-%d')}.json"
-    record = {"command": "python -m benchmarks train " + " ".join(argv), "machine": host, "rows": rows}
+    given = [word for i, word in enumerate(argv) if "--out" not in (word, *argv[max(0, i - 1) : i])]
+    record = {"command": " ".join(["python -m benchmarks train", *given]), "machine": host, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
     _chart(rows, title, path.with_suffix(".png"))
     print(f"{title}\n{path}")

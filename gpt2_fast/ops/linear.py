@@ -2,10 +2,10 @@
 
     dx = dy @ weight^T          dweight = x^T @ dy          dbias = sum over rows of dy
 
-On a GPU this is cuBLAS. On a CPU three choices differ by up to 2x between processors, so `cpu_policy` makes
-them from the processor's name and features, never from a timing: the same machine always gives the same bits.
+On a GPU this is cuBLAS. On a CPU the best choice differs between processors, so `cpu_policy` makes
+it from the processor's name and features, never from a timing: the same machine always gives the same bits.
 
-* float32: MKL on Intel, oneDNN on AMD, whose float32 kernels MKL does not pick its best path for.
+* float32: MKL on Intel, oneDNN on AMD.
 * bfloat16: native products where the processor has them at twice the float32 rate (AMX, or AVX-512 BF16 on
   AMD); elsewhere both sides are widened to float32, multiplied there and the result is rounded once.
 * float16: always widened.

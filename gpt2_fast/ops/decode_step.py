@@ -1,0 +1,202 @@
+"""decode_step: GPT-2 from token ids to the next token's logits against a cache, one call for the whole batch.
+
+    h = wte[token] + wpe[position]
+    h = h + c_proj(attention(c_attn(ln_1(h))));  h = h + c_proj(gelu(c_fc(ln_2(h))))    for every layer
+    logits = lm_head(ln_f(h))                                                          for each row's newest token
+
+On a CPU all of this is one call into C++ and one parallel region: through Python a step of the 124M model is a
+hundred calls, which cost more than its arithmetic. Its bound is reading every weight once, so the weights are packed
+once, in the order in which they are read (`packed_weights`), in float32, bfloat16 or int8.
+
+Row b begins at starts[b]; what is left of it is padding, which is neither computed nor stored. A row's keys and
+values are indexed by its own positions, so it decodes to the same bits alone and in any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2_fast.ops.packed_weights import CODES, PackedMatrix
+
+OP = "decode_step"
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+class PackedModel:
+    """A GPT2LMHeadModel's weights, packed for `step` and `prefill`; the model itself is not needed afterwards.
+
+    Args:
+        model: a GPT2LMHeadModel on the CPU, of any floating dtype; its weights are copied.
+        weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
+            output (weight-only: products and sums are float32). Biases, LayerNorms and positions stay float32.
+        impl: see `gpt2_fast.ops.dispatch`.
+        dtype: what impl="reference" computes in.
+
+    Attributes:
+        nbytes: of the packed weights.
+
+    Raises ValueError for a model that is not on the CPU, or unknown `weights`.
+    """
+
+    def __init__(self, model: nn.Module, weights: str, *, impl: str = "auto", dtype: torch.dtype = torch.float32):
+        if weights not in CODES:
+            raise ValueError(f"{OP}: weights is {weights!r}; choose {', '.join(CODES)}")
+        transformer = model.transformer
+        device = transformer.wte.weight.device
+        if device.type != "cpu":
+            raise ValueError(f"{OP}: the model is on {device}; move it to the CPU")
+        self.config, self.weights, self.impl, self.dtype = model.config, weights, impl, dtype
+        self.cache_dtype = CACHE_DTYPES[weights]
+        self.wte = PackedMatrix(transformer.wte.weight, weights)
+        tied = model.lm_head.weight is transformer.wte.weight
+        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head.weight, weights)
+        self.wpe = _kept(transformer.wpe.weight)
+        self.layers = [_PackedLayer(block, weights) for block in transformer.h]
+        self.ln_f = (_kept(transformer.ln_f.weight), _kept(transformer.ln_f.bias))
+
+    @property
+    def nbytes(self) -> int:
+        head = () if self.lm_head is self.wte else (self.lm_head,)
+        matrices = [self.wte, *head, *(m for layer in self.layers for m in layer.matrices)]
+        vectors = [self.wpe, *self.ln_f, *(v for layer in self.layers for v in (*layer.ln_1, *layer.ln_2))]
+        return sum(t.nbytes for t in (*matrices, *vectors))
+
+    def prefill(self, tokens: Tensor, cache: PackedCache) -> Tensor:
+        """Logits [B, V], float32, after the prompts: tokens int64 [B, T], left-padded as cache.starts says.
+
+        Raises ValueError when the cache is not empty or too short.
+        """
+        if cache.length:
+            raise ValueError(f"{OP}: the cache already holds {cache.length} positions; prefill takes a new PackedCache")
+        return decode_step(self, tokens, cache)
+
+    def step(self, tokens: Tensor, cache: PackedCache) -> Tensor:
+        """Logits [B, V], float32, after one more token a row: tokens int64 [B].
+
+        Raises ValueError when the cache is full.
+        """
+        if tokens.ndim != 1:
+            raise ValueError(f"{OP}: tokens is {tuple(tokens.shape)}; a step takes one token a row, [B]")
+        return decode_step(self, tokens.unsqueeze(1), cache)
+
+
+class _PackedLayer:
+    def __init__(self, block: nn.Module, weights: str):
+        self.scale = block.attn.scale
+        self.ln_1 = (_kept(block.ln_1.weight), _kept(block.ln_1.bias))
+        self.ln_2 = (_kept(block.ln_2.weight), _kept(block.ln_2.bias))
+        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        self.matrices = [PackedMatrix(linear.weight.t(), weights, linear.bias) for linear in linears]
+
+
+class PackedCache:
+    """Keys and values of every layer for `PackedModel`, float32 where its weights are, otherwise bfloat16.
+
+    Args:
+        packed: the model.
+        batch_size: B.
+        n_positions: S, prompt with its padding and new tokens together; at most the model's n_positions.
+        starts: int32 [B], how many padding positions each row begins with; None: none.
+
+    Attributes:
+        length: positions held, padding included.
+
+    Raises ValueError for sizes the model does not have.
+    """
+
+    def __init__(self, packed: PackedModel, batch_size: int, n_positions: int, starts: Tensor | None = None):
+        config = packed.config
+        if not 1 <= n_positions <= config.n_positions:
+            raise ValueError(
+                f"{OP}: the cache is for {n_positions} positions and the model has {config.n_positions}; "
+                "generate fewer tokens or shorten the prompt"
+            )
+        if batch_size < 1:
+            raise ValueError(f"{OP}: batch_size is {batch_size}; it must be at least 1")
+        if starts is not None and (starts.shape != (batch_size,) or starts.dtype != torch.int32 or starts.min() < 0):
+            raise ValueError(
+                f"{OP}: starts is {starts.dtype} {tuple(starts.shape)}; it must be int32 [{batch_size}], >= 0"
+            )
+        self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone()
+        self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
+        self.last_start = int(self.starts.max())
+        shape = (config.n_layer, batch_size, config.n_head, n_positions, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=packed.dtype)
+        self.values = torch.zeros(shape, dtype=packed.dtype)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A contiguous float32 copy."""
+    return tensor.detach().to(torch.float32, copy=True).contiguous()
+
+
+def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
+    """What is correct: plain PyTorch in packed.dtype on the weights that the packed numbers mean."""
+    config, dtype = packed.config, packed.dtype
+    (B, T), H, first = tokens.shape, config.n_head, cache.length
+    last = first + T
+
+    def linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
+        return F.linear(x, matrix.dequantised(dtype), None if matrix.bias is None else matrix.bias.to(dtype))
+
+    def normed(h: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
+        weight, bias = (p.to(dtype) for p in parameters)
+        return F.layer_norm(h, h.shape[-1:], weight, bias, config.layer_norm_epsilon)
+
+    index, starts = torch.arange(last), cache.starts.unsqueeze(1)
+    visible = (index >= starts).view(B, 1, 1, last) & (index <= index[first:].unsqueeze(1))  # (B, 1, T, last)
+    h = packed.wte.dequantised(dtype)[tokens] + packed.wpe.to(dtype)[(index[first:] - starts).clamp(min=0)]
+    for i, layer in enumerate(packed.layers):
+        c_attn, attn_proj, c_fc, mlp_proj = layer.matrices
+        qkv = linear(normed(h, layer.ln_1), c_attn).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        for held, new in ((cache.keys, qkv[1]), (cache.values, qkv[2])):
+            held[i, :, :, first:last] = new.to(packed.cache_dtype)
+        scores = qkv[0] @ cache.keys[i, :, :, :last].transpose(-1, -2) * layer.scale
+        probabilities = scores.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
+        out = probabilities @ cache.values[i, :, :, :last]
+        h = h + linear(out.transpose(1, 2).reshape(B, T, -1), attn_proj)
+        h = h + linear(F.gelu(linear(normed(h, layer.ln_2), c_fc), approximate="tanh"), mlp_proj)
+    return linear(normed(h[:, -1], packed.ln_f), packed.lm_head)
+
+
+@torch.no_grad()
+def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
+    """Appends tokens to every row of the cache; returns the logits of the token after the newest. No gradient.
+
+    Args:
+        packed: the weights.
+        tokens: int64 [B, T] on the CPU, T >= 1; what a row holds before its start is ignored.
+        cache: holds the keys and values before them; grows by T positions.
+
+    Returns:
+        [B, V] float32.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit, a cache that is too short, a row that is all padding.
+        IndexError: a token outside the vocabulary.
+    """
+    _validate(packed, tokens, cache)
+    logits = decode_step_reference(packed, tokens, cache)
+    cache.length += tokens.shape[1]
+    return logits
+
+
+def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
+        raise ValueError(
+            f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64, {cache.batch_size} rows of at "
+            "least one token"
+        )
+    needed = cache.length + tokens.shape[1]
+    if needed > cache.n_positions:
+        raise ValueError(
+            f"{OP}: the cache is for {cache.n_positions} positions and {needed} are needed; make it longer"
+        )
+    if cache.last_start >= needed:
+        raise ValueError(f"{OP}: a row starts at {cache.last_start} and has no token among {needed} positions")
+    low, high = torch.aminmax(tokens)
+    if low < 0 or high >= packed.config.vocab_size:
+        wrong = int(low) if low < 0 else int(high)
+        raise IndexError(f"{OP}: token {wrong} is outside the vocabulary of {packed.config.vocab_size}")

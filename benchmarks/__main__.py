@@ -1,12 +1,11 @@
 """`python -m benchmarks train`: tokens per second of the whole training step, beside what people use today."""
 
+import importlib
 import sys
 
-from benchmarks import train
-
-COMMANDS = {"train": train.main}
+COMMANDS = ("train",)  # each a module of this package with a main(argv)
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(f"usage: python -m benchmarks {{{','.join(COMMANDS)}}} [options]")
-    sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))
+    sys.exit(importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))

@@ -267,7 +267,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(numel: int, itemsize: int, clip: bool = True) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one step over `numel` elements in parameters of `itemsize` bytes."""
-    # Read and written: both averages and the float32 weights. Read: the gradient. Written: the rounded copy.
+    """Bytes and FLOPs of one step over `numel` elements in parameters of `itemsize` bytes.
+
+    Read and written: both averages and the float32 weights. Read: the gradient, once more for its norm, which must
+    be known before the first update. Written: the rounded copy of a low-precision parameter.
+    """
     per_element = 24 + itemsize * (1 + clip) + (itemsize if itemsize < 4 else 0)
-    return {"forward": {"bytes": numel * per_element, "flops": 14 * numel}}
+    return {"forward": {"bytes": numel * per_element, "flops": (15 + 2 * clip) * numel}}

@@ -251,9 +251,12 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(n_rows: int, n_embd: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call with a residual, each way: what a roofline divides by."""
-    size = n_rows * n_embd * itemsize
+    """Bytes and FLOPs of one call with a residual, each way: what a roofline divides by.
+
+    Every input and output is counted once: rows and parameters of `itemsize` bytes, the row statistics in float32.
+    """
+    rows, params, stats = itemsize * n_rows * n_embd, itemsize * 2 * n_embd, 8 * n_rows
     return {
-        "forward": {"bytes": 4 * size, "flops": 8 * n_rows * n_embd},
-        "backward": {"bytes": 4 * size, "flops": 14 * n_rows * n_embd},
+        "forward": {"bytes": 4 * rows + params + stats, "flops": 8 * n_rows * n_embd},
+        "backward": {"bytes": 4 * rows + params // 2 + params + stats, "flops": 14 * n_rows * n_embd},
     }

@@ -361,9 +361,17 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(B: int, T: int, H: int, D: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call each way; only visible pairs of query and key are counted."""
-    size, pairs = B * T * H * D * itemsize, B * H * T * (T + 1) // 2
+    """Bytes and FLOPs of one call each way: every input and output once, lse in float32, and of the products (two
+    forward, five backward) the visible pairs of query and key alone."""
+    size, lse, pairs = B * T * H * D * itemsize, 4 * B * H * T, B * H * T * (T + 1) // 2
     return {
-        "forward": {"bytes": 4 * size, "flops": 4 * D * pairs},
-        "backward": {"bytes": 8 * size, "flops": 10 * D * pairs},
+        "forward": {"bytes": 4 * size + lse, "flops": 4 * D * pairs},
+        "backward": {"bytes": 8 * size + lse, "flops": 10 * D * pairs},
+    }
+
+
+def decode_cost(B: int, H: int, keys: int, D: int, itemsize: int) -> dict[str, dict[str, int]]:
+    """Bytes and FLOPs of one `attention_decode` whose sequences see `keys` keys each."""
+    return {
+        "forward": {"bytes": itemsize * B * H * D * (2 * keys + 2) + 8 * B, "flops": 4 * B * H * keys * D},
     }

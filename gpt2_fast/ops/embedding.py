@@ -388,9 +388,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(n_rows: int, T: int, n_embd: int, vocab_size: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call each way, without token types: what a roofline divides by."""
-    size, positions, table = n_rows * n_embd * itemsize, T * n_embd * itemsize, vocab_size * n_embd * itemsize
+    """Bytes and FLOPs of one call each way, without token types and for a wpe of T positions: every input and output
+    once, and of wte in the forward pass the rows that are gathered."""
+    ids, rows, positions, table = 8 * n_rows, *(itemsize * n_embd * n for n in (n_rows, T, vocab_size))
     return {
-        "forward": {"bytes": 2 * size + positions + 8 * n_rows, "flops": n_rows * n_embd},
-        "backward": {"bytes": 2 * size + positions + table, "flops": 2 * n_rows * n_embd},
+        "forward": {"bytes": ids + 2 * rows + positions, "flops": n_rows * n_embd},
+        "backward": {"bytes": ids + rows + positions + table, "flops": 2 * n_rows * n_embd},
     }

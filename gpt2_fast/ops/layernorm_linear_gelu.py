@@ -309,10 +309,14 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(n_rows: int, n_embd: int, width: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call with a residual, each way, with the product's operands read once."""
+    """Bytes and FLOPs of one call with a residual, each way; the FLOPs are those of the products.
+
+    Every input and output is counted once, with what forward must keep: h, u and the row statistics.
+    """
     rows, inner, weight = (itemsize * n for n in (n_rows * n_embd, n_rows * width, n_embd * width))
+    ln, bias, stats = itemsize * 2 * n_embd, itemsize * width, 8 * n_rows
     flops = 2 * n_rows * n_embd * width
     return {
-        "forward": {"bytes": 3 * rows + 2 * inner + weight, "flops": flops},
-        "backward": {"bytes": 3 * rows + 3 * inner + 2 * weight, "flops": 2 * flops},
+        "forward": {"bytes": 3 * rows + 2 * inner + weight + ln + bias + stats, "flops": flops},
+        "backward": {"bytes": 3 * rows + 2 * inner + 2 * weight + 2 * ln + bias + stats, "flops": 2 * flops},
     }

@@ -186,7 +186,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(n_rows: int, n_in: int, n_out: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call, each way."""
-    size = itemsize * (n_rows * n_in + n_in * n_out + n_rows * n_out)
+    """Bytes and FLOPs of one call with a bias, each way: every input and output once; FLOPs of the products."""
+    x, weight, y, bias = (itemsize * n for n in (n_rows * n_in, n_in * n_out, n_rows * n_out, n_out))
     flops = 2 * n_rows * n_in * n_out
-    return {"forward": {"bytes": size, "flops": flops}, "backward": {"bytes": 2 * size, "flops": 2 * flops}}
+    return {
+        "forward": {"bytes": x + weight + bias + y, "flops": flops},
+        "backward": {"bytes": y + 2 * x + 2 * weight + bias, "flops": 2 * flops},
+    }

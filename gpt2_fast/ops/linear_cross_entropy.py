@@ -302,7 +302,14 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 
 
 def cost(n_rows: int, n_embd: int, vocabulary: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call: loss alone, and loss with both gradients; logits are cache traffic."""
+    """Bytes and FLOPs of the loss alone ("forward") and of what its two gradients add ("backward").
+
+    Every input and output is counted once; a chunk of logits is no output, though it passes through memory where no
+    cache holds it. The FLOPs are those of the products.
+    """
     operands = itemsize * (n_rows * n_embd + vocabulary * n_embd)
     flops = 2 * n_rows * n_embd * vocabulary
-    return {"forward": {"bytes": operands, "flops": flops}, "backward": {"bytes": 2 * operands, "flops": 2 * flops}}
+    return {
+        "forward": {"bytes": operands + 8 * n_rows + 4, "flops": flops},
+        "backward": {"bytes": operands, "flops": 2 * flops},
+    }

@@ -1,9 +1,9 @@
-"""`python -m benchmarks train`: tokens per second of the whole training step, beside what people use today."""
+"""`python -m benchmarks NAME`: whole steps and single operations, beside what people use today."""
 
 import importlib
 import sys
 
-COMMANDS = ("train",)  # each a module of this package with a main(argv)
+COMMANDS = ("train", "ops")  # each a module of this package with a main(argv)
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -1,0 +1,197 @@
+"""`pytest benchmarks` runs and its numbers parse; cost() is first principles; no test asserts a speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, layernorm_linear_gelu, linear
+from gpt2_fast.ops import linear_cross_entropy as head
+from gpt2_fast.ops.dispatch import TABLE
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.ops import report  # noqa: E402
+
+OPS = torch.ops.gpt2_fast
+
+
+def _bytes(*tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+BROKEN = "linear"
+PLUGIN = """
+from gpt2_fast.ops import linear
+right = linear.linear
+linear.linear = lambda x, weight, bias: right(x, weight, bias) * 1.5
+"""
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The record of a smoke run in which one op, `linear`, is off by a factor; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("ops")
+    (folder / "broken.py").write_text(PLUGIN)
+    command = [sys.executable, "-m", "benchmarks", "ops", "--smoke", "--dtypes", "bfloat16", "--out", str(folder)]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([*command, "-p", "broken"], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text()), folder, done.stdout
+
+
+def test_every_op_is_timed_in_every_direction(smoke):
+    record, _, printed = smoke
+    assert {row["op"] for row in record["rows"]} == set(TABLE)
+    for row in record["rows"]:
+        assert {"gpt2_fast", "eager"} <= set(row["programs"]) <= {"gpt2_fast", "library", "eager"}
+        assert row["direction"] in printed
+        for entry in row["programs"].values():
+            seconds = entry["seconds"]
+            assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+            assert entry["gb_per_second"] == pytest.approx(row["bytes"] / seconds["median"] / 1e9)
+            assert entry["percent_of_ceiling"] == pytest.approx(100 * row["floor_seconds"] / seconds["median"])
+    directions = {(row["op"], row["direction"]) for row in record["rows"]}
+    assert {("attention", "forward"), ("attention", "backward"), ("adamw", "step")} <= directions
+
+
+def test_no_speed_is_reported_where_the_check_is_red(smoke):
+    record, _, printed = smoke
+    assert printed.count("wrong, so no speed is reported") >= 2  # forward and backward
+    assert f"test_{BROKEN}" in printed
+    for row in record["rows"]:
+        ours, eager = row["programs"]["gpt2_fast"], row["programs"]["eager"]
+        if row["op"] == BROKEN:
+            assert "error" in ours["wrong"]
+            assert "gpt2_fast_speedup" not in eager
+        else:
+            assert not ours["wrong"]
+            assert eager["gpt2_fast_speedup"] > 0
+
+
+def test_the_record_says_where_it_was_made(smoke):
+    record, folder, _ = smoke
+    assert record["machine"]["versions"]["torch"]
+    assert record["command"] == "pytest benchmarks --smoke --dtypes bfloat16 -p broken"
+    assert record["copy_gb_per_second"] > 0
+    assert set(record["product_tflop_per_second"]) == {"float32", "bfloat16"}
+    (chart,) = folder.glob("*.png")
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_op_has_no_speedup():
+    """Neither in the figures nor in the table: what is wrong says so, what is right is timed on."""
+    cost = {"bytes": 1000, "flops": 10}
+    rows = []
+    for wrong in ("", "gradient 0: error 1"):
+        row = report.new_row("attention", "[1]", "float32", "forward", cost) | {"floor_seconds": 1e-3, "bound": "bytes"}
+        report.add(row, "gpt2_fast", "gpt2_fast", wrong, [2e-3, 2e-3])
+        report.add(row, "eager", "eager", "", [6e-3, 8e-3])
+        rows.append(report.finish(row))
+    assert rows[0]["programs"]["eager"]["gpt2_fast_speedup"] == pytest.approx(3.5)
+    assert rows[0]["programs"]["gpt2_fast"]["percent_of_ceiling"] == pytest.approx(50)
+    assert "gpt2_fast_speedup" not in rows[1]["programs"]["eager"]
+    versions = {"device": "here", "threads": 1, "versions": {"torch": "2"}}
+    printed = list(report.table({"machine": versions, "copy_gb_per_second": 1.0, "product_tflop_per_second": {},
+                                 "rows": rows[1:]}))  # fmt: skip
+    assert any(line.endswith("WRONG: gradient 0: error 1") for line in printed)
+    assert not any(line.endswith("x") for line in printed)
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_of_add_layernorm_is_its_inputs_and_outputs(dtype):
+    N, C = 6, 32
+    x, residual = torch.randn(2, N, C).to(dtype).unbind(0)
+    weight, bias = torch.randn(2, C).to(dtype).unbind(0)
+    y, h, mean, rstd = OPS.add_layernorm(x, residual, weight, bias, 1e-5, 0.0, None, 0, dtype, "cpp")
+    cost = add_layernorm.cost(N, C, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(x, residual, weight, bias, y, h, mean, rstd)
+    _, dresidual, *dparams = OPS.add_layernorm_backward(y, h, h, weight, mean, rstd, 0.0, None, 0, dtype, True, "cpp")
+    dparams = [d.to(dtype) for d in dparams]
+    assert cost["backward"]["bytes"] == _bytes(y, h, h, weight, mean, rstd, dresidual, *dparams)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_of_layernorm_linear_gelu_is_its_inputs_and_outputs(dtype):
+    N, C, F = 6, 32, 48
+    x, residual = torch.randn(2, N, C).to(dtype).unbind(0)
+    ln_weight, ln_bias = torch.randn(2, C).to(dtype).unbind(0)
+    weight, bias = torch.randn(C, F).to(dtype), torch.randn(F).to(dtype)
+    tensors = (x, residual, ln_weight, ln_bias, weight, bias)
+    y, h = layernorm_linear_gelu.layernorm_linear_gelu(*tensors)
+    u, mean, rstd = y, *torch.zeros(2, N)  # what else forward keeps
+    cost = layernorm_linear_gelu.cost(N, C, F, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(*tensors, y, h, u, mean, rstd)
+    dy, dh, dresidual = y, h, h
+    read = (dy, dh, h, u, mean, rstd, ln_weight, weight)
+    # dln_weight, dln_bias, dweight and dbias have their parameters' shapes; ln_bias is not read.
+    assert cost["backward"]["bytes"] == _bytes(*read, dresidual, ln_weight, ln_bias, weight, bias) + _bytes(ln_bias)
+    assert cost["forward"]["flops"] == 2 * N * C * F
+    assert cost["backward"]["flops"] == 2 * cost["forward"]["flops"]  # dweight and dn
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_of_attention_is_its_inputs_and_outputs_and_visible_pairs(dtype):
+    B, T, H, D = 2, 5, 3, 16
+    qkv = torch.randn(B, T, 3, H, D).to(dtype)
+    out, lse = OPS.attention(qkv, None, D**-0.5, 0.0, None, 0, "cpp")
+    cost = attention.cost(B, T, H, D, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(qkv, out, lse)
+    dqkv = OPS.attention_backward(out, qkv, out, lse, None, D**-0.5, 0.0, None, 0, "cpp")
+    assert cost["backward"]["bytes"] == _bytes(out, qkv, out, lse, dqkv)
+    pairs = B * H * int(attention.visible_keys(T, None, qkv.device).sum())
+    assert cost["forward"]["flops"] == pairs * 2 * (2 * D)  # Q K^T and P V, a multiply and an add each
+    assert cost["backward"]["flops"] == pairs * 5 * (2 * D)  # S again, dP, dV, dQ, dK
+    S = 7
+    cache = torch.randn(B, H, S, D).to(dtype)
+    starts = torch.zeros(B, dtype=torch.int32)
+    decode = attention.decode_cost(B, H, S, D, dtype.itemsize)["forward"]
+    q = cache[:, :, 0]
+    assert decode["bytes"] == _bytes(q, cache, cache, starts, starts, q)
+    assert decode["flops"] == B * H * S * 2 * (2 * D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_of_linear_and_head_is_their_inputs_and_outputs(dtype):
+    N, n_in, n_out = 6, 32, 48
+    x, weight, bias, y = (torch.randn(s).to(dtype) for s in ((N, n_in), (n_in, n_out), (n_out,), (N, n_out)))
+    cost = linear.cost(N, n_in, n_out, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(x, weight, bias, y)
+    assert cost["backward"]["bytes"] == _bytes(y, x, weight) + _bytes(x, weight, bias)  # read, and their gradients
+    labels, loss = torch.zeros(N, dtype=torch.int64), torch.zeros(())
+    cost = head.cost(N, n_in, n_out, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(x, weight, labels, loss)
+    assert cost["backward"]["bytes"] == _bytes(x, weight)  # dx and dweight
+    for room, shape in product((linear, head), ((N, n_in, n_out, 4),)):
+        assert room.cost(*shape)["forward"]["flops"] == 2 * N * n_in * n_out
+        assert room.cost(*shape)["backward"]["flops"] == 2 * 2 * N * n_in * n_out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cost_of_embedding_and_adamw_is_what_they_touch(dtype):
+    B, T, C, V = 2, 5, 32, 50
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    wte, wpe, h = (torch.randn(s).to(dtype) for s in ((V, C), (T, C), (B * T, C)))
+    gathered = h
+    cost = embedding.cost(B * T, T, C, V, dtype.itemsize)
+    assert cost["forward"]["bytes"] == _bytes(ids, gathered, wpe, h)
+    assert cost["backward"]["bytes"] == _bytes(ids, h, wte, wpe)
+    n = 100
+    param, grad, wide = torch.zeros(n).to(dtype), torch.zeros(n).to(dtype), torch.zeros(n)
+    read_and_written = 2 * _bytes(wide, wide, wide)  # exp_avg, exp_avg_sq, weight or master
+    copy = 0 if dtype == torch.float32 else _bytes(param)
+    assert adamw.cost(n, dtype.itemsize)["forward"]["bytes"] == read_and_written + 2 * _bytes(grad) + copy
+    assert adamw.cost(n, dtype.itemsize, clip=False)["forward"]["bytes"] == read_and_written + _bytes(grad) + copy

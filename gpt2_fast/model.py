@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +40,28 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
+    @property
+    def weight_io(self) -> Tensor:
+        """[in, out]: what a block multiplies by, however a layer that stands in for this one stores it."""
+        return self.weight
+
 
 class GPT2Attention(nn.Module):
     """Causal self-attention of one layer: [B, T, C] -> [B, T, C]."""
 
-    def __init__(self, config: GPT2Config, layer_idx: int):
+    def __init__(self, config: GPT2Config, layer_idx: int, linear_class: Callable[[int, int], nn.Module] = Conv1D):
         super().__init__()
         self.n_head, self.head_dim, self.layer_idx = config.n_head, config.n_embd // config.n_head, layer_idx
         self.scale = 1 / math.sqrt(self.head_dim) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
         self.attn_pdrop = config.attn_pdrop
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = linear_class(config.n_embd, 3 * config.n_embd)
+        self.c_proj = linear_class(config.n_embd, config.n_embd)
 
     def forward(self, y: Tensor, segments: Tensor | None, rng: Tensor | None, cache, impl: Impl) -> Tensor:
         B, T, C = y.shape
-        qkv = linear(y, self.c_attn.weight, self.c_attn.bias, impl=impl("linear"))
+        qkv = linear(y, self.c_attn.weight_io, self.c_attn.bias, impl=impl("linear"))
         qkv = qkv.view(B, T, 3, self.n_head, self.head_dim)
         if cache is not None:
             cache.write(self.layer_idx, qkv)
@@ -70,27 +76,27 @@ class GPT2Attention(nn.Module):
                 qkv[:, 0, 0], *cache.layer(self.layer_idx), starts=cache.starts, lengths=cache.lengths,
                 scale=self.scale, impl=impl("attention_decode"),
             )  # fmt: skip
-        return linear(out_BTHD.reshape(B, T, C), self.c_proj.weight, self.c_proj.bias, impl=impl("linear"))
+        return linear(out_BTHD.reshape(B, T, C), self.c_proj.weight_io, self.c_proj.bias, impl=impl("linear"))
 
 
 class GPT2MLP(nn.Module):
     """The parameters of the MLP; its first half is fused with what precedes it, see GPT2Block."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, linear_class: Callable[[int, int], nn.Module] = Conv1D):
         super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(config.n_embd, n_inner)
-        self.c_proj = Conv1D(n_inner, config.n_embd)
+        self.c_fc = linear_class(config.n_embd, config.n_inner_)
+        self.c_proj = linear_class(config.n_inner_, config.n_embd)
 
 
 class GPT2Block(nn.Module):
-    def __init__(self, config: GPT2Config, layer_idx: int):
+    def __init__(self, config: GPT2Config, layer_idx: int, linear_class: Callable[[int, int], nn.Module] = Conv1D):
         super().__init__()
         self.layer_idx, self.resid_pdrop, self.eps = layer_idx, config.resid_pdrop, config.layer_norm_epsilon
+        self.activation = config.activation_function
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=self.eps)
-        self.attn = GPT2Attention(config, layer_idx)
+        self.attn = GPT2Attention(config, layer_idx, linear_class)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=self.eps)
-        self.mlp = GPT2MLP(config)
+        self.mlp = GPT2MLP(config, linear_class)
 
     def forward(self, y, h, next_ln, segments, rng, cache, impl: Impl) -> tuple[Tensor, Tensor]:
         """(ln_1(h), h) -> (next_ln(h'), h'), each [B, T, C]."""
@@ -98,10 +104,10 @@ class GPT2Block(nn.Module):
         site = 3 * self.layer_idx
         a = self.attn(y, segments, rng, cache, impl)
         f, h = layernorm_linear_gelu(
-            a, h, self.ln_2.weight, self.ln_2.bias, self.mlp.c_fc.weight, self.mlp.c_fc.bias,
-            **dropout, site=site + 2, impl=impl("layernorm_linear_gelu"),
+            a, h, self.ln_2.weight, self.ln_2.bias, self.mlp.c_fc.weight_io, self.mlp.c_fc.bias,
+            **dropout, site=site + 2, activation=self.activation, impl=impl("layernorm_linear_gelu"),
         )  # fmt: skip
-        m = linear(f, self.mlp.c_proj.weight, self.mlp.c_proj.bias, impl=impl("linear"))
+        m = linear(f, self.mlp.c_proj.weight_io, self.mlp.c_proj.bias, impl=impl("linear"))
         return add_layernorm(m, h, next_ln.weight, next_ln.bias, **dropout, site=site + 3, impl=impl("add_layernorm"))
 
 
@@ -116,9 +122,12 @@ class Impl:
 
 
 class GPT2Model(nn.Module):
-    """Embeddings, blocks and the final LayerNorm: token ids [B, T] -> hidden states [B, T, C]."""
+    """Embeddings, blocks and the final LayerNorm: token ids [B, T] -> hidden states [B, T, C].
 
-    def __init__(self, config: GPT2Config, impl: str = "auto"):
+    linear_class: what a block's linear layers are made of, Conv1D or a module of (n_in, n_out) with its weight_io.
+    """
+
+    def __init__(self, config: GPT2Config, impl: str = "auto", linear_class: Callable[[int, int], nn.Module] = Conv1D):
         super().__init__()
         if impl not in (known := {"auto", *(name for op in dispatch.TABLE for name in dispatch.names(op))}):
             raise ValueError(f"impl is {impl!r}; choose one of {', '.join(sorted(known))}")
@@ -126,7 +135,7 @@ class GPT2Model(nn.Module):
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList([GPT2Block(config, i) for i in range(config.n_layer)])
+        self.h = nn.ModuleList([GPT2Block(config, i, linear_class) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(self._init_weights)
 
@@ -275,6 +284,17 @@ class GPT2LMHeadModel(nn.Module):
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
         checkpoints.save_pretrained(folder, state, self.config, dtype=dtype)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
+        """input_ids int64 [B, T] and what follows them, int64 [B, T + new], as transformers' `generate` gives it.
+
+        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch.generate_batch`;
+        max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, stop_strings, streamer, seed and others.
+        Raises ValueError, one line, for what it does not do.
+        """
+        from gpt2_fast.generate_batch import generate_batch  # above this module: imported where it is needed
+
+        return generate_batch(self, input_ids, attention_mask, **options)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keeps only the inputs of each block in training and computes the rest again in backward."""

@@ -1,0 +1,150 @@
+"""From logits to the next token: what is penalised, what is kept, and how it is drawn.
+
+With a seed each row has random numbers of its own, Philox words of (seed, row, step): what a row draws depends
+neither on the other rows nor on how many there are. Without one they come from torch's generator as transformers
+draws them, so that after `torch.manual_seed` both draw the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops import philox
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Raises ValueError, one line, for a value that means nothing.
+
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: keeps the k most likely; None keeps all.
+    top_p: then keeps the fewest whose probabilities sum to at least p (Holtzman et al., 2019, arXiv:1904.09751).
+    repetition_penalty: see `penalize_repetition`; 1 is none.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 changes nothing"
+            )
+
+
+class Sampler:
+    """Chooses the next token of every row, step after step.
+
+    Args:
+        options: see `Sampling`.
+        seen: bool [B, V], the tokens that repetition_penalty counts as said; updated here. None: no penalty.
+        uniforms: float64 [steps, B] of `row_uniforms`, or None: torch's generator.
+        generator: instead of torch's default one.
+    """
+
+    def __init__(
+        self,
+        options: Sampling,
+        seen: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        self.options, self.seen, self.uniforms, self.generator = options, seen, uniforms, generator
+
+    @classmethod
+    def start(
+        cls,
+        options: Sampling,
+        tokens: Tensor,
+        vocab_size: int,
+        n_steps: int,
+        *,
+        counted: Tensor | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sampler:
+        """For prompts int64 [B, T]; counted: bool [B, T], the tokens that count as said, None all of them.
+
+        Raises ValueError where seed and generator are both given.
+        """
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator are both given; pass one")
+        n_rows, device, seen = tokens.shape[0], tokens.device, None
+        if options.repetition_penalty != 1.0:
+            said = torch.ones_like(tokens) if counted is None else counted.long()
+            seen = said.new_zeros(n_rows, vocab_size).scatter_add_(1, tokens, said) > 0
+        draws = seed is not None and options.temperature > 0
+        return cls(options, seen, row_uniforms(seed, n_steps, n_rows, device) if draws else None, generator)
+
+    def choose(self, logits: Tensor, step: int) -> Tensor:
+        """Token ids, int64 [B], from logits [B, V]; step counts from 0."""
+        o = self.options
+        if self.seen is not None:
+            logits = penalize_repetition(logits, self.seen, o.repetition_penalty)
+        uniform = None if self.uniforms is None else self.uniforms[step]
+        return sample(
+            logits, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, generator=self.generator, uniform=uniform
+        )
+
+    def observe(self, token: Tensor) -> None:
+        """Counts the tokens int64 [B], one a row, as said."""
+        if self.seen is not None:
+            self.seen.scatter_(1, token.unsqueeze(1), True)
+
+
+def row_uniforms(seed: int, n_steps: int, n_rows: int, device: torch.device | str) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [n_steps, n_rows]: one Philox word for each (seed, row, step)."""
+    key = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)
+    step, row = torch.arange(n_steps, device=device).unsqueeze(1), torch.arange(n_rows, device=device)
+    return philox.words(key, 0, torch.zeros_like(row), row, step).double() / 2.0**32
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """One token id a row, int64 [B], from logits [B, V]: see `Sampling`.
+
+    uniform: float64 [B] in [0, 1), where in the cumulated probabilities each row's token lies; without it the token
+    is drawn with the generator.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+    probabilities = logits.softmax(-1)
+    if uniform is None:
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    # In float64 uniform * total stays below total, so the first sum above it belongs to a token that can be drawn.
+    cumulated = probabilities.double().cumsum(-1)
+    return torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True).squeeze(1)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [B, V] with those of tokens already seen (bool [B, V]) divided by penalty where positive, else times it.
+
+    Keskar et al., 2019, arXiv:1909.05858, as transformers' RepetitionPenaltyLogitsProcessor has it.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

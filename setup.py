@@ -1,7 +1,7 @@
 """Builds gpt2_fast._C with ninja: no torch header is included, so no torch is needed to build.
 
-Every kernel source in csrc/ is compiled once per instruction set (the binary picks one at run time, see
-csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
+Every kernel source in csrc/ is compiled once per instruction set that it gains from (the binary picks one at run time,
+see csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
 NVRTC to compile at first use elsewhere (gpt2_fast/ops/cuda.py).
 
 Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,9 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
+X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
+# An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
+PARTIAL = {"avx512bf16": ("avx512", ["add_layernorm", "layernorm_linear_gelu", "linear_cross_entropy"])}
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["80", "90", "100"]
 
@@ -41,6 +45,26 @@ def find_nvcc() -> str | None:
         if candidate and Path(candidate).exists():
             return str(candidate)
     return None
+
+
+def known_isas(cxx: str) -> dict[str, str]:
+    """Instruction sets and their flags, without those that this compiler does not know (g++ 9 has no AVX512-BF16)."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"baseline": ""}
+    probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
+    known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0
+    return {isa: march for isa, march in X86_ISAS.items() if isa not in PARTIAL or known(march)}
+
+
+def isa_flags(stem: str, isa: str) -> str | None:
+    """Names the instruction set to a kernel source, and to the table which kernels are its own; None: not built."""
+    if isa not in PARTIAL:
+        return f"-DGPT2_ISA={isa}"
+    base, stems = PARTIAL[isa]
+    if stem != "table":
+        return f"-DGPT2_ISA={isa}" if stem in stems else None
+    own = " ".join(f"GPT2_{s.upper()}_KERNELS(KERNEL)" for s in stems)
+    return f"-DGPT2_ISA={isa} -DGPT2_BASE_ISA={base} '-DGPT2_OWN_KERNELS(KERNEL)={own}'"
 
 
 def nvcc_flags(nvcc: str) -> str:
@@ -57,7 +81,7 @@ def ninja_file(build: Path, target: Path, fatbin: Path) -> str:
     import pybind11
 
     cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
-    isas = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": ""}
+    isas = known_isas(cxx)
     common = (f"-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -I{CSRC} "
               + os.environ.get("CXXFLAGS", ""))  # fmt: skip
     python = f"-O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"  # it compiles for long and runs little
@@ -83,7 +107,8 @@ def ninja_file(build: Path, target: Path, fatbin: Path) -> str:
         compile_one(stem, stem, once_flags[stem])
     for stem in KERNELS:
         for isa, march in isas.items():
-            compile_one(stem, f"{stem}.{isa}", f"{march} -DGPT2_ISA={isa}", isa)
+            if flags := isa_flags(stem, isa):
+                compile_one(stem, f"{stem}.{isa}", f"{march} {flags}", isa)
     rules.append(f"build {target}: link {' '.join(map(str, objects))}")
     outputs = [target]
     if nvcc := find_nvcc():

@@ -29,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) {
     if (!gpt2::set_isa(name.c_str()))
       throw std::invalid_argument("this processor or build has no instruction set '" + name +
-                                  "'; choose baseline, avx2 or avx512");
+                                  "'; choose baseline, avx2, avx512 or avx512bf16");
   });
   m.attr("SOURCE_HASH") = GPT2_SOURCE_HASH;
 #ifdef __VERSION__

@@ -10,6 +10,9 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+#ifdef GPT2_HAVE_AVX512BF16
+extern const Kernels kernels_avx512bf16;
+#endif
 
 namespace {
 
@@ -28,9 +31,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+#ifdef GPT2_HAVE_AVX512BF16
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
 
 // Widest first.
 const Isa isas[] = {
+#ifdef GPT2_HAVE_AVX512BF16
+    {"avx512bf16", &kernels_avx512bf16, has_avx512bf16},
+#endif
 #ifdef GPT2_HAVE_AVX2
     {"avx512", &kernels_avx512, has_avx512},
     {"avx2", &kernels_avx2, has_avx2},

@@ -87,6 +87,10 @@ GPT2_INLINE vf load(const bf16* p) {
 #endif
 }
 // Round to nearest even; NaN stays NaN (quiet).
+#if defined(__AVX512BF16__)
+// Of a subnormal number this instruction makes zero.
+GPT2_INLINE void store(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
 GPT2_INLINE void store(bf16* p, vf x) {
   vu u = as<vu>(x);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -100,6 +104,7 @@ GPT2_INLINE void store(bf16* p, vf x) {
   memcpy(p, &h, sizeof(h));
 #endif
 }
+#endif
 
 #if defined(__AVX512F__)
 GPT2_INLINE vf load(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }

@@ -34,6 +34,6 @@ struct Kernels {
 // The table of the instruction set in use, and its name.
 const Kernels& kernels();
 const char* isa_name();
-// Chooses by name ("baseline", "avx2", "avx512"); false when this processor or build has it not.
+// Chooses by name ("baseline", "avx2", "avx512", "avx512bf16"); false when this processor or build has it not.
 bool set_isa(const char* name);
 }  // namespace gpt2

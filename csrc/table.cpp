@@ -1,15 +1,25 @@
-// The table of one instruction set's kernels.
+// The table of one instruction set's kernels. A set that only some sources are built for (setup.py: PARTIAL) names
+// those sources' kernels in GPT2_OWN_KERNELS; the others are found, by name, in the set it is based on.
 #include "kernels.h"
 
 #define GPT2_JOIN(a, b) a##b
 #define GPT2_NAME(a, b) GPT2_JOIN(a, b)
+#define GPT2_DECLARE(name, params) void name params;
 
 namespace gpt2 {
-namespace GPT2_ISA {
-#define GPT2_DECLARE(name, params) void name params;
+#ifdef GPT2_BASE_ISA
+namespace GPT2_BASE_ISA {
 GPT2_KERNEL_LIST(GPT2_DECLARE)
-#undef GPT2_DECLARE
+}
+namespace GPT2_ISA {
+using namespace GPT2_BASE_ISA;
+GPT2_OWN_KERNELS(GPT2_DECLARE)
 }  // namespace GPT2_ISA
+#else
+namespace GPT2_ISA {
+GPT2_KERNEL_LIST(GPT2_DECLARE)
+}
+#endif
 
 extern const Kernels GPT2_NAME(kernels_, GPT2_ISA);
 const Kernels GPT2_NAME(kernels_, GPT2_ISA) = {

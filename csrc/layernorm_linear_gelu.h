@@ -4,12 +4,13 @@
 // forward: product [N, F] -> u = product + bias (0: not stored; may be `product` itself), y = gelu(u) (may be
 // `product` too). backward: du = dy * gelu'(u) (may be dy or u), dbias [F] float32, the sum of du over rows as
 // float32 numbers; partial [chunks, F] float32 is scratch, with `chunks` a function of the shape alone.
+// erf: GELU itself; otherwise its approximation by tanh.
 #pragma once
 
 #define GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
   KERNEL(bias_gelu_forward, \
          (addr product, addr bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype, \
-          int64_t u_dtype, int64_t y_dtype)) \
+          int64_t u_dtype, int64_t y_dtype, bool erf)) \
   KERNEL(bias_gelu_backward, \
          (addr dy, addr u, addr du, addr partial, int64_t chunks, addr dbias, int64_t N, int64_t F, \
-          int64_t dy_dtype, int64_t u_dtype, int64_t du_dtype))
+          int64_t dy_dtype, int64_t u_dtype, int64_t du_dtype, bool erf))

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Both names are GELU's tanh approximation, the one GPT-2 was trained with.
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+# The first two name GELU's tanh approximation, the one GPT-2 was trained with; the last is GELU itself, by erf.
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu")
 
 MAX_HEAD_DIM = 128
 

@@ -1,7 +1,8 @@
-"""The first half of GPT-2's MLP: LayerNorm, matmul, bias and GELU(tanh), forward and backward.
+"""The first half of GPT-2's MLP: LayerNorm, matmul, bias and GELU, forward and backward.
 
-    h = residual + dropout(x),    u = LayerNorm(h) @ weight + bias,    y = gelu(u)
-    gelu(u) = u * sigmoid(2 z),    z = sqrt(2 / pi) * (u + 0.044715 u^3)      [= u / 2 * (1 + tanh z)]
+    h = residual + dropout(x),    u = LayerNorm(h) @ weight + bias,    y = gelu(u) = u * gate(u)
+    by erf:   gate(u) = (1 + erf(u / sqrt(2))) / 2
+    by tanh:  gate(u) = sigmoid(2 z),    z = sqrt(2 / pi) * (u + 0.044715 u^3)      [= (1 + tanh z) / 2]
 
 Forward is two launches: one over the rows (h, mean, rstd: `add_layernorm.statistics`), and a matmul that
 normalises the tiles of h as it loads them, so the normalised rows are never written. Saved for backward: h,
@@ -44,9 +45,23 @@ DU_CONFIG = {"BLOCK_N": 4, "BLOCK_F": 512, "num_warps": 4, "programs": 64}
 
 
 @triton.jit
-def gelu_tail(u):
-    """sigmoid(2 z) of the GELU, z = sqrt(2 / pi) * (u + 0.044715 u^3)."""
-    return tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+def gelu_gate(u, ERF: tl.constexpr):
+    """What GELU multiplies u by."""
+    if ERF:
+        gate = 0.5 + 0.5 * tl.erf(0.7071067811865476 * u)
+    else:
+        gate = tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
+    return gate
+
+
+@triton.jit
+def gelu_derivative(u, ERF: tl.constexpr):
+    gate = gelu_gate(u, ERF)
+    if ERF:
+        slope = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    else:
+        slope = gate * (1.0 - gate) * 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * u * u)
+    return gate + u * slope
 
 
 @triton.jit
@@ -63,6 +78,7 @@ def matmul_kernel(
     N,
     F,
     C: tl.constexpr,
+    ERF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,7 +122,7 @@ def matmul_kernel(
     offsets = rows[:, None].to(tl.int64) * F + cols[None, :]
     mask = in_rows[:, None] & in_cols[None, :]
     tl.store(u_ptr + offsets, cast(u, u_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + offsets, cast(u * gelu_tail(u), y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, cast(u * gelu_gate(u, ERF), y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,6 +133,7 @@ def gelu_backward_kernel(
     partial_ptr,  # float32 [P, F]
     N,
     F,
+    ERF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -128,9 +145,7 @@ def gelu_backward_kernel(
         offsets = rows[:, None].to(tl.int64) * F + cols[None, :]
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tail = gelu_tail(u)
-        slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * u * u)
-        du = dy * (tail + u * tail * (1.0 - tail) * slope)
+        du = dy * gelu_derivative(u, ERF)
         tl.store(du_ptr + offsets, cast(du, du_ptr.dtype.element_ty), mask=mask)
         dbias += du
     tl.store(partial_ptr + tl.program_id(1) * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
@@ -147,6 +162,7 @@ def forward(
     dropout_p: float,
     rng: torch.Tensor | None,
     site: int,
+    erf: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, residual [N, C] (or None), weight [C, F], bias [F] -> y [N, F], h, u [N, F], mean, rstd float32 [N].
@@ -175,6 +191,7 @@ def forward(
             rows,
             features,
             C=channels,
+            ERF=erf,
             GROUP_M=GROUP_M,
             **config,
             **LAUNCH_OPTIONS,
@@ -182,7 +199,7 @@ def forward(
     return y, h, u, mean, rstd
 
 
-def gelu_backward(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, float32 [F]."""
     rows, features = u.shape
     du = torch.empty_like(u)
@@ -195,6 +212,7 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torc
         partials,
         rows,
         features,
+        ERF=erf,
         BLOCK_N=DU_CONFIG["BLOCK_N"],
         BLOCK_F=DU_CONFIG["BLOCK_F"],
         num_warps=DU_CONFIG["num_warps"],
@@ -216,6 +234,7 @@ def backward(
     dropout_p: float,
     rng: torch.Tensor | None,
     site: int,
+    erf: bool,
     x_dtype: torch.dtype,
     has_residual: bool,
 ) -> tuple[torch.Tensor | None, ...]:
@@ -224,9 +243,10 @@ def backward(
 
     dx is None as in `add_layernorm.backward`.
     """
-    du, dbias = gelu_backward(dy, u)
+    du, dbias = gelu_backward(dy, u, erf)
     n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, u.dtype)
-    dweight = torch.mm(n.t(), du).to(weight.dtype)
+    dweight = torch.empty_like(weight)  # weight may be a transposed view, and its gradient is then one too
+    torch.mm(n.t(), du, out=dweight)
     dn = torch.mm(du, weight.to(u.dtype).t())
     dx, dresidual, dln_weight, dln_bias = add_layernorm.backward(
         dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
@@ -235,22 +255,25 @@ def backward(
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every tile of CONFIGS, for each dtype and autocast's mix of bfloat16 with a float32 stream."""
+    """Every tile of CONFIGS, for each dtype and autocast's mix of bfloat16 with a float32 stream, for both GELUs."""
     specs = []
     for (arch, size, shape), config in CONFIGS.items():
         if arch != INTERPRETER:
             pairs = [("fp32", "fp32")] if size == 4 else [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
-            specs += [_matmul_spec(arch, shape, config, dtype, stream) for dtype, stream in pairs]
+            specs += [_matmul_spec(arch, shape, config, *pair, erf) for pair in pairs for erf in (False, True)]
     blocks = {"BLOCK_N": DU_CONFIG["BLOCK_N"], "BLOCK_F": DU_CONFIG["BLOCK_F"]}
     for dtype in TRITON_DTYPE.values():
         rows = dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}")
         types = {**rows, "partial_ptr": "*fp32", "N": "i32", "F": "i32"}
-        name = f"gelu_backward {dtype}"
-        specs.append(make_spec(gelu_backward_kernel, name, types, blocks, DU_CONFIG["num_warps"], unaligned=("N",)))
+        for erf in (False, True):
+            name, constexprs = f"gelu_backward {dtype}{' erf' * erf}", {**blocks, "ERF": erf}
+            specs.append(
+                make_spec(gelu_backward_kernel, name, types, constexprs, DU_CONFIG["num_warps"], unaligned=("N",))
+            )
     return specs
 
 
-def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stream: str) -> AotSpec:
+def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
     types = {
         **dict.fromkeys(("h_ptr", "ln_weight_ptr", "ln_bias_ptr", "bias_ptr"), f"*{stream}"),
         **dict.fromkeys(("weight_ptr", "y_ptr", "u_ptr"), f"*{dtype}"),
@@ -260,9 +283,9 @@ def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stre
     constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return make_spec(
         matmul_kernel,
-        f"layernorm_linear_gelu {shape} {dtype} h={stream}",
+        f"layernorm_linear_gelu {shape} {dtype} h={stream}{' erf' * erf}",
         types,
-        {**constexprs, "C": 768, "GROUP_M": GROUP_M},
+        {**constexprs, "C": 768, "ERF": erf, "GROUP_M": GROUP_M},
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         archs=(arch,),

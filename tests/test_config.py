@@ -42,11 +42,12 @@ def test_defaults_are_those_of_transformers():
     assert ours == {name: theirs[name] for name in ours}
 
 
-def test_transformers_writes_and_we_read(tmp_path):
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
+def test_transformers_writes_and_we_read(tmp_path, activation):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2Config(
         n_embd=96, n_head=3, n_layer=2, n_positions=64, vocab_size=77, eos_token_id=[5, 6], bos_token_id=4,
-        resid_pdrop=0.0, scale_attn_by_inverse_layer_idx=True, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, scale_attn_by_inverse_layer_idx=True, activation_function=activation,
     )  # fmt: skip
     theirs.save_pretrained(tmp_path)
     ours = GPT2Config.from_json(tmp_path / "config.json")
@@ -84,7 +85,7 @@ def test_presets_take_overrides():
     [
         ({"n_embd": 100, "n_head": 3}, ["n_embd is 100", "n_head = 3"]),
         ({"n_embd": 768, "n_head": 4}, ["192", "at least 6 heads"]),
-        ({"activation_function": "relu"}, ["activation_function is 'relu'", "gelu_new"]),
+        ({"activation_function": "relu"}, ["activation_function is 'relu'", "gelu_new, gelu_pytorch_tanh, gelu"]),
         ({"attn_pdrop": 1.0}, ["attn_pdrop is 1.0"]),
         ({"embd_pdrop": -0.1}, ["embd_pdrop is -0.1"]),
         ({"resid_pdrop": float("nan")}, ["resid_pdrop is nan"]),

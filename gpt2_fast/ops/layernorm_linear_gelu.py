@@ -1,6 +1,6 @@
 """h = residual + dropout(x); y = gelu(LayerNorm(h) @ weight + bias): the first half of GPT-2's MLP.
 
-    n = (h - mean) * rstd * ln_weight + ln_bias      u = n @ weight + bias      y = gelu(u), the tanh form
+    n = (h - mean) * rstd * ln_weight + ln_bias      u = n @ weight + bias      y = gelu(u), see ACTIVATIONS
 
 Backward, then that of add_layernorm from dn:
 
@@ -22,9 +22,11 @@ from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm_reference
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
-from gpt2_fast.ops.linear import cpu_policy, product
+from gpt2_fast.ops.linear import cpu_policy, empty_gradient, product, weight_gradient
 
 OP = "layernorm_linear_gelu"
+# transformers' names of GELU, and F.gelu's `approximate`: GPT-2's tanh by two names, and GELU itself, by erf.
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 PARTIAL_CHUNKS = 64  # of rows, each summed alone and then in order: the same bits on any number of threads
 
 
@@ -40,25 +42,27 @@ def layernorm_linear_gelu_reference(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     site: int = 0,
+    activation: str = "gelu_new",
 ) -> tuple[Tensor, Tensor]:
     """What is correct: see `layernorm_linear_gelu`. Any device and floating dtype, under autograd."""
     n, h = add_layernorm_reference(
         x, residual, ln_weight, ln_bias, eps=eps, dropout_p=dropout_p, rng=rng, site=site
     )  # fmt: skip
-    return F.gelu(n.to(weight.dtype) @ weight + bias, approximate="tanh"), h
+    return F.gelu(n.to(weight.dtype) @ weight + bias, approximate=ACTIVATIONS[activation]), h
 
 
-# save: keep n and u for backward. An output that is not needed (h without a residual, n and u) is empty.
+# erf: GELU itself, else by tanh. save: keep n and u for backward. An output that is not needed (h without a residual,
+# n and u) is empty.
 define(
     "layernorm_linear_gelu(Tensor x, Tensor? residual, Tensor ln_weight, Tensor ln_bias, Tensor weight, Tensor bias,"
-    " float eps, float dropout_p, Tensor? rng, int site, bool save, str impl)"
+    " float eps, float dropout_p, Tensor? rng, int site, bool erf, bool save, str impl)"
     " -> (Tensor y, Tensor h, Tensor n, Tensor u, Tensor mean, Tensor rstd)"
 )
 define(
     "layernorm_linear_gelu_backward(Tensor dy, Tensor? dh, Tensor h, Tensor n, Tensor u, Tensor mean, Tensor rstd,"
-    " Tensor ln_weight, Tensor ln_bias, Tensor weight, float dropout_p, Tensor? rng, int site, ScalarType x_dtype,"
-    " bool has_residual, str impl) -> (Tensor dx, Tensor dresidual, Tensor dln_weight, Tensor dln_bias,"
-    " Tensor dweight, Tensor dbias)"
+    " Tensor ln_weight, Tensor ln_bias, Tensor weight, float dropout_p, Tensor? rng, int site, bool erf,"
+    " ScalarType x_dtype, bool has_residual, str impl)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dln_weight, Tensor dln_bias, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -69,7 +73,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("gpt2_fast::layernorm_linear_gelu")
-def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, save, impl):
+def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save, impl):
     y = weight.new_empty(*x.shape[:-1], weight.shape[1])
     h = x.new_empty(0) if residual is None else torch.empty_like(residual)
     n = x.new_empty(x.shape if save and impl == "cpp" else 0, dtype=_product_dtype(weight.dtype))
@@ -79,15 +83,15 @@ def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, 
 
 
 @torch.library.register_fake("gpt2_fast::layernorm_linear_gelu_backward")
-def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual, impl):
+def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
     separate = has_residual and (dropout_p > 0.0 or x_dtype != h.dtype)
     dx = torch.empty_like(h, dtype=x_dtype) if separate else h.new_empty(0, dtype=x_dtype)
     dln = h.new_empty(h.shape[-1], dtype=torch.float32)
     dbias = h.new_empty(weight.shape[1], dtype=torch.float32)
-    return dx, torch.empty_like(h), dln, torch.empty_like(dln), torch.empty_like(weight), dbias
+    return dx, torch.empty_like(h), dln, torch.empty_like(dln), empty_gradient(weight), dbias
 
 
-def _bias_gelu(product_NF: Tensor, bias: Tensor, dtype: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
+def _bias_gelu(product_NF: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, erf: bool) -> tuple[Tensor, Tensor]:
     """y = gelu(u) and, when `save`, u = product + bias; whichever can overwrites the product."""
     n_rows, width = product_NF.shape
     reuse = product_NF.dtype == dtype
@@ -96,23 +100,23 @@ def _bias_gelu(product_NF: Tensor, bias: Tensor, dtype: torch.dtype, save: bool)
     code = DTYPE_CODES[dtype]
     dispatch.extension().bias_gelu_forward(
         address(product_NF), address(bias), address(u), address(y),
-        n_rows, width, DTYPE_CODES[product_NF.dtype], code, code,
+        n_rows, width, DTYPE_CODES[product_NF.dtype], code, code, erf,
     )  # fmt: skip
     return y, product_NF.new_empty(0, dtype=dtype) if u is None else u
 
 
-def _forward_cpp(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, save):
+def _forward_cpp(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save):
     wide = _product_dtype(weight.dtype)
     n, h, mean, rstd = torch.ops.gpt2_fast.add_layernorm(
         x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, wide, "cpp"
     )
     product_NF = product(n.view(-1, n.shape[-1]), weight.to(wide))
-    y, u = _bias_gelu(product_NF, bias.float(), weight.dtype, save)
+    y, u = _bias_gelu(product_NF, bias.float(), weight.dtype, save, erf)
     shape = (*x.shape[:-1], weight.shape[1])
     return y.view(shape), h, n if save else n.new_empty(0), u.view(shape) if save else u, mean, rstd
 
 
-def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype, erf: bool) -> tuple[Tensor, Tensor]:
     """du [N, F] in `dtype`, and dbias [F] float32."""
     width = u.shape[-1]
     n_rows = u.numel() // width
@@ -122,15 +126,17 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tens
     dbias = u.new_empty(width, dtype=torch.float32)
     dispatch.extension().bias_gelu_backward(
         address(dy), address(u), address(du), address(partial), chunks, address(dbias),
-        n_rows, width, DTYPE_CODES[dy.dtype], DTYPE_CODES[u.dtype], DTYPE_CODES[dtype],
+        n_rows, width, DTYPE_CODES[dy.dtype], DTYPE_CODES[u.dtype], DTYPE_CODES[dtype], erf,
     )  # fmt: skip
     return du, dbias
 
 
-def _backward_cpp(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual):
-    du, dbias = _bias_gelu_backward(dy, u, n.dtype)
+def _backward_cpp(
+    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
+):
+    du, dbias = _bias_gelu_backward(dy, u, n.dtype, erf)
     dn = product(du, weight.to(n.dtype).t()).view(h.shape)
-    dweight = product(n.view(-1, n.shape[-1]).t(), du, out_dtype=weight.dtype)
+    dweight = weight_gradient(n.view(-1, n.shape[-1]), du, weight)
     dx, dresidual, dln_weight, dln_bias = torch.ops.gpt2_fast.add_layernorm_backward(
         dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, "cpp"
     )
@@ -141,12 +147,13 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.view(-1, t.shape[-1])
 
 
-def _forward_triton(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, save):
+def _forward_triton(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save):
     from gpt2_fast.kernels import layernorm_linear_gelu as kernel
 
     y, h, u, mean, rstd = kernel.forward(
-        _rows(x), _rows(residual), ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, weight.dtype
-    )
+        _rows(x), _rows(residual), ln_weight, ln_bias, weight.contiguous(), bias, eps, dropout_p, rng, site, erf,
+        weight.dtype,
+    )  # fmt: skip
     shape = (*x.shape[:-1], weight.shape[1])
     h = x.new_empty(0) if residual is None else h.view(x.shape)
     n = x.new_empty(0, dtype=_product_dtype(weight.dtype))
@@ -154,13 +161,13 @@ def _forward_triton(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_
 
 
 def _backward_triton(
-    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual
+    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
 ):
     from gpt2_fast.kernels import layernorm_linear_gelu as kernel
 
     dx, dresidual, dln_weight, dln_bias, dweight, dbias = kernel.backward(
         _rows(dy), _rows(dh), _rows(h), _rows(u), mean, rstd, ln_weight, ln_bias, weight,
-        dropout_p, rng, site, x_dtype, has_residual,
+        dropout_p, rng, site, erf, x_dtype, has_residual,
     )  # fmt: skip
     dx = h.new_empty(0, dtype=x_dtype) if dx is None else dx.view(h.shape)
     return dx, dresidual.view(h.shape), dln_weight, dln_bias, dweight, dbias
@@ -171,50 +178,50 @@ _BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
 
 
 @torch.library.impl("gpt2_fast::layernorm_linear_gelu", ("CPU", "CUDA"))
-def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, save, impl):
+def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save, impl):
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     return _FORWARD[impl](
-        x, residual, ln_weight.contiguous(), ln_bias.contiguous(), weight.contiguous(), bias.contiguous(),
-        eps, dropout_p, rng, site, save,
+        x, residual, ln_weight.contiguous(), ln_bias.contiguous(), weight, bias.contiguous(),
+        eps, dropout_p, rng, site, erf, save,
     )  # fmt: skip
 
 
 @torch.library.impl("gpt2_fast::layernorm_linear_gelu_backward", ("CPU", "CUDA"))
-def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual, impl):
+def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
     dy, dh = dy.contiguous(), None if dh is None else dh.to(h.dtype).contiguous()
     return _BACKWARD[impl](
-        dy, dh, h, n, u, mean, rstd, ln_weight.contiguous(), ln_bias.contiguous(), weight.contiguous(),
-        dropout_p, rng, site, x_dtype, has_residual,
+        dy, dh, h, n, u, mean, rstd, ln_weight.contiguous(), ln_bias.contiguous(), weight,
+        dropout_p, rng, site, erf, x_dtype, has_residual,
     )  # fmt: skip
 
 
 class _LayerNormLinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, impl):
+    def forward(ctx, x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, impl):
         y, h, n, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(
-            x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, True, impl
+            x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, True, impl
         )
         saved_h = x.contiguous() if residual is None else h
         ctx.save_for_backward(saved_h, n, u, mean, rstd, ln_weight, ln_bias, weight, rng)
-        ctx.options = (dropout_p, site, x.dtype, residual is not None, bias.dtype, impl)
+        ctx.options = (dropout_p, site, erf, x.dtype, residual is not None, bias.dtype, impl)
         ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         h, n, u, mean, rstd, ln_weight, ln_bias, weight, rng = ctx.saved_tensors
-        dropout_p, site, x_dtype, has_residual, bias_dtype, impl = ctx.options
+        dropout_p, site, erf, x_dtype, has_residual, bias_dtype, impl = ctx.options
         dx, dresidual, dln_weight, dln_bias, dweight, dbias = torch.ops.gpt2_fast.layernorm_linear_gelu_backward(
             torch.zeros_like(u) if dy is None else dy, dh if has_residual else None, h, n, u, mean, rstd,
-            ln_weight, ln_bias, weight, dropout_p, rng, site, x_dtype, has_residual, impl,
+            ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl,
         )  # fmt: skip
         dx = dx if dx.numel() else dresidual
         dresidual = dresidual if has_residual else None
         dln = (dln_weight.to(ln_weight.dtype), dln_bias.to(ln_bias.dtype))
-        return dx, dresidual, *dln, dweight, dbias.to(bias_dtype), *(None,) * 5
+        return dx, dresidual, *dln, dweight, dbias.to(bias_dtype), *(None,) * 6
 
 
-def _validate(x, residual, ln_weight, ln_bias, weight, bias, dropout_p, rng):
+def _validate(x, residual, ln_weight, ln_bias, weight, bias, dropout_p, rng, activation):
     n_embd = x.shape[-1]
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{OP}: residual is {tuple(residual.shape)} and x is {tuple(x.shape)}; they must match")
@@ -233,6 +240,8 @@ def _validate(x, residual, ln_weight, ln_bias, weight, bias, dropout_p, rng):
         raise ValueError(f"{OP}: residual is {residual.dtype} and x {x.dtype}; it must be x's dtype or float32")
     if residual is None and dropout_p > 0.0:
         raise ValueError(f"{OP}: dropout_p is {dropout_p} and residual is None; dropout acts on what is added")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation is {activation!r}; choose {', '.join(ACTIVATIONS)}")
     philox.check(OP, dropout_p, rng, x.device)
 
 
@@ -248,17 +257,20 @@ def layernorm_linear_gelu(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     site: int = 0,
+    activation: str = "gelu_new",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Dropout, residual add, LayerNorm, matrix product, bias and tanh-GELU.
+    """Dropout, residual add, LayerNorm, matrix product, bias and GELU.
 
     Args:
         x: [..., C], what is added to the stream; or, with no residual, the stream itself.
         residual: [..., C] or None. In x's dtype, or float32 beside a lower-precision x.
         ln_weight, ln_bias: [C], of the LayerNorm.
-        weight, bias: [C, F] (Conv1D's layout) and [F], in x's dtype (cast to autocast's inside `torch.autocast`).
+        weight, bias: [C, F] (Conv1D's layout; nn.Linear's weight.t() does as well, and its gradient then has that
+            layout too) and [F], in x's dtype (cast to autocast's inside `torch.autocast`).
         eps: added to the variance.
         dropout_p, rng, site: dropout of x before the add, as in `add_layernorm`.
+        activation: one of ACTIVATIONS: "gelu_new" or "gelu_pytorch_tanh", GPT-2's tanh form, or "gelu", by erf.
         impl: see `gpt2_fast.ops.dispatch`.
 
     Returns:
@@ -266,10 +278,10 @@ def layernorm_linear_gelu(
         residual's dtype; h is x when there is no residual.
 
     Raises:
-        ValueError: shapes, dtypes, devices or dropout_p that do not fit.
+        ValueError: shapes, dtypes, devices, dropout_p or an activation that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate(x, residual, ln_weight, ln_bias, weight, bias, dropout_p, rng)
+    _validate(x, residual, ln_weight, ln_bias, weight, bias, dropout_p, rng, activation)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -280,22 +292,24 @@ def layernorm_linear_gelu(
     name = dispatch.choose(OP, impl, x.device, x.dtype)
     if name == "reference":
         return layernorm_linear_gelu_reference(
-            x, residual, ln_weight, ln_bias, weight, bias, eps=eps, dropout_p=dropout_p, rng=rng, site=site
-        )
+            x, residual, ln_weight, ln_bias, weight, bias,
+            eps=eps, dropout_p=dropout_p, rng=rng, site=site, activation=activation,
+        )  # fmt: skip
+    erf = ACTIVATIONS[activation] == "none"
     tensors = (x, residual, ln_weight, ln_bias, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, h = _LayerNormLinearGelu.apply(*tensors, eps, dropout_p, rng, site, name)
+        y, h = _LayerNormLinearGelu.apply(*tensors, eps, dropout_p, rng, site, erf, name)
     else:
-        y, h, *_ = torch.ops.gpt2_fast.layernorm_linear_gelu(*tensors, eps, dropout_p, rng, site, False, name)
+        y, h, *_ = torch.ops.gpt2_fast.layernorm_linear_gelu(*tensors, eps, dropout_p, rng, site, erf, False, name)
     return y, x if residual is None else h
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Inputs (x, residual, ln_weight, ln_bias, weight, bias, options) for tests and benchmarks, smallest first."""
     generator = torch.Generator().manual_seed(0)
-    for shape, width, dropout_p, has_residual in [
-        ((1, 1, 20), 28, 0.0, True), ((5, 20), 36, 0.0, False), ((3, 96), 100, 0.1, True), ((65, 96), 384, 0.1, True),
-        ((3, 768), 96, 0.0, True),
+    for shape, width, dropout_p, has_residual, activation in [
+        ((1, 1, 20), 28, 0.0, True, "gelu"), ((5, 20), 36, 0.0, False, "gelu_new"), ((3, 96), 100, 0.1, True, "gelu"),
+        ((65, 96), 384, 0.1, True, "gelu_new"), ((65, 96), 65, 0.0, False, "gelu"), ((3, 768), 96, 0.0, True, "gelu"),
     ]:  # fmt: skip
         x, residual = (torch.randn(shape, generator=generator) for _ in range(2))
         ln_weight, ln_bias = (torch.randn(shape[-1], generator=generator) * 0.3 for _ in range(2))
@@ -305,7 +319,7 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         rng = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if dropout_p else None
         if not has_residual:
             tensors[1] = None
-        yield (*tensors, {"dropout_p": dropout_p, "rng": rng, "site": 3})
+        yield (*tensors, {"dropout_p": dropout_p, "rng": rng, "site": 3, "activation": activation})
 
 
 def cost(n_rows: int, n_embd: int, width: int, itemsize: int) -> dict[str, dict[str, int]]:

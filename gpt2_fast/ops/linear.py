@@ -95,6 +95,25 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out_dtype: torch.d
     return result.to(out_dtype)
 
 
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether weight [in, out] is a view of nn.Linear's [out, in]."""
+    return weight.t().is_contiguous() and not weight.is_contiguous()
+
+
+def empty_gradient(weight: Tensor) -> Tensor:
+    """Uninitialised, with the strides of `weight_gradient`'s result."""
+    if _is_transposed(weight):
+        return weight.new_empty(weight.shape[::-1]).t()
+    return weight.new_empty(weight.shape)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """x [N, in]^T @ dy [N, out] in weight's dtype, laid out as weight is, so that autograd need not copy it."""
+    if _is_transposed(weight):
+        return product(dy.t(), x, out_dtype=weight.dtype).t()
+    return product(x.t(), dy, out_dtype=weight.dtype)
+
+
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What is correct: see `linear`. Any device and floating dtype, under autograd."""
     y = x @ weight
@@ -117,7 +136,7 @@ def _(x, weight, bias):
 def _(dy, x, weight, need_dx, need_dweight, need_dbias):
     return (
         x.new_empty(x.shape if need_dx else 0),
-        weight.new_empty(weight.shape if need_dweight else 0),
+        empty_gradient(weight) if need_dweight else weight.new_empty(0),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),
     )
 
@@ -132,7 +151,7 @@ def _(x, weight, bias):
 def _(dy, x, weight, need_dx, need_dweight, need_dbias):
     dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = product(dy_NO, weight.t()).view(x.shape) if need_dx else x.new_empty(0)
-    dweight = product(x_NI.t(), dy_NO) if need_dweight else weight.new_empty(0)
+    dweight = weight_gradient(x_NI, dy_NO, weight) if need_dweight else weight.new_empty(0)
     dbias = dy_NO.sum(0) if need_dbias else dy.new_empty(0)
     return dx, dweight, dbias
 
@@ -152,7 +171,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """x [..., in] @ weight [in, out] + bias [out] -> [..., out].
+    """x [..., in] @ weight [in, out] + bias [out] -> [..., out]. nn.Linear's weight [out, in] goes in as weight.t().
 
     Inside `torch.autocast` everything is cast to autocast's dtype first, as for F.linear.
 

@@ -7,9 +7,11 @@ import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
+from gpt2_fast import config
 from gpt2_fast.ops import linear, philox
 from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.layernorm_linear_gelu import (
+    ACTIVATIONS,
     _bias_gelu,
     _bias_gelu_backward,
     layernorm_linear_gelu,
@@ -65,18 +67,48 @@ def test_bfloat16_products_native_or_widened(monkeypatch, native):
         _check(inputs, options, torch.bfloat16, "cpp")
 
 
-def test_gelu_far_from_zero(isa):
-    """Values and derivatives where exp saturates, and just beside 0."""
-    u = torch.tensor([-1e4, -100.0, -13.0, -5.0, -0.75, -1e-6, 0.0, 1e-6, 3.0, 5.5, 30.0, 1e4]).reshape(1, -1)
-    dy = torch.ones_like(u)
-    y, _ = _bias_gelu(u.clone(), torch.zeros(u.shape[1]), torch.float32, True)
-    du, dbias = _bias_gelu_backward(dy, u, torch.float32)
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_far_from_zero(isa, approximate):
+    """Values and derivatives where exp saturates, in the tails, and just beside 0."""
+    u = torch.tensor([-1e9, -1e4, -100.0, -13.0, -5.0, -0.75, -1e-6, 0.0, 1e-6, 3.0, 5.5, 30.0, 1e4, 1e9])
+    u = torch.cat([u, torch.linspace(-8, 8, 1001)]).reshape(1, -1)
+    dy, erf = torch.ones_like(u), approximate == "none"
+    y, _ = _bias_gelu(u.clone(), torch.zeros(u.shape[1]), torch.float32, True, erf)
+    du, dbias = _bias_gelu_backward(dy, u, torch.float32, erf)
     leaf = u.double().requires_grad_()
-    truth = torch.nn.functional.gelu(leaf, approximate="tanh")
+    truth = torch.nn.functional.gelu(leaf, approximate=approximate)
+    if erf:  # where 1 + erf loses its digits, in float64 too
+        truth = torch.where(leaf < 0, leaf / 2 * torch.special.erfc(-leaf / 2**0.5), truth)
     (slope,) = torch.autograd.grad(truth.sum(), leaf)
-    torch.testing.assert_close(y.double(), truth.detach(), rtol=2e-6, atol=1e-12)
+    # exp(-x) is known to x units in the last place of its argument: the far tail to its distance.
+    torch.testing.assert_close(y.double(), truth.detach(), rtol=2e-6 if erf else 3e-6, atol=1e-12)
     torch.testing.assert_close(du.double(), slope, rtol=2e-6, atol=1e-7)
     assert torch.equal(dbias, du[0])
+
+
+def test_not_a_number_stays_one(isa):
+    u = torch.full((1, 20), torch.nan)
+    for erf in (False, True):
+        y, _ = _bias_gelu(u.clone(), torch.zeros(20), torch.float32, True, erf)
+        du, _ = _bias_gelu_backward(torch.ones_like(u), u, torch.float32, erf)
+        assert y.isnan().all()
+        assert du.isnan().all()
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_activations(impl):
+    """Each name is F.gelu's form of it, the two forms differ, and another name is refused."""
+    x, _, ln_weight, ln_bias, weight, bias = _inputs()
+    u = torch.nn.functional.layer_norm(x, (96,), ln_weight, ln_bias) @ weight + bias
+    for activation, approximate in {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.items():
+        y, _ = layernorm_linear_gelu(x, None, ln_weight, ln_bias, weight, bias, activation=activation, impl=impl)
+        expected = torch.nn.functional.gelu(u.double(), approximate=approximate).float()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=2e-5)
+        other = torch.nn.functional.gelu(u.double(), approximate="none" if approximate == "tanh" else "tanh")
+        assert (y - other).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="activation is 'relu'; choose gelu_new, gelu_pytorch_tanh, gelu"):
+        layernorm_linear_gelu(x, None, ln_weight, ln_bias, weight, bias, activation="relu", impl=impl)
+    assert ACTIVATIONS.keys() == set(config.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -110,6 +142,21 @@ def test_strided_inputs():
            {}, torch.float32, "cpp")  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weight_of_nn_linear(impl, dtype):
+    """A transposed view of [out, in]: its gradient is laid out as it is, and autograd keeps that memory."""
+    x, residual, ln_weight, ln_bias, weight, bias = (t.to(dtype) for t in _inputs())
+    _check([x, residual, ln_weight, ln_bias, weight.t().contiguous().t(), bias], {"activation": "gelu"}, dtype, impl)
+    stored = weight.t().contiguous().requires_grad_()
+    seen = []
+    handle = stored.register_hook(lambda g: seen.append(g.data_ptr()))
+    layernorm_linear_gelu(x, residual, ln_weight, ln_bias, stored.t(), bias, impl=impl)[0].sum().backward()
+    handle.remove()
+    assert stored.grad.is_contiguous()
+    assert stored.grad.data_ptr() == seen[0]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_saved_when_no_gradient_is_wanted(impl):
     inputs = _inputs()
@@ -127,8 +174,8 @@ def test_same_bits_whatever_the_threads(threads):
     runs = []
     for count in (2, 1, 2):
         threads(count)
-        runs.append([*_bias_gelu(product.clone(), bias, torch.float32, True),
-                     *_bias_gelu_backward(dy, product, torch.float32)])  # fmt: skip
+        runs.append([*_bias_gelu(product.clone(), bias, torch.float32, True, True),
+                     *_bias_gelu_backward(dy, product, torch.float32, True)])  # fmt: skip
     assert_same_bits(runs[0], runs[1])
     assert_same_bits(runs[0], runs[2])
 
@@ -141,21 +188,23 @@ def test_same_bits_twice(impl):
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
-def test_operator_contract():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operator_contract(transposed):
     x, residual, ln_weight, ln_bias, weight, bias = (t.cpu() for t in _inputs())
+    weight = weight.t().contiguous().t() if transposed else weight
     rng = torch.tensor([5])
-    arguments = (x, residual, ln_weight, ln_bias, weight, bias, 1e-5, 0.1, rng, 1, True, "cpp")
+    arguments = (x, residual, ln_weight, ln_bias, weight, bias, 1e-5, 0.1, rng, 1, transposed, True, "cpp")
     torch.library.opcheck(torch.ops.gpt2_fast.layernorm_linear_gelu.default, arguments)
     y, h, n, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(*arguments)
     torch.library.opcheck(
         torch.ops.gpt2_fast.layernorm_linear_gelu_backward.default,
-        (y, x, h, n, u, mean, rstd, ln_weight, ln_bias, weight, 0.1, rng, 1, torch.float32, True, "cpp"),
+        (y, x, h, n, u, mean, rstd, ln_weight, ln_bias, weight, 0.1, rng, 1, transposed, torch.float32, True, "cpp"),
     )
 
 
 def test_compiles_whole():
     def step(*tensors):
-        y, h = layernorm_linear_gelu(*tensors)
+        y, h = layernorm_linear_gelu(*tensors, activation="gelu")
         return y.square().sum() + h.sum()
 
     inputs = [t.requires_grad_() for t in _inputs()]

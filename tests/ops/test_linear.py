@@ -39,6 +39,17 @@ def test_strided_inputs():
     check_op(linear, linear_reference, [x, weight, torch.randn(33)], torch.float32)
 
 
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_weight_of_nn_linear(library, monkeypatch):
+    """Its gradient is laid out as nn.Linear stores it, and autograd keeps that memory."""
+    monkeypatch.setattr(room, "cpu_policy", lambda: CpuPolicy(library, False, ""))
+    stored, seen = torch.randn(33, 48, requires_grad=True), []
+    stored.register_hook(lambda g: seen.append(g.data_ptr()))
+    linear(torch.randn(6, 4, 48), stored.t()).sum().backward()
+    assert stored.grad.is_contiguous()
+    assert stored.grad.data_ptr() == seen[0]
+
+
 def test_frozen_weight_gets_no_gradient():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, 5)
     y = linear(x, weight, torch.zeros(5))
@@ -66,7 +77,8 @@ def test_same_bits_twice():
 def test_operator_contract():
     x, weight, dy = torch.randn(2, 3, 8), torch.randn(8, 5), torch.randn(2, 3, 5)
     torch.library.opcheck(torch.ops.gpt2_fast.linear.default, (x, weight, torch.randn(5)))
-    torch.library.opcheck(torch.ops.gpt2_fast.linear_backward.default, (dy, x, weight, True, True, True))
+    for layout in (weight, weight.t().contiguous().t()):
+        torch.library.opcheck(torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, True, True, True))
 
 
 def test_compiles_whole():

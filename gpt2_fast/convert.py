@@ -5,6 +5,7 @@ Lossless: the numbers keep their bits, unless a narrower dtype is asked for by n
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gpt2_fast.checkpoint import load_pretrained, save_pretrained
 from gpt2_fast.config import GPT2Config, num_params
-from gpt2_fast.formats import GELU_NOTE, LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
+from gpt2_fast.formats import ACTIVATIONS, LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
 
 FORMATS = ("hf", "nanogpt", "llmc")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,8 +112,10 @@ def convert(
     notes = list(loaded.notes)
     if _narrows(stored, dtype):
         notes.append(f"the weights are {str(stored)[6:]} in {source}; they were rounded to {str(dtype)[6:]}")
-    if to == "nanogpt" and loaded.format != to:
-        notes.append(GELU_NOTE)
+    config = loaded.config
+    if to in ACTIVATIONS:
+        notes += _activation_note(config.activation_function, to)
+        config = dataclasses.replace(config, activation_function=ACTIVATIONS[to])
     if to == "llmc":
         if dtype is None and stored == torch.float64:
             raise ValueError(f"{source} holds float64, which llm.c has not; --dtype float32 rounds it")
@@ -120,12 +123,24 @@ def convert(
         notes.append("llm.c keeps neither dropout nor token ids of the config")
     state = loaded.state if dtype is None else _cast(loaded.state, dtype)
     if to == "hf":
-        save_pretrained(target, state, loaded.config)
+        save_pretrained(target, state, config)
     elif to == "nanogpt":
-        write_nanogpt(target, state, loaded.config)
+        write_nanogpt(target, state, config)
     else:
-        write_llmc(target, state, loaded.config, dtype=dtype)
-    return Loaded(to, loaded.config, state, tuple(notes))
+        write_llmc(target, state, config, dtype=dtype)
+    return Loaded(to, config, state, tuple(notes))
+
+
+def _activation_note(trained_with: str, to: str) -> list[str]:
+    """What to say of a model whose GELU is not the one that `to` computes."""
+    by_erf = ACTIVATIONS[to] == "gelu"
+    if (trained_with == "gelu") == by_erf:
+        return []
+    program, own = ("nanoGPT", "erf") if by_erf else ("llm.c", "tanh")
+    return [
+        f"{program} computes GELU by {own} and this model by {'tanh' if by_erf else 'erf'}: "
+        "same weights, outputs differ slightly"
+    ]
 
 
 def summary(written: Loaded, target: str | os.PathLike[str]) -> str:

@@ -31,7 +31,8 @@ _NANOGPT = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-GELU_NOTE = "nanoGPT's MLP uses erf GELU and GPT-2's its tanh approximation: same weights, outputs differ slightly"
+# The GELU that each of the two computes, whatever a checkpoint was trained with.
+ACTIVATIONS = {"nanogpt": "gelu", "llmc": "gelu_new"}
 _COMPILED = "_orig_mod."  # the prefix of a state dict of a torch.compile'd module
 
 # llm.c's header: 256 int32. Its padded versions alone are read: 1 and 2 differ in layout and are long replaced.
@@ -74,7 +75,8 @@ def _token_ids(vocab_size: Any) -> dict[str, int | None]:
 def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Tensor], list[str]]:
     """Config, state dict and notes for the user from a ckpt.pt of nanoGPT's train.py, read as weights only.
 
-    A model without biases gets zero biases, which compute the same. vocab_size stays padded where it was.
+    Its activation_function is "gelu", by erf. A model without biases gets zero biases, which compute the same.
+    vocab_size stays padded where it was.
     Raises FileNotFoundError or ValueError, one line, for a missing, truncated or foreign file.
     """
     path = Path(path)
@@ -98,9 +100,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
         state = canonical_state_dict(state, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    notes = [GELU_NOTE]
-    if not bias:
-        notes.append("the model has no biases; zeros stand in for them and compute the same")
+    notes = [] if bias else ["the model has no biases; zeros stand in for them and compute the same"]
     return config, state, notes
 
 
@@ -112,7 +112,9 @@ def _nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
             raise ValueError(f"model_args has {name} = {value!r}, which a GPT-2 has not")
     sizes = {ours: arguments[theirs] for theirs, ours in _NANOGPT.items()}
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), arguments.get("dropout", 0.0))
-    config = GPT2Config(**sizes, **dropout, **_token_ids(sizes["vocab_size"]))
+    config = GPT2Config(
+        **sizes, **dropout, **_token_ids(sizes["vocab_size"]), activation_function=ACTIVATIONS["nanogpt"]
+    )
     return config, bool(arguments.get("bias", True))  # checkpoints older than the option have biases
 
 

@@ -101,10 +101,13 @@ def test_there_and_back_in_every_direction(tmp_path, start, over, dtype):
     written = convert.convert(source, tmp_path / "over" / NAMES[over])
     assert written.format == over
     assert_same_bits(convert.load(tmp_path / "over" / NAMES[over]).state, state)
-    convert.convert(tmp_path / "over" / NAMES[over], tmp_path / "back" / NAMES[start])
+    returned = convert.convert(tmp_path / "over" / NAMES[over], tmp_path / "back" / NAMES[start])
     back = convert.load(tmp_path / "back" / NAMES[start])
     assert back.format == start
-    assert back.config == CONFIG
+    # nanoGPT computes GELU by erf, llm.c by tanh; a folder keeps what its config says.
+    by_erf = start == "nanogpt" or (start == "hf" and over == "nanogpt")
+    assert back.config == dataclasses.replace(CONFIG, activation_function="gelu" if by_erf else "gelu_new")
+    assert back.config == returned.config
     assert_same_bits(back.state, state)
     if start == "llmc":
         assert (tmp_path / "back/model.bin").read_bytes() == source.read_bytes()
@@ -139,9 +142,9 @@ def test_nanogpt_checkpoint(tmp_path, prefix):
     state = random_state()
     config, again, notes = formats.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, prefix=prefix))
     assert_same_bits(again, state)
-    assert config == dataclasses.replace(CONFIG, embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
-    assert len(notes) == 1
-    assert "erf GELU" in notes[0]
+    dropout = {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
+    assert config == dataclasses.replace(CONFIG, activation_function="gelu", **dropout)
+    assert notes == []
 
 
 def test_nanogpt_without_biases_gets_zeros(tmp_path):
@@ -149,7 +152,28 @@ def test_nanogpt_without_biases_gets_zeros(tmp_path):
     _, again, notes = formats.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, bias=False))
     zeros = {n: torch.zeros_like(t) if n.endswith(".bias") else t for n, t in state.items()}
     assert_same_bits(again, zeros)
-    assert "zeros stand in" in notes[1]
+    assert len(notes) == 1
+    assert "zeros stand in" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("activation", "to", "note"),
+    [
+        ("gelu_new", "nanogpt", "nanoGPT computes GELU by erf and this model by tanh"),
+        ("gelu_pytorch_tanh", "nanogpt", "nanoGPT computes GELU by erf and this model by tanh"),
+        ("gelu", "nanogpt", None),
+        ("gelu", "llmc", "llm.c computes GELU by tanh and this model by erf"),
+        ("gelu_new", "llmc", None),
+        ("gelu", "hf", None),
+    ],
+)
+def test_gelu_that_a_format_does_not_compute_is_noted(tmp_path, activation, to, note):
+    config = dataclasses.replace(CONFIG, activation_function=activation)
+    source = write_source(tmp_path, "hf", random_state(), config)
+    written = convert.convert(source, tmp_path / "to" / NAMES[to])
+    said = [n for n in written.notes if "GELU" in n]
+    assert [n.split(":")[0] for n in said] == ([] if note is None else [note])
+    assert_same_bits(convert.load(tmp_path / "to" / NAMES[to]).state, random_state())
 
 
 def test_nanogpt_keeps_a_padded_vocabulary(tmp_path):
@@ -189,7 +213,7 @@ def test_nanogpt_weights_compute_the_same(tmp_path):
         qkv = layer(layer(x, f"h.{i}.ln_1", "norm"), f"h.{i}.attn.c_attn", "linear").view(2, 7, 3, 3, 8)
         y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True).transpose(1, 2).flatten(2)
         x = x + layer(y, f"h.{i}.attn.c_proj", "linear")
-        u = F.gelu(layer(layer(x, f"h.{i}.ln_2", "norm"), f"h.{i}.mlp.c_fc", "linear"), approximate="tanh")
+        u = F.gelu(layer(layer(x, f"h.{i}.ln_2", "norm"), f"h.{i}.mlp.c_fc", "linear"))
         x = x + layer(u, f"h.{i}.mlp.c_proj", "linear")
     logits = F.linear(layer(x, "ln_f", "norm"), w[HEAD])
     convert.convert(tmp_path / "ckpt.pt", tmp_path / "folder")
@@ -380,7 +404,7 @@ def test_command(tmp_path, capsys):
     assert_same_bits(convert.load(tmp_path / "m.bin").state, {n: t.bfloat16() for n, t in state.items()})
     assert cli.main(["convert", str(source), str(tmp_path / "m"), "--to", "nanogpt"]) == 0
     assert convert.load(tmp_path / "m").format == "nanogpt"
-    assert capsys.readouterr().out.count("note: nanoGPT's MLP uses erf GELU") == 1
+    assert capsys.readouterr().out.count("note: nanoGPT computes GELU by erf and this model by tanh") == 1
     assert cli.main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("gpt2-fast: ")

@@ -96,7 +96,7 @@ def test_position_and_token_type_ids():
 @pytest.mark.parametrize(
     "options",
     [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"tie_word_embeddings": False},
-     {"n_inner": 100}],
+     {"n_inner": 100}, {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}],
     ids=str,
 )  # fmt: skip
 def test_configuration_options(options):

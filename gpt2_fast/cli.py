@@ -86,7 +86,10 @@ def _add_generate(commands) -> None:
     add("--top-p", type=float, metavar="P", help="sample among the fewest tokens whose probabilities reach P")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
     add("--stop", action="append", default=[], metavar="STRING", help="end in front of it (may be repeated)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache")
+    add("--slide", action="store_true", help="past n_positions, go on with the newest half of the text")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    add("--weights", choices=("float32", "bfloat16", "int8"),
+        help="on a CPU, pack the weights so; int8: one scale a row (default: the model's dtype)")  # fmt: skip
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--impl", default="auto", metavar="NAME", help="auto, reference, cpp or triton (default auto)")
     parser.set_defaults(run=_generate)
@@ -116,7 +119,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         model, get_tokenizer(), arguments.prompt, arguments.max_new_tokens, num_samples=arguments.num_samples,
         stop=arguments.stop, write=write if one else None, temperature=arguments.temperature,
         top_k=arguments.top_k or None, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
+        seed=arguments.seed, weights=arguments.weights, context="slide" if arguments.slide else None,
     )  # fmt: skip
     if one:
         print("" if started else arguments.prompt)
@@ -130,6 +133,59 @@ def _check_published(model: str) -> None:
     """Refuses the one preset that is no repository on the hub, before it is looked for there."""
     if model == "nano" and not os.path.isdir(model):
         raise ValueError("nano is a preset without published weights; train one, then give its checkpoint folder")
+
+
+EVAL_FILES = {
+    "text": "perplexity of a UTF-8 text by strided windows, as transformers documents it",
+    "hellaswag": "accuracy on hellaswag_val.jsonl, by llm.c's convention and lm-evaluation-harness's",
+    "lambada": "last-word accuracy and perplexity on OpenAI's lambada_test.jsonl",
+    "shard": "loss of token data: nanoGPT or llm.c .bin, a folder or a quoted pattern of them",
+}
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval", help="perplexity, HellaSwag, LAMBADA, loss of token data",
+        description="Evaluates a model on local files; several kinds in one call.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="checkpoint folder, hub repository, nanoGPT ckpt.pt or llm.c .bin")
+    for task, text in EVAL_FILES.items():
+        add(f"--{task}", metavar="FILE", help=text)
+    add("--context", type=int, metavar="N", help="tokens a window of --text and --shard (default n_positions)")
+    add("--stride", type=int, metavar="N", help="tokens between the windows of --text (default half the context)")
+    add("--batch-size", type=int, default=8, metavar="N", help="windows or texts at a time (default 8)")
+    add("--limit", type=int, metavar="N", help="at most N windows or examples of each file")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--impl", default="auto", metavar="NAME", help="auto, reference, cpp or triton (default auto)")
+    add("--json", metavar="FILE", help="write the results there too")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from gpt2_fast import eval_tasks
+    from gpt2_fast.train import resolve_device
+
+    files = {task: path for task in EVAL_FILES if (path := getattr(arguments, task)) is not None}
+    if not files:
+        raise ValueError(f"eval needs a file: {', '.join('--' + task for task in EVAL_FILES)}")
+    _check_published(arguments.model)
+    device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
+    model = eval_tasks.load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
+    head = {"model": arguments.model, "dtype": arguments.dtype, "device": str(device)}
+    results = []
+    for result in eval_tasks.evaluate_files(
+        model, files, stride=arguments.stride, context=arguments.context, batch_size=arguments.batch_size,
+        limit=arguments.limit,
+    ):  # fmt: skip
+        print(eval_tasks.table([result]), flush=True)
+        results.append(result)
+    if arguments.json is not None:
+        eval_tasks.write_json(arguments.json, {**head, "results": results})
+    return 0
 
 
 def _add_inspect(commands) -> None:
@@ -245,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    _add_eval(commands)
     _add_inspect(commands)
     _add_doctor(commands)
     _add_convert(commands)

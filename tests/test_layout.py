@@ -15,11 +15,11 @@ SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 
 # From the leaves up: a module imports from layers below its own, or from its own where that is marked True.
 LAYERS = [
-    ({"files", "config", "train_config", "sources", "memory", "jsonl"}, False),
+    ({"files", "config", "train_config", "sources", "memory", "patch_outputs", "jsonl"}, False),
     ({"kernels"}, True),
     ({"ops"}, True),
-    ({"tokenizer", "checkpoint"}, False),
-    ({"model", "data", "optim", "formats", "plots", "sampling", "text_stream"}, False),
+    ({"tokenizer", "checkpoint", "patch_attention"}, False),
+    ({"model", "data", "optim", "formats", "plots", "patch_modules", "sampling", "text_stream"}, False),
     ({"kv_cache"}, False),
     ({"decoder"}, False),
     ({"decoding"}, False),

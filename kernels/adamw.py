@@ -26,16 +26,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .aot import LAUNCH_OPTIONS, AotSpec, make_spec
+from . import tuning
+from .aot import ARCHS, LAUNCH_OPTIONS, AotSpec, config_arch, make_spec
 from .interpreter import cast
 
 COLUMNS = 10
 CHUNK = 8192  # elements a program
-CONFIGS = {
-    "update": {"BLOCK": 1024, "num_warps": 4},
-    "norm": {"BLOCK": 2048, "num_warps": 4},
-    "total": {"BLOCK": 1024, "num_warps": 4},
-}
 
 
 @triton.jit
@@ -233,11 +229,12 @@ def grad_norm(
             partial,
             CHUNK=chunk,
             ALIGNED=aligned,
-            **_block("norm", chunk),
+            **_block("norm", table.device, chunk),
             **LAUNCH_OPTIONS,
         )
     # also for no chunks at all: the norm of nothing is 0
-    norm_total_kernel[(1,)](partial, norm, chunks, **CONFIGS["total"], **LAUNCH_OPTIONS)
+    total = tuning.config("adamw", "total", config_arch(table.device))
+    norm_total_kernel[(1,)](partial, norm, chunks, **total, **LAUNCH_OPTIONS)
 
 
 def step(
@@ -263,13 +260,13 @@ def step(
             float(max_norm),
             CHUNK=chunk,
             ALIGNED=aligned,
-            **_block("update", chunk),
+            **_block("update", table.device, chunk),
             **LAUNCH_OPTIONS,
         )
 
 
-def _block(name: str, chunk: int) -> dict[str, int]:
-    config = CONFIGS[name]
+def _block(name: str, device: torch.device, chunk: int) -> dict[str, int]:
+    config = tuning.config("adamw", name, config_arch(device))
     if chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of two, not {chunk}")
     return {**config, "BLOCK": min(config["BLOCK"], chunk)}
@@ -278,29 +275,33 @@ def _block(name: str, chunk: int) -> dict[str, int]:
 def aot_specs() -> list[AotSpec]:
     """Every configuration: aligned tables and others, with and without clipping."""
     specs = []
+    for arch in ARCHS:
+        for aligned in (True, False):
+            specs += _specs(arch, aligned)
+        config = tuning.config("adamw", "total", arch)
+        types = {"partial_ptr": "*fp32", "norm_ptr": "*fp32", "chunks": "i32"}
+        blocks, loose = {"BLOCK": config["BLOCK"]}, ("chunks",)
+        warps, archs = config["num_warps"], (arch,)
+        specs.append(
+            make_spec(norm_total_kernel, "adamw norm_total", types, blocks, warps, archs=archs, unaligned=loose)
+        )
+    return specs
+
+
+def _specs(arch: int, aligned: bool) -> list[AotSpec]:
+    """The kernels that walk a table."""
     table = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}
-    for aligned in (True, False):
-        label = "aligned" if aligned else "unaligned"
-        for clip in (True, False):
-            types = {
-                **table,
-                "hyper_ptr": "*fp64",
-                "max_norm": "fp32",
-                **({"norm_ptr": "*fp32"} if clip else {}),
-            }
-            config = CONFIGS["update"]
-            constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
-            name = f"adamw update {label}{' clip' * clip}"
-            specs.append(make_spec(update_kernel, name, types, constexprs, config["num_warps"]))
-        config = CONFIGS["norm"]
-        constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
-        types = {**table, "partial_ptr": "*fp32"}
-        name = f"adamw norm_partial {label}"
-        specs.append(make_spec(norm_partial_kernel, name, types, constexprs, config["num_warps"]))
-    config = CONFIGS["total"]
-    types = {"partial_ptr": "*fp32", "norm_ptr": "*fp32", "chunks": "i32"}
-    blocks = {"BLOCK": config["BLOCK"]}
-    specs.append(
-        make_spec(norm_total_kernel, "adamw norm_total", types, blocks, config["num_warps"], unaligned=("chunks",))
-    )
+    label = "aligned" if aligned else "unaligned"
+    specs = []
+    config = tuning.config("adamw", "update", arch)
+    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
+    for clip in (True, False):
+        types = {**table, "hyper_ptr": "*fp64", "max_norm": "fp32", **({"norm_ptr": "*fp32"} if clip else {})}
+        name = f"adamw update {label}{' clip' * clip}"
+        specs.append(make_spec(update_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
+    config = tuning.config("adamw", "norm", arch)
+    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
+    types = {**table, "partial_ptr": "*fp32"}
+    name = f"adamw norm_partial {label}"
+    specs.append(make_spec(norm_partial_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
     return specs

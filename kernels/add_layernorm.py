@@ -15,22 +15,19 @@ was rounded for storage, because that is the h which backward reads.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
-from .aot import LAUNCH_OPTIONS, AotSpec, make_spec
+from . import tuning
+from .aot import ARCHS, LAUNCH_OPTIONS, AotSpec, config_arch, make_spec
 from .bias import PARTIALS, reduce_partials
 from .interpreter import cast
 from .philox import keep_scale, keep_tile, load_key, threshold_bits
 
-# By BLOCK_C, the power of two that holds a row: rows a tile, warps. About 16 elements a thread forward, and 8
-# backward, which holds two sums besides.
-BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-CONFIGS = {
-    "forward": {b: {"ROWS": min(16, max(1, 4096 // b)), "num_warps": 8 if b <= 4096 else 16} for b in BLOCKS},
-    "backward": {b: {"ROWS": min(16, max(1, 2048 // b)), "num_warps": 8 if b <= 2048 else 16} for b in BLOCKS},
-}
+WIDEST = 16384  # channels of a row that these kernels hold
 
 
 @triton.jit
@@ -165,12 +162,15 @@ def normalize_kernel(
     tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(channels: int, direction: str = "forward") -> tuple[dict[str, int], int]:
-    """(constexprs and options of a launch, rows a program) for rows of `channels`."""
+def _tile(channels: int, arch: int, direction: str = "forward") -> tuple[dict[str, int], int]:
+    """(constexprs and options of a launch, rows a program) for rows of `channels`.
+
+    What ships: about 16 elements a thread forward, and 8 backward, which holds two sums besides.
+    """
     block = max(16, triton.next_power_of_2(channels))
-    if block not in BLOCKS:
-        raise ValueError(f"n_embd {channels} is above {max(BLOCKS)}, the widest row these kernels hold")
-    config = CONFIGS[direction][block]
+    if block > WIDEST:
+        raise ValueError(f"n_embd {channels} is above {WIDEST}, the widest row these kernels hold")
+    config = tuning.config("add_layernorm", direction, arch, width=block)
     return {"C": channels, "BLOCK_C": block, **config, **LAUNCH_OPTIONS}, config["ROWS"]
 
 
@@ -190,7 +190,7 @@ def _rows_forward(x, residual, weight, bias, y, eps, dropout_p, rng, site):
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows:
-        tile, step = _tile(channels)
+        tile, step = _tile(channels, config_arch(x.device))
         drop = _dropout(0.0 if residual is None else dropout_p, rng, site)
         forward_kernel[(triton.cdiv(rows, step),)](
             x, residual, weight, bias, y, h, mean, rstd, N=rows, eps=eps, **drop, **tile
@@ -241,7 +241,7 @@ def normalize(
     rows, channels = h.shape
     y = torch.empty(h.shape, dtype=dtype, device=h.device)
     if rows:
-        tile, step = _tile(channels)
+        tile, step = _tile(channels, config_arch(h.device))
         normalize_kernel[(triton.cdiv(rows, step),)](h, weight, bias, mean, rstd, y, N=rows, **tile)
     return y
 
@@ -268,7 +268,7 @@ def backward(
     own_dx = has_residual and (dropout_p > 0 or x_dtype != h.dtype)
     dx = torch.empty(h.shape, dtype=x_dtype, device=h.device) if own_dx else None
     dresidual = torch.empty_like(h)
-    tile, step = _tile(channels, "backward")
+    tile, step = _tile(channels, config_arch(h.device), "backward")
     programs = min(PARTIALS, max(1, triton.cdiv(rows, step)))
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
     drop = _dropout(dropout_p if own_dx else 0.0, rng, site)
@@ -281,15 +281,15 @@ def aot_specs() -> list[AotSpec]:
     """Every tile shape of GPT-2's widths (768 and 1024 share one, 1280 and 1600 another), every dtype and
     autocast's mix of a bfloat16 row with a float32 stream, with and without dropout and residual."""
     specs = []
-    for channels in (768, 1600):
+    for channels, arch in itertools.product((768, 1600), ARCHS):
         for row, stream in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
             for dropout in (False, True):
-                specs += _specs(channels, row, stream, dropout)
-            specs += _specs_alone(channels, row, stream)
+                specs += _specs(channels, arch, row, stream, dropout)
+            specs += _specs_alone(channels, arch, row, stream)
     return specs
 
 
-def _specs(channels: int, row: str, stream: str, dropout: bool) -> list[AotSpec]:
+def _specs(channels: int, arch: int, row: str, stream: str, dropout: bool) -> list[AotSpec]:
     """The kernels of a sublayer's end: x and y in `row`, the residual stream and parameters in `stream`."""
     drop = {"threshold": "i32", "scale": "fp32", "site": "i32", **({"rng_ptr": "*i64"} if dropout else {})}
     saved = {"h_ptr": f"*{stream}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32"}
@@ -301,13 +301,13 @@ def _specs(channels: int, row: str, stream: str, dropout: bool) -> list[AotSpec]
         grads["dx_ptr"] = f"*{row}"
     label = f"C={channels} {row} h={stream}{' dropout' if dropout else ''}"
     return [
-        _spec(forward_kernel, f"forward {label}", {**statistics_, **affine}, channels, dropout),
-        _spec(forward_kernel, f"statistics {label}", statistics_, channels, dropout),
-        _spec(backward_kernel, f"backward {label}", grads, channels, dropout),
+        _spec(forward_kernel, f"forward {label}", {**statistics_, **affine}, channels, arch, dropout),
+        _spec(forward_kernel, f"statistics {label}", statistics_, channels, arch, dropout),
+        _spec(backward_kernel, f"backward {label}", grads, channels, arch, dropout),
     ]
 
 
-def _specs_alone(channels: int, row: str, stream: str) -> list[AotSpec]:
+def _specs_alone(channels: int, arch: int, row: str, stream: str) -> list[AotSpec]:
     """The kernels where there is no residual: the first LayerNorm of the model."""
     drop = {"threshold": "i32", "scale": "fp32", "site": "i32"}
     saved = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32"}
@@ -317,17 +317,18 @@ def _specs_alone(channels: int, row: str, stream: str) -> list[AotSpec]:
     grads |= {"dresidual_ptr": f"*{stream}", "partial_ptr": "*fp32"}
     label = f"C={channels} {row} h={stream} no residual"
     return [
-        _spec(forward_kernel, f"forward {label}", {**x, **affine}, channels, False),
-        _spec(forward_kernel, f"statistics {label}", x, channels, False),
-        _spec(backward_kernel, f"backward {label}", grads, channels, False),
-        _spec(normalize_kernel, f"normalize {label}", {"h_ptr": f"*{stream}", **saved, **affine}, channels, None),
+        _spec(forward_kernel, f"forward {label}", {**x, **affine}, channels, arch, False),
+        _spec(forward_kernel, f"statistics {label}", x, channels, arch, False),
+        _spec(backward_kernel, f"backward {label}", grads, channels, arch, False),
+        _spec(normalize_kernel, f"normalize {label}", {"h_ptr": f"*{stream}", **saved, **affine}, channels, arch, None),
     ]
 
 
-def _spec(kernel, name: str, types: dict[str, str], channels: int, dropout: bool | None) -> AotSpec:
-    tile, _ = _tile(channels, "backward" if kernel is backward_kernel else "forward")
+def _spec(kernel, name: str, types: dict[str, str], channels: int, arch: int, dropout: bool | None) -> AotSpec:
+    tile, _ = _tile(channels, arch, "backward" if kernel is backward_kernel else "forward")
     constexprs = {key: tile[key] for key in ("C", "BLOCK_C", "ROWS")}
     if dropout is not None:
         constexprs["DROPOUT"] = dropout
     loose = ("N", "threshold", "site")
-    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, tile["num_warps"], unaligned=loose)
+    warps, archs = tile["num_warps"], (arch,)
+    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, warps, archs=archs, unaligned=loose)

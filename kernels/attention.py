@@ -23,13 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .aot import ARCHS, AotSpec, config_arch
 from .attention_backward import backward_dkdv_kernel, backward_dq_kernel
 from .attention_tiles import (
     LN2,
     LOG2E,
     block_d,
     config,
-    config_arch,
     document,
     hide,
     load_segments,
@@ -205,21 +205,16 @@ def _launch(name: str, tensors: tuple, common: tuple) -> None:
     kernel, owned = KERNELS[name]
     qkv, segments, rng = tensors[:3]
     B, T, _, H, D = qkv.shape
-    block_m, block_n, num_warps, num_stages = config(
-        name, config_arch(qkv.device), qkv.element_size(), D, rng is not None
-    )
-    grid = (triton.cdiv(T, block_m if owned == "queries" else block_n), H, B)
+    tile = config(name, config_arch(qkv.device), qkv.element_size(), D, rng is not None)
+    grid = (triton.cdiv(T, tile["BLOCK_M" if owned == "queries" else "BLOCK_N"]), H, B)
     kernel[grid](
         *tensors,
         *common,
         HEAD_DIM=D,
         BLOCK_D=block_d(D),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         SEGMENTS=segments is not None,
         DROPOUT=rng is not None,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        **tile,
     )
 
 
@@ -234,8 +229,6 @@ KERNELS = {
 def aot_specs() -> list:
     """Every shipped configuration with segments, its larger form; at head size 64 also without, and float16;
     beside head size 128 the padded 80."""
-    from .aot import AotSpec
-
     types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     types |= {"scale": "fp32", "kept_scale": "fp32", "threshold": "i32", "site": "i32", "T": "i32", "H": "i32"}
     both = (True, True)
@@ -244,15 +237,16 @@ def aot_specs() -> list:
     forms += [(64, "fp16", 2, *both), (64, "fp32", 4, False, False)]
     forms += [(D, "fp32", 4, *both) for D in (32, 64, 80, 128)]
     specs = []
-    for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), (80, 90, 100), forms):
+    for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), ARCHS, forms):
         D, dtype, itemsize, segments, dropout = form
-        block_m, block_n, num_warps, num_stages = config(name, arch, itemsize, D, dropout)
-        constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "BLOCK_M": block_m, "BLOCK_N": block_n}
+        tile = config(name, arch, itemsize, D, dropout)
+        constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), **{key: tile[key] for key in ("BLOCK_M", "BLOCK_N")}}
         constexprs |= {"SEGMENTS": segments, "DROPOUT": dropout}
         constexprs |= {} if segments else {"segments_ptr": None}
         constexprs |= {} if dropout else {"rng_ptr": None}
         signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
         label = f"attention.{name} {dtype} D={D}{' segments' * segments}{' dropout' * dropout}"
         pointers = tuple(a for a in signature if a.endswith("_ptr"))
-        specs.append(AotSpec(kernel, label, signature, constexprs, num_warps, num_stages, pointers, archs=(arch,)))
+        options = (tile["num_warps"], tile["num_stages"], pointers, (arch,))
+        specs.append(AotSpec(kernel, label, signature, constexprs, *options))
     return specs

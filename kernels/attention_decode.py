@@ -15,21 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import LOG2E, block_d, config_arch
+from . import tuning
+from .aot import ARCHS, INTERPRETER, AotSpec, config_arch
+from .attention_tiles import LOG2E, block_d
 from .interpreter import cast
 
-# Keys a program of the first kernel, and splits a step of the second.
-SPLIT = 128
-COMBINE = 16
+SPLIT = 128  # keys a program of the first kernel
+INTERPRETER_CONFIG = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
-# (kernel, compute capability, bytes an element, BLOCK_D) -> (BLOCK_N, num_warps, num_stages): what a thread
-# holds of K and V stays well inside its registers, and enough loads are in flight to cover memory latency.
-CONFIGS = {
-    ("split", arch, itemsize, width): (block_n, 4, 2)
-    for arch in (80, 90, 100)
-    for itemsize, width, block_n in ((2, 32, 128), (2, 64, 64), (2, 128, 32), (4, 32, 64), (4, 64, 32), (4, 128, 16))
-}
-INTERPRETER_CONFIG = (32, 4, 1)
+
+def _config(kernel: str, arch: int, itemsize: int, head_dim: int) -> dict[str, int]:
+    """Of the split what ships keeps a thread's part of K and V well inside its registers, and enough loads in flight
+    to cover memory latency."""
+    if kernel == "split" and arch == INTERPRETER:
+        return INTERPRETER_CONFIG
+    return tuning.config("attention_decode", kernel, arch, itemsize, head_dim=block_d(head_dim))
 
 
 @triton.jit(do_not_specialize=["S", "H"])
@@ -127,46 +127,40 @@ def decode(
     Reads nothing back to the host. Raises ValueError for a head size outside 16..128.
     """
     B, H, S, D = k_cache.shape
-    width = block_d(D)
-    arch = config_arch(q.device)
-    config = INTERPRETER_CONFIG if arch == "interpret" else CONFIGS["split", arch, q.element_size(), width]
-    block_n, num_warps, num_stages = config
+    split, combine = (_config(kernel, config_arch(q.device), q.element_size(), D) for kernel in ("split", "combine"))
     n_splits = triton.cdiv(S, SPLIT)
     out = torch.empty_like(q)
     acc = torch.empty((B, H, n_splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B, H, n_splits, 2), dtype=torch.float32, device=q.device)
-    tile = {"HEAD_DIM": D, "BLOCK_D": width}
+    tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
     with torch.cuda.device_of(q):
         split_kernel[(n_splits, H, B)](
-            q, k_cache, v_cache, starts, lengths, acc, stats, scale, S, H, **tile,
-            BLOCK_N=block_n, KEYS=SPLIT, num_warps=num_warps, num_stages=num_stages,
+            q, k_cache, v_cache, starts, lengths, acc, stats, scale, S, H, **tile, **split, KEYS=SPLIT
         )  # fmt: skip
-        combine_kernel[(B * H,)](acc, stats, out, n_splits, **tile, BLOCK_P=COMBINE, num_warps=4, num_stages=2)
+        combine_kernel[(B * H,)](acc, stats, out, n_splits, **tile, **combine)
     return out
 
 
 def aot_specs() -> list:
-    """Every key of CONFIGS with its combine kernel; at two bytes bfloat16, and float16 for head size 64; the
+    """Every configuration of both kernels; at two bytes bfloat16, and float16 for head size 64; the
     padded head size 80 too."""
-    from .aot import AotSpec
-
     forms = [(D, "bf16", 2) for D in (32, 64, 80, 128)] + [(64, "fp16", 2)]
     forms += [(D, "fp32", 4) for D in (32, 64, 80, 128)]
     specs = []
-    for arch in (80, 90, 100):
+    for arch in ARCHS:
         for D, dtype, itemsize in forms:
             tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
             label = f"{dtype} D={D}"
-            block_n, num_warps, num_stages = CONFIGS["split", arch, itemsize, block_d(D)]
+            split, combine = (_config(kernel, arch, itemsize, D) for kernel in ("split", "combine"))
             signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
             signature |= {"starts_ptr": "*i32", "lengths_ptr": "*i32", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
             pointers = tuple(signature)
             signature |= {"scale": "fp32", "S": "i32", "H": "i32"}
-            constexprs = tile | {"BLOCK_N": block_n, "KEYS": SPLIT}
-            name = f"attention_decode.split {label}"
-            specs.append(AotSpec(split_kernel, name, signature, constexprs, num_warps, num_stages, pointers, (arch,)))
+            constexprs = tile | {"BLOCK_N": split["BLOCK_N"], "KEYS": SPLIT}
+            name, options = f"attention_decode.split {label}", (split["num_warps"], split["num_stages"])
+            specs.append(AotSpec(split_kernel, name, signature, constexprs, *options, pointers, (arch,)))
             signature = {"acc_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": f"*{dtype}", "P": "i32"}
-            constexprs = tile | {"BLOCK_P": COMBINE}
-            name = f"attention_decode.combine {label}"
-            specs.append(AotSpec(combine_kernel, name, signature, constexprs, 4, 2, tuple(signature)[:3], (arch,)))
+            constexprs = tile | {"BLOCK_P": combine["BLOCK_P"]}
+            name, options = f"attention_decode.combine {label}", (combine["num_warps"], combine["num_stages"])
+            specs.append(AotSpec(combine_kernel, name, signature, constexprs, *options, tuple(signature)[:3], (arch,)))
     return specs

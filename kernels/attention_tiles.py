@@ -1,11 +1,10 @@
 """What the attention kernels share: tiles of one head, visibility, configurations."""
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 
+from . import tuning
+from .aot import INTERPRETER
 from .interpreter import cast
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -98,54 +97,11 @@ def load_lse2(lse_ptr, rows, T, SEGMENTS: tl.constexpr):
     return lse2
 
 
-# (kernel, compute capability, bytes an element, BLOCK_D) -> (BLOCK_M, BLOCK_N, num_warps, num_stages).
-# Picked from the machine code: no spills with or without segments, tensor-core instructions, shared memory that
-# also fits the smaller parts of a generation (99 KiB on sm_86, sm_89 and sm_120, which take sm_80's).
-CONFIGS = {
-    (*key, width): config
-    for key, row in {
-        ("forward", 80, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-        ("forward", 90, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        ("forward", 100, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        ("forward", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-        ("forward", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-        ("forward", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-        ("backward_dq", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        ("backward_dq", 90, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-        ("backward_dq", 100, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-        ("backward_dq", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
-        ("backward_dq", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-        ("backward_dq", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-        ("backward_dkdv", 80, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-        ("backward_dkdv", 90, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        ("backward_dkdv", 100, 2): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        ("backward_dkdv", 80, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-        ("backward_dkdv", 90, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-        ("backward_dkdv", 100, 4): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    }.items()
-    for width, config in zip((32, 64, 128), row, strict=True)
-}
-# With dropout, where Philox's registers ask for a smaller tile.
-DROPOUT_CONFIGS = {
-    (*key, width): config
-    for key, row in {
-        ("forward", 80, 2): ((128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
-        ("forward", 90, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-        ("forward", 100, 2): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        ("backward_dq", 80, 2): ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
-        ("backward_dq", 90, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        ("backward_dq", 100, 2): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-        ("backward_dkdv", 80, 2): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
-        ("backward_dkdv", 90, 2): ((32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
-        ("backward_dkdv", 100, 2): ((32, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-    }.items()
-    for width, config in zip((32, 64, 128), row, strict=True)
-}
 # Small, so that a few dozen tokens cross tile borders.
 INTERPRETER_CONFIGS = {
-    "forward": (32, 16, 4, 1),
-    "backward_dq": (16, 32, 4, 1),
-    "backward_dkdv": (32, 16, 4, 1),
+    "forward": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    "backward_dq": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "backward_dkdv": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -156,18 +112,13 @@ def block_d(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
-@functools.lru_cache
-def config_arch(device: torch.device) -> int | str:
-    """Architecture whose configurations `device` runs: 80, 90, 100, or "interpret" for CPU tensors."""
-    if device.type == "cpu":
-        return "interpret"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: 90, 10: 100}.get(major, 80)
+def config(kernel: str, arch: int, itemsize: int, head_dim: int, dropout: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of one launch.
 
-
-def config(kernel: str, arch: int | str, itemsize: int, head_dim: int, dropout: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages) of one launch."""
-    if arch == "interpret":
+    What ships was picked from the machine code: no spills with or without segments, tensor-core instructions, and
+    for sm_80 shared memory that also fits the smaller parts that take it (99 KiB on sm_86, sm_89 and sm_120). With
+    dropout, Philox's registers ask for smaller tiles.
+    """
+    if arch == INTERPRETER:
         return INTERPRETER_CONFIGS[kernel]
-    key = kernel, arch, itemsize, block_d(head_dim)
-    return DROPOUT_CONFIGS.get(key, CONFIGS[key]) if dropout else CONFIGS[key]
+    return tuning.config("attention", kernel, arch, itemsize, head_dim=block_d(head_dim), dropout=dropout)

@@ -11,15 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .aot import LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, make_spec
+from . import tuning
+from .aot import ARCHS, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
 
 # Rows of partial sums, the launch shape of every stage one.
 PARTIALS = 512
-
-CONFIGS = {
-    "reduce_partials": {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4},
-    "column_sum": {"BLOCK_N": 16, "BLOCK_C": 256, "num_warps": 4, "programs": 64},
-}
 
 
 @triton.jit
@@ -64,7 +60,7 @@ def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
     """partials float32 [K, P, C] -> float32 [K, C], the sum over P."""
     kinds, rows, cols = partials.shape
     out = torch.empty((kinds, cols), dtype=torch.float32, device=partials.device)
-    config = CONFIGS["reduce_partials"]
+    config = tuning.config("bias", "reduce_partials", config_arch(partials.device))
     grid = (triton.cdiv(cols, config["BLOCK_C"]), kinds)
     reduce_partials_kernel[grid](
         partials,
@@ -82,7 +78,7 @@ def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
 def column_sum(x: torch.Tensor) -> torch.Tensor:
     """x [N, C] contiguous -> float32 [C], the sum over N: the bias gradient of a linear layer."""
     rows, cols = x.shape
-    config = CONFIGS["column_sum"]
+    config = tuning.config("bias", "column_sum", config_arch(x.device))
     programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
     partials = torch.empty((1, programs, cols), dtype=torch.float32, device=x.device)
     column_sum_kernel[(triton.cdiv(cols, config["BLOCK_C"]), programs)](
@@ -101,13 +97,15 @@ def column_sum(x: torch.Tensor) -> torch.Tensor:
 def aot_specs() -> list[AotSpec]:
     """Every configuration of this file."""
     sizes = {"partial_ptr": "*fp32", "C": "i32"}
-    config = CONFIGS["reduce_partials"]
-    blocks = {"BLOCK_P": config["BLOCK_P"], "BLOCK_C": config["BLOCK_C"]}
-    types = {**sizes, "out_ptr": "*fp32", "P": "i32"}
-    specs = [make_spec(reduce_partials_kernel, "reduce_partials", types, blocks, config["num_warps"])]
-    config = CONFIGS["column_sum"]
-    blocks = {"BLOCK_N": config["BLOCK_N"], "BLOCK_C": config["BLOCK_C"]}
-    for dtype in TRITON_DTYPE.values():
-        types = {**sizes, "x_ptr": f"*{dtype}", "N": "i32"}
-        specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, blocks, config["num_warps"]))
+    specs = []
+    for arch in ARCHS:
+        config = tuning.config("bias", "reduce_partials", arch)
+        blocks, warps = {key: config[key] for key in ("BLOCK_P", "BLOCK_C")}, config["num_warps"]
+        types = {**sizes, "out_ptr": "*fp32", "P": "i32"}
+        specs.append(make_spec(reduce_partials_kernel, "reduce_partials", types, blocks, warps, archs=(arch,)))
+        config = tuning.config("bias", "column_sum", arch)
+        blocks, warps = {key: config[key] for key in ("BLOCK_N", "BLOCK_C")}, config["num_warps"]
+        for dtype in TRITON_DTYPE.values():
+            types = {**sizes, "x_ptr": f"*{dtype}", "N": "i32"}
+            specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, blocks, warps, archs=(arch,)))
     return specs

@@ -12,36 +12,21 @@ u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
-from . import add_layernorm
+from . import add_layernorm, tuning
 from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .bias import reduce_partials
 from .interpreter import cast, dot
 
-# (arch, element bytes, shape of the problem) -> matmul tile. "flat" is for up to FLAT_ROWS rows (decoding).
-FLAT_ROWS = 64
-_HALF = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-_HALF_FLAT = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-_FLOAT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
-_FLOAT_FLAT = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
-CONFIGS = {
-    (80, 2, "tall"): {**_HALF, "BLOCK_K": 32},
-    (90, 2, "tall"): _HALF,
-    (100, 2, "tall"): _HALF,
-    **{(arch, 2, "flat"): _HALF_FLAT for arch in ARCHS},
-    **{(arch, 4, "tall"): _FLOAT for arch in ARCHS},
-    **{(arch, 4, "flat"): _FLOAT_FLAT for arch in ARCHS},
-    **{
-        (INTERPRETER, size, shape): {**_FLOAT, "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
-        for size in (2, 4)
-        for shape in ("tall", "flat")
-    },
-}
+OP = "layernorm_linear_gelu"
+FLAT_ROWS = 64  # up to so many rows (decoding) the matmul has tiles of its own
+INTERPRETER_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 GROUP_M = 8
-DU_CONFIG = {"BLOCK_N": 4, "BLOCK_F": 512, "num_warps": 4, "programs": 64}
 
 
 @triton.jit
@@ -151,6 +136,10 @@ def gelu_backward_kernel(
     tl.store(partial_ptr + tl.program_id(1) * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
 
 
+def _config(arch: int, itemsize: int, rows: str) -> dict[str, int]:
+    return INTERPRETER_CONFIG if arch == INTERPRETER else tuning.config(OP, "matmul", arch, itemsize, rows=rows)
+
+
 def forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -174,8 +163,7 @@ def forward(
     y = torch.empty((rows, features), dtype=dtype, device=x.device)
     u = torch.empty_like(y)
     if rows:
-        shape = "flat" if rows <= FLAT_ROWS else "tall"
-        config = CONFIGS[config_arch(x.device), dtype.itemsize, shape]
+        config = _config(config_arch(x.device), dtype.itemsize, "flat" if rows <= FLAT_ROWS else "tall")
         tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"])
         source = x if h is None else h
         matmul_kernel[(tiles,)](
@@ -203,9 +191,10 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.T
     """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, float32 [F]."""
     rows, features = u.shape
     du = torch.empty_like(u)
-    programs = max(1, min(DU_CONFIG["programs"], triton.cdiv(rows, DU_CONFIG["BLOCK_N"])))
+    config = tuning.config(OP, "gelu_backward", config_arch(u.device))
+    programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
     partials = torch.empty((1, programs, features), dtype=torch.float32, device=u.device)
-    gelu_backward_kernel[(triton.cdiv(features, DU_CONFIG["BLOCK_F"]), programs)](
+    gelu_backward_kernel[(triton.cdiv(features, config["BLOCK_F"]), programs)](
         dy,
         u,
         du,
@@ -213,9 +202,9 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.T
         rows,
         features,
         ERF=erf,
-        BLOCK_N=DU_CONFIG["BLOCK_N"],
-        BLOCK_F=DU_CONFIG["BLOCK_F"],
-        num_warps=DU_CONFIG["num_warps"],
+        BLOCK_N=config["BLOCK_N"],
+        BLOCK_F=config["BLOCK_F"],
+        num_warps=config["num_warps"],
         **LAUNCH_OPTIONS,
     )
     return du, reduce_partials(partials)[0]
@@ -255,25 +244,30 @@ def backward(
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every tile of CONFIGS, for each dtype and autocast's mix of bfloat16 with a float32 stream, for both GELUs."""
+    """Every configuration, for each dtype and autocast's mix of bfloat16 with a float32 stream, for both GELUs."""
+    pairs = [("fp32", "fp32", 4), ("bf16", "bf16", 2), ("fp16", "fp16", 2), ("bf16", "fp32", 2)]
     specs = []
-    for (arch, size, shape), config in CONFIGS.items():
-        if arch != INTERPRETER:
-            pairs = [("fp32", "fp32")] if size == 4 else [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")]
-            specs += [_matmul_spec(arch, shape, config, *pair, erf) for pair in pairs for erf in (False, True)]
-    blocks = {"BLOCK_N": DU_CONFIG["BLOCK_N"], "BLOCK_F": DU_CONFIG["BLOCK_F"]}
-    for dtype in TRITON_DTYPE.values():
-        rows = dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}")
-        types = {**rows, "partial_ptr": "*fp32", "N": "i32", "F": "i32"}
-        for erf in (False, True):
-            name, constexprs = f"gelu_backward {dtype}{' erf' * erf}", {**blocks, "ERF": erf}
-            specs.append(
-                make_spec(gelu_backward_kernel, name, types, constexprs, DU_CONFIG["num_warps"], unaligned=("N",))
-            )
+    for arch, erf in itertools.product(ARCHS, (False, True)):
+        for rows, (dtype, stream, size) in itertools.product(("tall", "flat"), pairs):
+            specs.append(_matmul_spec(arch, rows, _config(arch, size, rows), dtype, stream, erf))
+        specs += [_gelu_backward_spec(arch, dtype, erf) for dtype in TRITON_DTYPE.values()]
     return specs
 
 
-def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
+def _gelu_backward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
+    config = tuning.config(OP, "gelu_backward", arch)
+    types = {
+        **dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}"),
+        "partial_ptr": "*fp32",
+        "N": "i32",
+        "F": "i32",
+    }
+    constexprs = {"BLOCK_N": config["BLOCK_N"], "BLOCK_F": config["BLOCK_F"], "ERF": erf}
+    name, warps = f"gelu_backward {dtype}{' erf' * erf}", config["num_warps"]
+    return make_spec(gelu_backward_kernel, name, types, constexprs, warps, archs=(arch,), unaligned=("N",))
+
+
+def _matmul_spec(arch: int, rows: str, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
     types = {
         **dict.fromkeys(("h_ptr", "ln_weight_ptr", "ln_bias_ptr", "bias_ptr"), f"*{stream}"),
         **dict.fromkeys(("weight_ptr", "y_ptr", "u_ptr"), f"*{dtype}"),
@@ -283,7 +277,7 @@ def _matmul_spec(arch: int, shape: str, config: dict[str, int], dtype: str, stre
     constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return make_spec(
         matmul_kernel,
-        f"layernorm_linear_gelu {shape} {dtype} h={stream}{' erf' * erf}",
+        f"layernorm_linear_gelu {rows} {dtype} h={stream}{' erf' * erf}",
         types,
         {**constexprs, "C": 768, "ERF": erf, "GROUP_M": GROUP_M},
         num_warps=config["num_warps"],

@@ -14,15 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuning
 from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .interpreter import cast
 
-# (arch, element bytes) -> columns a tile, warps.
-CONFIGS = {
-    **{(arch, 2): {"BLOCK_V": 4096, "num_warps": 8} for arch in ARCHS},
-    **{(arch, 4): {"BLOCK_V": 4096, "num_warps": 8} for arch in ARCHS},
-    **{(INTERPRETER, size): {"BLOCK_V": 64, "num_warps": 4} for size in (2, 4)},
-}
+INTERPRETER_CONFIG = {"BLOCK_V": 64, "num_warps": 4}  # small, so that a test's row crosses tiles
 
 
 @triton.jit
@@ -135,8 +131,16 @@ def softmax_xent_(
         ROW_SCALE=row_scale.numel() > 1,
         WRITE_GRAD=write_grad,
         ALIGN=16 // logits.element_size(),
-        **CONFIGS[config_arch(logits.device), logits.element_size()],
+        **_config(config_arch(logits.device), logits.element_size()),
         **LAUNCH_OPTIONS,
+    )
+
+
+def _config(arch: int, itemsize: int) -> dict[str, int]:
+    return (
+        INTERPRETER_CONFIG
+        if arch == INTERPRETER
+        else tuning.config("linear_cross_entropy", "softmax_xent", arch, itemsize)
     )
 
 
@@ -152,7 +156,7 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> AotSpec:
-    config = CONFIGS[arch, size]
+    config = _config(arch, size)
     types = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64"}
     types |= dict.fromkeys(("losses_ptr", "lse_ptr", "row_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("row_stride", "V", "ignore_index"), "i32")

@@ -1,0 +1,133 @@
+"""Tile sizes, warps and stages as data: configs/<op>.json, read once, chosen by architecture, dtype and shape.
+
+A row says for what it is and what to launch:
+
+    {"kernel": "forward", "arch": 90, "itemsize": 2, "shape": {"head_dim": 64}, "config": {"BLOCK_M": 128, ...}}
+
+`arch` (80, 90, 100), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Rows of the
+asked architecture come first, then rows for all, then those of sm_80. Among them the nearest shape is taken: numbers
+are as far apart as the octaves between them, anything else that differs is half an octave; a row without a shape is
+the default where no row with one is left. `python -m benchmarks tune` writes these files; nothing is timed in a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "configs"
+SELECTORS = ("kernel", "arch", "itemsize", "shape")
+FALLBACK_ARCH = 80  # asks for the least shared memory
+_POWERS = ("num_warps", "ROWS")  # beside BLOCK*: Triton wants powers of two
+
+
+def path(op: str) -> Path:
+    """Where the table of `op` is."""
+    return FOLDER / f"{op}.json"
+
+
+@functools.cache
+def rows(op: str) -> list[dict[str, Any]]:
+    """The rows of configs/<op>.json, checked.
+
+    Raises ValueError, one line naming file and row, when the file is missing, is not JSON, or a row is malformed.
+    """
+    try:
+        table = json.loads(path(op).read_text())
+        found = table["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path(op)} is no table of configurations ({error}); {_fix(op)}") from None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path(op)} has no rows; {_fix(op)}")
+    seen = set()
+    for index, row in enumerate(found):
+        problem = _problem(row)
+        if problem is None:
+            key = json.dumps([row.get(s) for s in SELECTORS], sort_keys=True)
+            problem = "it is there twice" if key in seen else None
+            seen.add(key)
+        if problem is not None:
+            raise ValueError(f"{path(op)}, row {index}: {problem}; {_fix(op)}")
+    return found
+
+
+def _fix(op: str) -> str:
+    return f"restore the file, or write it again: python -m benchmarks tune --ops {op} --write"
+
+
+def _problem(row: Any) -> str | None:
+    """What is wrong with a row; None when nothing is."""
+    if not isinstance(row, dict) or not isinstance(row.get("kernel"), str):
+        return "it names no kernel"
+    if unknown := row.keys() - {*SELECTORS, "config", "by"}:
+        return f"{sorted(unknown)[0]!r} is not a key; a row has kernel, arch, itemsize, shape, config and by"
+    config = row.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("num_warps"), int):
+        return "config has no num_warps"
+    for name, value in config.items():
+        if type(value) is not int or value < 1:
+            return f"{name} is {value!r}; it must be a whole number above 0"
+        if (name.startswith("BLOCK") or name in _POWERS) and value & (value - 1):
+            return f"{name} is {value}; it must be a power of two"
+    return None
+
+
+def _distance(row: dict[str, Any], shape: dict[str, Any]) -> float:
+    """Octaves between a row's shape and the asked one."""
+    if "shape" not in row:
+        return math.inf
+    total = 0.0
+    for name, value in shape.items():
+        own = row["shape"].get(name)
+        numbers = type(own) is int and type(value) is int and own > 0 and value > 0
+        total += abs(math.log2(own / value)) if numbers else 0.5 * (own != value)
+    return total
+
+
+@functools.cache
+def _row(op: str, kernel: str, arch: int, itemsize: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    of_kernel = [r for r in rows(op) if r["kernel"] == kernel and r.get("itemsize", itemsize) == itemsize]
+    for wanted in (arch, None, FALLBACK_ARCH):
+        if found := [r for r in of_kernel if r.get("arch") == wanted]:
+            return min(found, key=lambda row: _distance(row, dict(shape)))
+    raise ValueError(f"{path(op)} has no row for kernel {kernel!r} and {itemsize} bytes an element; {_fix(op)}")
+
+
+def config(op: str, kernel: str, arch: int, itemsize: int = 4, **shape: Any) -> dict[str, int]:
+    """Constexprs, num_warps and num_stages of one launch; not to be changed.
+
+    Args:
+        arch: `aot.config_arch` of the device.
+        itemsize: bytes an element.
+        shape: what tells apart shapes that want configurations of their own, as the rows have it.
+    """
+    return _row(op, kernel, arch, itemsize, tuple(shape.items()))["config"]
+
+
+@contextlib.contextmanager
+def trial(op: str, index: int, candidate: dict[str, int]) -> Iterator[None]:
+    """While it lasts, row `index` of `op` has another configuration: how tune tries candidates."""
+    row = rows(op)[index]
+    shipped, row["config"] = row["config"], candidate
+    try:
+        yield
+    finally:
+        row["config"] = shipped
+
+
+def write(op: str, table: list[dict[str, Any]]) -> None:
+    """Writes configs/<op>.json, a row a line; raises ValueError for a malformed row and then writes nothing."""
+    for index, row in enumerate(table):
+        if problem := _problem(row):
+            raise ValueError(f"{op}, row {index}: {problem}")
+    lines = ",\n".join("  " + json.dumps(row) for row in table)
+    temporary = path(op).with_suffix(".tmp")
+    temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    temporary.replace(path(op))
+    rows.cache_clear()
+    _row.cache_clear()

@@ -23,6 +23,8 @@ _PUBLIC = {
     "check_ids": "gpt2_fast.ops.embedding",
     "get_tokenizer": "gpt2_fast.tokenizer",
     "retain_memory": "gpt2_fast.memory",
+    "patch": "gpt2_fast.patching",
+    "unpatch": "gpt2_fast.patching",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

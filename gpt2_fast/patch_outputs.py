@@ -1,0 +1,65 @@
+"""The output of a patched GPT2LMHeadModel with labels: transformers', but its logits are computed when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+
+class _Later:
+    """The logits head(hidden), not computed yet."""
+
+    def __init__(self, head: nn.Module, hidden: Tensor):
+        self.head, self.hidden, self.version = head, hidden, self._version(head)
+
+    @staticmethod
+    def _version(head: nn.Module) -> int | None:
+        return None if head.weight.is_inference() else head.weight._version
+
+    def compute(self) -> Tensor:
+        if self._version(self.head) != self.version:
+            raise RuntimeError(
+                "the logits of a patched model are computed when asked for, and its weights have changed since; "
+                "read .logits before optimizer.step()"
+            )
+        return self.head(self.hidden)
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """Reading the loss, as attribute, by name or as [0], computes no logits; everything else that shows them does."""
+
+    @classmethod
+    def of(cls, loss: Tensor, head: nn.Module, hidden: Tensor, **others) -> CausalLMOutput:
+        output = cls(loss=loss, logits=loss, **others)  # the loss holds the place of the logits among the keys
+        output.__dict__["_later"] = _Later(head, hidden)
+        return output
+
+    @property
+    def logits(self) -> Tensor | None:
+        if "_later" in self.__dict__:
+            self["logits"] = self.__dict__["_later"].compute()
+        return self.__dict__.get("logits")
+
+    @logits.setter
+    def logits(self, value) -> None:
+        self.__dict__.pop("_later", None)
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, key):
+        if key == "loss" or (isinstance(key, int) and key == 0 and self.loss is not None):
+            return self.loss
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self.logits if key == "logits" else super().get(key, default)
+
+    def items(self):
+        self.logits  # noqa: B018
+        return super().items()
+
+    def values(self):
+        self.logits  # noqa: B018
+        return super().values()

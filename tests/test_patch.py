@@ -1,0 +1,443 @@
+"""gpt2_fast.patch: a transformers GPT-2 on this package's operations gives transformers' values, gradients and text."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_exact, assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AttentionInterface  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
+
+import gpt2_fast  # noqa: E402
+from gpt2_fast import patch_modules, patching  # noqa: E402
+from gpt2_fast.ops import philox  # noqa: E402
+from gpt2_fast.ops.attention import attention_reference  # noqa: E402
+
+B, T, V = 3, 11, 97
+SIZES = {"vocab_size": V, "n_positions": 40, "n_embd": 48, "n_head": 3, "n_layer": 2, "bos_token_id": 1,
+         "eos_token_id": 2, "pad_token_id": 0, "num_labels": 3}  # fmt: skip
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0,
+              "summary_first_dropout": 0.0}  # fmt: skip
+LEFT = torch.tensor([[0] * 4 + [1] * 7, [1] * 11, [0] + [1] * 10])
+RIGHT = LEFT.flip(1)
+MASKS = {"no mask": None, "left": LEFT, "right": RIGHT}
+HEADS = ["GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification", "GPT2ForTokenClassification",
+         "GPT2ForQuestionAnswering", "GPT2DoubleHeadsModel"]  # fmt: skip
+OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits", "mc_logits")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """These models are too small for more: waiting for each other is all that threads would do."""
+    threads(1)
+
+
+def build(head="GPT2LMHeadModel", attention="sdpa", **options):
+    config = transformers.GPT2Config(**{**SIZES, **NO_DROPOUT, **options}, attn_implementation=attention)
+    model = getattr(transformers, head)(config)
+    for parameter in model.parameters():  # zero biases would hide a mix-up
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def pair(*args, **options):
+    """(unpatched, patched) models of the same weights."""
+    model = build(*args, **options)
+    return copy.deepcopy(model), gpt2_fast.patch(model)
+
+
+def ids(batch=B, time=T):
+    return torch.randint(3, V, (batch, time))
+
+
+def values_and_gradients(model, run):
+    """{name: tensor} of what run(model) gives, and of the gradients of their random combination."""
+    named = run(model)
+    generator = torch.Generator().manual_seed(5)
+    total = sum((t * torch.randn(t.shape, generator=generator).to(t.dtype)).sum() for t in named.values())
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return named | {f"d{n}": g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def assert_exact(unpatched, patched, run, dtype=torch.float32):
+    """Values and gradients of `patched` are as near to float64 as the unpatched model's."""
+    truth = values_and_gradients(copy.deepcopy(unpatched).double(), run)
+    eager, actual = values_and_gradients(unpatched, run), values_and_gradients(patched, run)
+    assert truth.keys() == eager.keys() == actual.keys()
+    for name in truth:
+        assert actual[name].dtype == eager[name].dtype, name
+        assert_as_exact(actual[name], eager[name], truth[name], name, dtype)
+
+
+def visible(t, mask):
+    """What a mask leaves defined; transformers and gpt2_fast differ at padding."""
+    return t if mask is None or t.ndim < 2 or t.shape[:2] != mask.shape else t[mask.bool()]
+
+
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head(head, masked):
+    tokens, mask, types = ids(), MASKS[masked], ids()
+
+    def run(model):
+        output = model(tokens, attention_mask=mask, token_type_ids=types)
+        return {name: visible(output[name], mask) for name in OUTPUTS if output.get(name) is not None}
+
+    unpatched, patched = pair(head)
+    assert any(row.runs != "transformers" for row in patching.explain(patched))
+    assert_exact(unpatched, patched, run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tie_word_embeddings": False}, {"attention": "eager", "scale_attn_by_inverse_layer_idx": True},
+     {"attention": "eager", "scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
+     {"n_inner": 50, "activation_function": "gelu_pytorch_tanh"}, {"activation_function": "relu"}, {"n_head": 6}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("masked", ["no mask", "left"])
+def test_the_loss_and_every_gradient(options, masked):
+    tokens, mask = ids(), MASKS[masked]
+    labels = tokens.clone()
+    if mask is not None:  # the first token's label would be scored at padding
+        labels[mask == 0] = -100
+        labels[:, 1:][mask[:, :-1] == 0] = -100
+
+    def run(model):
+        if model.dtype == torch.float64:  # transformers' own loss is float32
+            logits = model(tokens, attention_mask=mask).logits[:, :-1]
+            return {"loss": F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
+        return {"loss": model(tokens, attention_mask=mask, labels=labels).loss}
+
+    assert_exact(*pair(**options), run)
+
+
+def test_what_the_loss_takes():
+    unpatched, patched = pair()
+    tokens, shifted = ids(), ids()
+    for options in ({"labels": tokens, "num_items_in_batch": torch.tensor(50)}, {"labels": tokens, "ignore_index": 5},
+                    {"labels": tokens, "num_items_in_batch": 17}, {"labels": tokens, "shift_labels": shifted}):  # fmt: skip
+        expected, actual = unpatched(tokens, **options).loss, patched(tokens, **options).loss
+        assert type(patched(tokens, **options)).__module__ == "gpt2_fast.patch_outputs"
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+
+
+def test_logits_are_computed_when_asked_for():
+    unpatched, patched = pair()
+    calls, tokens = [], ids()
+    forward = torch.nn.Linear.forward
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(1) or forward(self, x))
+        output = patched(tokens, labels=tokens)
+        assert output["loss"] is output.loss is output[0] is output.get("loss")
+        output.loss.backward()
+        assert not calls
+        expected = unpatched(tokens, labels=tokens)
+        calls.clear()
+        for read in (lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: o.to_tuple()[1],
+                     lambda o: dict(o)["logits"], lambda o: dict(o.items())["logits"], lambda o: o.get("logits"),
+                     lambda o: list(o.values())[1], lambda o: o[:2][1], lambda o: pickle.loads(pickle.dumps(o))[1]):  # fmt: skip
+            with torch.no_grad():
+                output = patched(tokens, labels=tokens)
+                torch.testing.assert_close(read(output), expected.logits)
+            assert list(output) == list(expected)
+            assert output.logits is output.logits
+        assert len(calls) == 10
+    output = patched(tokens, labels=tokens)
+    with torch.no_grad():
+        patched.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"weights have changed since; read .logits before optimizer.step"):
+        output.logits  # noqa: B018
+
+
+@pytest.mark.parametrize("masked", ["no mask", "left"])
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"cache_implementation": "static"},
+     {"use_cache": False}, {"prompt_lookup_num_tokens": 2}, {"repetition_penalty": 1.3}],
+    ids=str,
+)  # fmt: skip
+def test_generate(options, masked):
+    unpatched, patched = pair()
+    batch = 1 if "prompt_lookup_num_tokens" in options else B
+    tokens, mask = ids(batch), None if MASKS[masked] is None else MASKS[masked][:batch]
+    texts = []
+    for model in (unpatched, patched):
+        torch.manual_seed(3)
+        texts.append(model.generate(tokens, attention_mask=mask, max_new_tokens=9, **options))
+    assert texts[0].shape[1] > T
+    assert torch.equal(*texts)
+
+
+def test_a_cache_by_hand():
+    """Several tokens on top of a past, one with gradients, and a past whose rows have holes."""
+    unpatched, patched = pair()
+    tokens, holes = ids(), torch.ones(B, T, dtype=torch.long)
+    holes[1, 3] = holes[2, 5] = 0
+    for mask, grad in ((None, True), (LEFT, False), (holes, False), (holes, True)):
+        outputs = []
+        for model in (unpatched, patched):
+            with torch.set_grad_enabled(grad):
+                past = DynamicCache(config=model.config)
+                first = model(tokens[:, :6], attention_mask=None if mask is None else mask[:, :6], past_key_values=past)
+                second = model(tokens[:, 6:10], attention_mask=None if mask is None else mask[:, :10],
+                               past_key_values=first.past_key_values)  # fmt: skip
+                last = model(tokens[:, 10:], attention_mask=mask, past_key_values=second.past_key_values)
+            outputs.append((second.logits, last.logits))
+        for expected, actual in zip(*outputs, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_documents_packed_into_a_row():
+    """position_ids that start again, as transformers finds them; with a cache it does not, and neither do we."""
+    unpatched, patched = pair()
+    tokens, positions = ids(), torch.cat([torch.arange(5), torch.arange(6)])[None].expand(B, -1)
+    for use_cache in (False, True):
+        assert_exact(unpatched, patched, lambda m: {"l": m(tokens, position_ids=positions, use_cache=use_cache).logits})  # noqa: B023
+    alone = patched(tokens[:, 5:]).logits
+    together = patched(tokens, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together[:, 5:], alone)
+
+
+def test_calls_that_stay_with_transformers():
+    unpatched, patched = pair(attention="eager")
+    tokens = ids()
+    square = torch.ones(T, T).tril().bool()[None, None].expand(B, 1, T, T).clone()
+    square[:, :, 5:, 2] = False
+    additive = torch.zeros(B, 1, T, T).masked_fill(~square, torch.finfo(torch.float32).min)
+    calls = [{"output_hidden_states": True}, {"output_attentions": True}, {"inputs_embeds": torch.randn(B, T, 48)},
+             {"attention_mask": additive}, {"return_dict": False}]  # fmt: skip
+    if transformers.__version__.startswith("4"):
+        calls.append({"head_mask": torch.tensor([[1.0, 0.0, 1.0], [0.5, 1.0, 1.0]])})
+    for options in calls * 2:
+        given = {} if "inputs_embeds" in options else {"input_ids": tokens}
+        expected, actual = unpatched(**given, **options), patched(**given, **options)
+        if isinstance(expected, tuple):
+            torch.testing.assert_close(actual[0], expected[0])
+            continue
+        assert list(actual) == list(expected)
+        for name in ("logits", "hidden_states", "attentions"):
+            if expected.get(name) is not None:
+                torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
+    assert patching.patch_attention.is_ours(patched.config)
+
+
+def test_cross_attention_stays_with_transformers():
+    unpatched, patched = pair(add_cross_attention=True)
+    encoder, mask = torch.randn(B, 5, 48), torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 5])
+    tokens = ids()
+    options = {"encoder_hidden_states": encoder, "encoder_attention_mask": mask, "attention_mask": LEFT}
+    expected, actual = (model(tokens, **options).logits[LEFT.bool()] for model in (unpatched, patched))
+    torch.testing.assert_close(actual, expected)
+    rows = [row for row in patching.explain(patched) if row.part in ("block", "attention")]
+    assert [row.why for row in rows] == ["the model has cross-attention"] * 2
+
+
+class PhiloxDropout(torch.nn.Module):
+    """The dropout of one site, in the place of a module of transformers'."""
+
+    def __init__(self, p, keys, block, site):
+        super().__init__()
+        self.p, self.keys, self.block, self.site = p, keys, block, site
+
+    def forward(self, x):
+        return philox.dropout_rows(x.flatten(0, 1), self.p, self.keys[self.block], self.site).view(x.shape)
+
+
+def _reference_attention(module, query, key, value, attention_mask, **kwargs):
+    qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
+    return attention_reference(qkv, dropout_p=0.3, rng=module.attn_dropout.keys[module.layer_idx + 1], site=1), None
+
+
+def test_dropout_masks():
+    """Philox masks from keys drawn in order: the embedding's, then one a block; values and gradients by hand."""
+    unpatched, patched = pair(embd_pdrop=0.1, attn_pdrop=0.3, resid_pdrop=0.2)
+    patched.train()
+    AttentionInterface.register("reference_with_dropout", _reference_attention)
+    body, tokens = unpatched.transformer, ids()
+    torch.manual_seed(11)
+    keys = [philox.new_key("cpu") for _ in range(3)]
+    body.drop = PhiloxDropout(0.1, keys, 0, 0)
+    for i, block in enumerate(body.h, start=1):
+        block.attn.attn_dropout = PhiloxDropout(0.3, keys, i, 1)
+        block.attn.resid_dropout, block.mlp.dropout = PhiloxDropout(0.2, keys, i, 2), PhiloxDropout(0.2, keys, i, 3)
+    unpatched.config._attn_implementation = "reference_with_dropout"
+
+    def run(model):
+        torch.manual_seed(11)
+        return {"logits": model(tokens, use_cache=False).logits}
+
+    assert_exact(unpatched, patched, run)
+    patched.eval()
+    assert not torch.equal(run(patched)["logits"], run(patched.train())["logits"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    """Dropout included: a block computed again drops the same elements."""
+    _, patched = pair(embd_pdrop=0.1, attn_pdrop=0.3, resid_pdrop=0.2)
+    patched.train()
+    tokens, results = ids(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            patched.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(4)
+        patched.zero_grad()
+        loss = patched(tokens, labels=tokens).loss
+        loss.backward()
+        results.append((loss, *(p.grad.clone() for p in patched.parameters())))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_autocast():
+    unpatched, patched = pair(resid_pdrop=0.0)
+    tokens = ids()
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype != torch.float64):
+            output = model(tokens, labels=tokens)
+            return {"logits": output.logits, "loss": output.loss.to(output.logits.dtype)}
+
+    assert_exact(unpatched, patched, run, torch.bfloat16)
+
+
+def test_bfloat16():
+    unpatched, patched = pair()
+    tokens = ids()
+    unpatched, patched = unpatched.bfloat16(), patched.bfloat16()
+    assert_exact(unpatched, patched, lambda model: {"logits": model(tokens).logits}, torch.bfloat16)
+
+
+def test_hooks_and_replaced_modules_are_called():
+    """A module that somebody listens to, or has replaced, runs as a module; unpatched values stay."""
+    unpatched, patched = pair()
+    tokens = ids()
+    for path in ("ln_1", "attn", "attn.c_attn", "attn.c_proj", "attn.resid_dropout", "ln_2", "mlp", "mlp.c_fc",
+                 "mlp.act", "mlp.c_proj"):  # fmt: skip
+        seen = []
+        hook = patched.transformer.h[1].get_submodule(path).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
+        torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
+        assert seen == [1], path
+        hook.remove()
+    for path in ("wte", "wpe", "drop", "ln_f"):
+        seen = []
+        hook = patched.transformer.get_submodule(path).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
+        torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
+        assert seen == [1], path
+        hook.remove()
+    for model in (unpatched, patched):
+        model.transformer.h[0].mlp.c_fc.forward = lambda x: torch.zeros(B, T, 192)
+    torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
+
+
+def test_compile():
+    unpatched, patched = pair(n_layer=1)
+    tokens = ids()
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
+
+    def run(model):
+        called = compiled if model is patched else model
+        return {"logits": called(tokens, attention_mask=RIGHT, use_cache=False).logits[RIGHT.bool()]}
+
+    assert_exact(unpatched, patched, run)
+
+
+def everything(model):
+    """Every object that patch might leave something on."""
+    return {name: (type(m), sorted(m.__dict__), len(m._forward_hooks)) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_unpatch(attention):
+    unpatched = build(attention=attention)
+    model = copy.deepcopy(unpatched)
+    tokens, before, config = ids(), everything(model), dict(vars(model.config))
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    assert gpt2_fast.patch(gpt2_fast.patch(model)) is model
+    assert list(model.state_dict()) == keys
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert isinstance(model, transformers.GPT2LMHeadModel)
+    model(tokens, labels=tokens).loss.backward()
+    captured = model.forward  # as accelerate wraps it
+    assert gpt2_fast.unpatch(gpt2_fast.unpatch(model)) is model
+    assert everything(model) == before
+    assert vars(model.config) == config
+    model.zero_grad()
+    expected = unpatched(tokens, labels=tokens)
+    for output in (model(tokens, labels=tokens), captured(tokens, labels=tokens)):
+        assert_same_bits([output.loss, output.logits], [expected.loss, expected.logits])
+
+
+def test_copies_and_files(tmp_path):
+    unpatched, patched = pair()
+    tokens = ids()
+    expected = patched(tokens).logits
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert_same_bits([other(tokens).logits], [expected])
+        assert type(other) is type(patched)
+    patched.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["architectures"] == ["GPT2LMHeadModel"]
+    assert "gpt2_fast" not in json.dumps(stored)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert_same_bits([again(tokens).logits], [unpatched(tokens).logits])
+
+
+def test_what_is_no_gpt2():
+    with pytest.raises(TypeError, match="takes a transformers GPT-2 model, not str"):
+        gpt2_fast.patch("gpt2")
+    with pytest.raises(ValueError, match=r"torch.nn.modules.linear.Linear holds no transformers GPT2Model"):
+        gpt2_fast.patch(torch.nn.Linear(2, 2))
+    own = gpt2_fast.GPT2LMHeadModel(gpt2_fast.GPT2Config.from_preset("nano"))
+    with pytest.raises(ValueError, match="gpt2_fast.model.GPT2LMHeadModel holds no transformers GPT2Model"):
+        gpt2_fast.patch(own)
+    model = build()
+    model.transformer.h[1].to("meta")
+    with pytest.raises(ValueError, match=r"wte.weight on cpu, transformer.h.1.ln_1.weight on meta\); move it to one"):
+        gpt2_fast.patch(model)
+    assert type(model) is transformers.GPT2LMHeadModel
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_explain():
+    rows = {(row.module, row.part): (row.runs, row.why) for row in patching.explain(gpt2_fast.patch(build()))}
+    assert all(runs != "transformers" for runs, _ in rows.values()), rows
+    assert rows["(the model)", "head and loss"] == ("linear_cross_entropy", "")
+    assert {runs for runs, _ in rows.values()} == {
+        "embedding", "add_layernorm", "attention, attention_decode", "linear", "layernorm_linear_gelu",
+        "linear_cross_entropy",
+    }  # fmt: skip
+    assert {row.why for row in patching.explain(build()) if row.runs == "transformers"} >= {"it is not patched"}
+    model = gpt2_fast.patch(build(activation_function="relu", n_head=6))
+    model.transformer.h[1].ln_1.register_forward_hook(lambda *_: None)
+    model.loss_function = lambda *_, **__: None
+    why = {row.module: row.why for row in patching.explain(model) if row.runs == "transformers"}
+    assert why["transformer.h.0.attn"] == "head size 8 is outside 16 to 128"
+    assert why["transformer.h.0.mlp"].endswith("not the tanh GELU")
+    assert why["transformer.h.1.ln_1"] == "has hooks"
+    assert why["(the model)"] == "its loss_function is another"
+
+
+def test_set_attn_implementation_switches_attention_off_and_on():
+    unpatched, patched = pair()
+    tokens = ids()
+    patched.set_attn_implementation("eager")
+    reason = patch_modules.attention_taken(patched.transformer.h[0])
+    assert reason == "its implementation is 'eager'"
+    torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
+    gpt2_fast.patch(patched)
+    assert patch_modules.attention_taken(patched.transformer.h[0]) is None
+    gpt2_fast.unpatch(patched)
+    assert patched.config._attn_implementation == "eager"
+    assert type(patched.transformer.h[0]) is modeling_gpt2.GPT2Block

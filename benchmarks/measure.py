@@ -151,25 +151,46 @@ def save_record(path: Path, record: Mapping[str, object]) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def load_record(path: str | Path) -> dict:
+    """A record that was saved. Exits with one line when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} is no record of a benchmark: {error}")
+
+
 def save_figure(figure, path: Path) -> None:
     """Writes a matplotlib Figure as PNG, whole or not at all."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def bar_chart(title: str, unit: str, bars: Sequence[tuple[str, float, str, bool]]):
-    """A matplotlib Figure of horizontal bars: (label, value, what stands beside it, whether it is this package)."""
-    from matplotlib.figure import Figure
+Bar = tuple[str, float, str, bool]  # label, value, what stands beside it, whether it is this package
 
-    figure = Figure(figsize=(9, 0.42 * len(bars) + 1.3), layout="constrained")
-    axes = figure.add_subplot()
+
+def draw_bars(axes, unit: str, bars: Sequence[Bar]) -> None:
+    """Horizontal bars, the first on top, on matplotlib Axes."""
     labels, values, notes, ours = zip(*bars, strict=True)
     drawn = axes.barh(range(len(bars)), values, color=[OURS if mine else PEER for mine in ours])
     axes.set_yticks(range(len(bars)), labels)
     axes.bar_label(drawn, notes, padding=4, fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.3)
     axes.set_xlabel(unit)
-    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def bar_chart(title: str, *panels: tuple[str, Sequence[Bar]]):
+    """A matplotlib Figure: for each (unit, bars) one panel, side by side; labels of the bars on the first alone."""
+    from matplotlib.figure import Figure
+
+    rows = max(len(bars) for _, bars in panels)
+    figure = Figure(figsize=(4 + 4 * len(panels), 0.42 * rows + 1.3), layout="constrained")
+    for i, (axes, (unit, bars)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)
+    ):
+        draw_bars(axes, unit, bars)
+        if i:
+            axes.set_yticklabels([])
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure

@@ -1,141 +1,187 @@
-"""Tokens per second of the whole training step: forward, backward, clip and AdamW.
+"""Tokens per second of the whole training step: forward, backward, clip and AdamW; data on the device.
 
 Each program runs in a process of its own; rounds alternate them, so a machine that drifts slows all alike, and
-what is quoted is the ratio. All start from the same weights and see the same batches, and their losses stand
-side by side: nobody wins by computing something else.
+what is quoted is the ratio. All start from the same weights and see the same batch. Their losses are held to the
+float32 reference's step by step: a program that computes something else gets no speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import re
+import itertools
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
+import tempfile
+from collections.abc import Sequence
 
+import torch
+
+from benchmarks import measure, train_report
+from benchmarks.mfu import card_peak
 from benchmarks.programs import PROGRAMS, SIZES
 
-RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float32", "bfloat16")
+DEFAULTS = {"cpu": {"batch_size": "4", "context": "256", "dtype": "float32,bfloat16"},
+            "cuda": {"batch_size": "32", "context": "1024", "dtype": "bfloat16"}}  # fmt: skip
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="gpt2", choices=SIZES)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--device", default=None, choices=("cpu", "cuda"))
+    many = "; several by comma"
+    parser.add_argument("--model", default="gpt2", help=f"{', '.join(SIZES)}{many}")
+    parser.add_argument("--batch-size", help=f"sequences a step (CPU 4, GPU 32){many}")
+    parser.add_argument("--context", help=f"tokens a sequence (CPU 256, GPU 1024){many}")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}: peers by autocast (CPU both, GPU bfloat16){many}")
+    parser.add_argument("--programs", help=f"of {', '.join(PROGRAMS)} (default: all that can run){many}")
+    parser.add_argument("--compile-graph", default="both", choices=("on", "off", "both"),
+                        help="gpt2_fast on a GPU with its step as one CUDA graph, without, or both")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each program")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each process that are not counted")
-    parser.add_argument("--steps", type=int, default=6, help="counted steps of each process")
-    parser.add_argument("--programs", nargs="+", metavar="NAME[:DTYPE]",
-                        default=["gpt2_fast:float32", "gpt2_fast:bfloat16", "transformers:float32"],
-                        help=f"of {', '.join(PROGRAMS)}; the last is what ratios are to")  # fmt: skip
-    parser.add_argument("--out", default=str(RESULTS), help="folder for the JSON and the chart")
-    return parser.parse_args(argv)
+    parser.add_argument("--steps", type=int, default=5, help="counted steps of each process")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds that a process may take")
+    parser.add_argument(
+        "--show", metavar="FILE.json", help="print the table of a recorded run as Markdown; runs nothing"
+    )
+    parser.add_argument("--out", default=str(measure.RESULTS), help="folder for the JSON and the chart")
+    given = parser.parse_args(argv)
+    for name, value in DEFAULTS[given.device].items():
+        setattr(given, name, getattr(given, name) or value)
+    return given
 
 
-def _run(name: str, dtype: str, options: argparse.Namespace) -> dict:
-    command = [sys.executable, "-m", "benchmarks.programs", "--name", name, "--dtype", dtype]
-    for flag in ("size", "device", "batch", "context", "warmup", "steps"):
-        command += [f"--{flag}", str(getattr(options, flag))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def _listed(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    for word in (words := text.split(",")):
+        if word not in known:
+            sys.exit(f"{flag} has {word!r}; choose of {', '.join(known)}")
+    return words
 
 
-def _summary(label: str, runs: list[dict], tokens: int) -> dict:
-    rates = [tokens / s for run in runs for s in run["seconds"]]
-    twentieths = statistics.quantiles(rates, n=5, method="inclusive")
+def _numbers(flag: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        sys.exit(f"{flag} is {text!r}; give numbers above 0, by comma")
+    return list(map(int, words))
+
+
+def _select(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The programs to run, and why not, by name, for those of the list that cannot."""
+    names = _listed("--programs", options.programs, list(PROGRAMS)) if options.programs else list(PROGRAMS)
+    if options.device == "cuda" and options.compile_graph != "both":
+        dropped = {"on": "gpt2_fast", "off": "gpt2_fast-graph"}[options.compile_graph]
+        names = [name for name in names if name != dropped]
+    reasons = {name: PROGRAMS[name].missing(options.device) for name in names}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    return [name for name in names if name not in skipped], skipped
+
+
+def _label(name: str, dtype: str) -> str:
+    """How a row is called: peers in bfloat16 are float32 models under autocast."""
+    ours = name.startswith(("gpt2_fast", "reference"))
+    return f"{name} {dtype if ours or dtype == 'float32' else 'bf16 autocast'}"
+
+
+def _rate(options: argparse.Namespace, result: dict) -> float:
+    return options.batch_size * options.context / statistics.median(result["seconds"])
+
+
+def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[dict], dict[str, str], dict[str, dict]]:
+    """Rows of one setting, why some failed, and by dtype the rate of a large product."""
+    keys = {_label(name, dtype): (name, dtype) for dtype in options.dtypes for name in names}
+    base = {key: getattr(options, key) for key in ("model", "device", "batch_size", "context", "warmup", "steps")}
+    with tempfile.TemporaryDirectory() as cache:  # its own, so that the first round's first step compiles
+
+        def run(label: str, index: int) -> dict:
+            name, dtype = keys.get(label) or ("product-peak", label)
+            worker = {**base, "name": name, "dtype": dtype, "count_launches": index == 0}
+            return measure.run_worker(
+                "benchmarks.programs", worker, options.timeout, {"TORCHINDUCTOR_CACHE_DIR": cache}
+            )
+
+        products = {dtype: run(dtype, 0) for dtype in options.dtypes}
+        results, failures = measure.alternate(
+            keys, options.rounds, run, lambda label, index, result: f"{_rate(options, result):,.0f} tokens/s"
+        )
+    return [_row(options, label, *keys[label], runs) for label, runs in results.items()], failures, products
+
+
+def _row(options: argparse.Namespace, label: str, name: str, dtype: str, runs: Sequence[dict]) -> dict:
+    tokens = options.batch_size * options.context
     return {
         "program": label,
-        "tokens_per_second": statistics.median(rates),
-        "p20": twentieths[0],
-        "p80": twentieths[-1],
-        "rounds": [tokens / statistics.median(run["seconds"]) for run in runs],
-        "first_step_seconds": statistics.median(run["first_step_seconds"] for run in runs),
+        "name": name,
+        "dtype": dtype,
+        "tokens_per_second": measure.spread([tokens / s for run in runs for s in run["seconds"]]),
+        "rounds": [_rate(options, run) for run in runs],
+        "first_step_seconds": runs[0]["first_step_seconds"],
         "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "launches": runs[0]["launches"],
         "losses": runs[0]["losses"],
     }
 
 
-def machine(device: str) -> dict:
-    """What every recorded figure carries: processor, versions, threads."""
-    import torch
+def _peaks(options: argparse.Namespace, device_name: str, measured: dict[str, dict]) -> dict[str, dict]:
+    """By dtype, what MFU is a part of: the card's own peak, or the fastest large product of this run."""
+    peaks = {}
+    for dtype, product in measured.items():
+        card = card_peak(device_name, dtype) if options.device == "cuda" else None
+        what = f"a {product['edge']}-cube product in {dtype}, measured in this run"
+        if card is None and options.device == "cpu" and dtype == "bfloat16":
+            what = f"a {product['edge']}-cube product in bfloat16 or float32, the faster, measured in this run"
+        rate = card or product["flops_per_second"]
+        peaks[dtype] = {
+            "flops_per_second": rate,
+            "what": "the maker's data sheet" if card else what,
+            "measured": product,
+        }
+    return peaks
 
-    from gpt2_fast.doctor import PACKAGES, cpu_name, version
 
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("gpt2_fast", *PACKAGES)},
+def _one(options: argparse.Namespace, names: list[str], skipped: dict[str, str], command: str) -> bool:
+    """Measures one setting, prints its table and writes its files; whether every program ran and agreed."""
+    rows, failures, products = _measure(options, names)
+    for name, reason in {**skipped, **failures}.items():
+        print(f"{'failed' if name in failures else 'skipped'}: {name}: {reason}")
+    if not rows:
+        return False
+    host = measure.machine(options.device, "liger-kernel")
+    record = {
+        "command": command,
+        "machine": host,
+        "setting": {
+            key: getattr(options, key) for key in ("model", "batch_size", "context", "rounds", "warmup", "steps")
+        },
+        "memory_is": "torch's allocator, on the GPU" if options.device == "cuda" else "resident set of the process",
+        "peaks": _peaks(options, host["device"], products),
+        "skipped": skipped,
+        "failed": failures,
+        "rows": rows,
     }
-
-
-def _print_table(rows: list[dict], base: dict) -> None:
-    print(f"{'program':<40} {'tok/s':>8} {'p20':>8} {'p80':>8} {'ratio':>6} {'peak GB':>8} {'step 1 s':>9}  losses")
-    for row in rows:
-        pairs = [a / b for a, b in zip(row["rounds"], base["rounds"], strict=True)]
-        row["ratio"] = statistics.median(pairs)
-        shown = " ".join(f"{loss:.4f}" for loss in row["losses"][:5])
-        print(
-            f"{row['program']:<40} {row['tokens_per_second']:>8.0f} {row['p20']:>8.0f} {row['p80']:>8.0f} "
-            f"{row['ratio']:>6.2f} {row['peak_bytes'] / 1e9:>8.2f} {row['first_step_seconds']:>9.2f}  {shown}"
-        )
-
-
-def _chart(rows: list[dict], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.6 * len(rows) + 1.4), layout="constrained")
-    axes = figure.add_subplot()
-    names = [row["program"] for row in rows]
-    bars = axes.barh(names, [row["tokens_per_second"] for row in rows],
-                     color=["#d1495b" if n.startswith("gpt2_fast") else "#9aa5b1" for n in names])  # fmt: skip
-    axes.bar_label(bars, [f" {row['tokens_per_second']:,.0f}  ({row['ratio']:.2f}x)" for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlabel("tokens per second, whole training step (median)")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    train_report.complete(record)
+    parts = ("train", options.model, f"b{options.batch_size}", f"t{options.context}")
+    path = measure.record_path(options.out, host["device"], *parts)
+    measure.save_record(path, record)
+    measure.save_figure(train_report.chart(record), path.with_suffix(".png"))
+    print(f"{train_report.text(record)}\n{path}\n", flush=True)
+    return not failures and all(row["losses_agree"] for row in rows)
 
 
 def main(argv: list[str]) -> int:
-    """Runs the comparison, prints the table and writes JSON and PNG."""
+    """Runs the comparison for every model, batch and context asked for. 1 if a program failed or computed otherwise."""
     options = _arguments(argv)
-    import torch
-
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    programs = [tuple((p + ":float32").split(":")[:2]) for p in options.programs]
-    unknown = [name for name, _ in programs if name not in PROGRAMS]
-    if unknown:
-        sys.exit(f"no program {unknown[0]!r}; choose of {', '.join(PROGRAMS)}")
-    runs: dict[tuple[str, str], list[dict]] = {program: [] for program in programs}
-    for round_index in range(options.rounds):
-        for name, dtype in programs:
-            runs[name, dtype].append(_run(name, dtype, options))
-            rate = options.batch * options.context / statistics.median(runs[name, dtype][-1]["seconds"])
-            print(f"round {round_index + 1}: {name} {dtype} {rate:.0f} tokens/s", file=sys.stderr, flush=True)
-    tokens = options.batch * options.context
-    rows = [_summary(f"{name} {dtype}", runs[name, dtype], tokens) for name, dtype in programs]
-    _print_table(rows, rows[-1])
-    host = machine(options.device)
-    title = f"{options.size}, B = {options.batch}, T = {options.context}; {host['device']}, torch {torch.__version__}"
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", host["device"]).strip("-").lower()
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}-train-{options.size}-b{options.batch}-t{options.context}-{time.strftime('%Y-%m-%d')}.json"
-    given = [word for i, word in enumerate(argv) if "--out" not in (word, *argv[max(0, i - 1) : i])]
-    record = {"command": " ".join(["python -m benchmarks train", *given]), "machine": host, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    _chart(rows, title, path.with_suffix(".png"))
-    print(f"{title}\n{path}")
-    return 0
+    if options.show:
+        print(train_report.markdown(measure.load_record(options.show)))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device is cuda and torch finds no CUDA device; use --device cpu, or see gpt2-fast doctor")
+    options.dtypes = _listed("--dtype", options.dtype, DTYPES)
+    models = _listed("--model", options.model, list(SIZES))
+    batches, contexts = _numbers("--batch-size", options.batch_size), _numbers("--context", options.context)
+    for model, context in itertools.product(models, contexts):
+        if context > (limit := SIZES[model].get("n_positions", 1024)):
+            sys.exit(f"--context has {context} and {model} has {limit} positions; lower it")
+    names, skipped = _select(options)
+    good = True
+    for options.model, options.batch_size, options.context in itertools.product(models, batches, contexts):
+        good &= _one(options, names, skipped, measure.command_line("train", argv))
+    return 0 if good else 1

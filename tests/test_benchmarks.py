@@ -1,4 +1,4 @@
-"""The benchmark runs and its numbers parse; no test asserts a speed."""
+"""The benchmarks run, their numbers parse, and a program that computes something else is seen; no speed is asserted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import measure, train, train_report
+from benchmarks.mfu import card_peak, conventions
+from benchmarks.peers import nanogpt
+from benchmarks.programs import LEARNING_RATE, PROGRAMS, Setting, batch
+from gpt2_fast import GPT2Config
 
 ROOT = Path(__file__).parent.parent
+SMOKE = ("--model", "smoke", "--batch-size", "2", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "2")
 
 
 def _run(*arguments):
@@ -17,25 +27,151 @@ def _run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_train_in_a_smoke_size(tmp_path):
-    sizes = ["--size", "smoke", "--batch", "2", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "3"]
-    done = _run("train", *sizes, "--programs", "gpt2_fast", "reference", "transformers", "--out", str(tmp_path))
+def test_train_in_a_smoke_size(tmp_path, capsys):
+    programs = "gpt2_fast,transformers,gpt2_fast-graph"
+    done = _run("train", *SMOKE, "--dtype", "float32", "--programs", programs, "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
-    rows = {row["program"].split()[0]: row for row in record["rows"]}
-    assert set(rows) == {"gpt2_fast", "reference", "transformers"}
-    for row in rows.values():
-        assert len(row["losses"]) == 4
-        assert row["losses"] == pytest.approx(rows["transformers"]["losses"], rel=1e-4)
-        assert 0 < row["p20"] <= row["tokens_per_second"] <= row["p80"]
-    assert rows["transformers"]["ratio"] == 1.0
+    assert record["skipped"] == {"gpt2_fast-graph": "a CUDA graph needs a GPU"}
+    ours, base = record["rows"]
+    assert (ours["program"], base["program"]) == ("gpt2_fast float32", "transformers float32")
+    assert ours["losses"] == pytest.approx(base["losses"], rel=1e-4)
+    assert ours["losses"][2] < ours["losses"][1] < ours["losses"][0]  # one batch again and again is learnt
+    assert base["ratio"] == 1.0
+    assert ours["ratio"] == pytest.approx(base["gpt2_fast_is"])
+    assert ours["launches"] < base["launches"]
+    for row in record["rows"]:
+        rate = row["tokens_per_second"]
+        assert 0 < rate["p20"] <= rate["median"] <= rate["p80"]
+        peak = record["peaks"]["float32"]["flops_per_second"]
+        assert row["mfu"]["llm.c"] == pytest.approx(rate["median"] * record["flops_per_token"]["llm.c"] / peak)
     assert record["machine"]["versions"]["torch"]
-    assert record["command"].startswith("python -m benchmarks train --size smoke")
+    assert record["command"].startswith("python -m benchmarks train --model smoke")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert train.main(["--show", str(path)]) == 0
+    assert f"| {ours['tokens_per_second']['median']:,.0f} |" in capsys.readouterr().out
 
 
-def test_unknown_programs_are_named():
-    done = _run("train", "--size", "smoke", "--programs", "llama")
-    assert done.returncode != 0
-    assert "no program 'llama'; choose of gpt2_fast, reference" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--programs", "llama"), "--programs has 'llama'; choose of gpt2_fast, gpt2_fast-graph, reference"),
+        (("--context", "256,0"), "--context is '256,0'; give numbers above 0, by comma"),
+        (("--context", "2048"), "--context has 2048 and gpt2 has 1024 positions; lower it"),
+        (("--dtype", "float64"), "--dtype has 'float64'; choose of float32, bfloat16"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said):
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--device", "cpu", *arguments])
+    assert str(refused.value).startswith(said)
+
+
+def _row(name, dtype, rate, losses):
+    return {"program": f"{name} {dtype}", "name": name, "dtype": dtype, "losses": losses, "rounds": [rate, 2 * rate],
+            "tokens_per_second": {"median": rate, "p20": rate, "p80": rate}, "first_step_seconds": 1.0,
+            "peak_bytes": 1, "launches": 1}  # fmt: skip
+
+
+def test_a_program_that_computes_something_else_gets_no_speed():
+    rows = [
+        _row("gpt2_fast", "float32", 30.0, [11.0, 10.0]),
+        _row("gpt2_fast", "bfloat16", 60.0, [11.0, 10.02]),
+        _row("nanogpt", "float32", 90.0, [11.0, 10.02]),
+        _row("nanogpt", "bfloat16", 90.0, [11.0, float("nan")]),
+        _row("transformers", "float32", 10.0, [11.0, 10.0]),
+    ]
+    train_report.judge(rows)
+    train_report.compare(rows, {"float32": 1e3, "bfloat16": 2e3}, {"llm.c": 5})
+    assert [row["losses_agree"] for row in rows] == [True, True, False, False, True]
+    assert [row["ratio"] for row in rows] == [3.0, 6.0, None, None, 1.0]
+    assert rows[1]["mfu"] == {"llm.c": pytest.approx(60 * 5 / 2e3)}
+    assert rows[4]["gpt2_fast_is"] == 3.0
+    for row in rows[2:4]:
+        shown = train_report.cells(row)
+        assert shown[1:10] == ("-",) * 9
+        assert shown[-1].endswith("WRONG")
+
+
+def test_flops_a_token_are_their_authors():
+    """llm.c 803.5M, nanoGPT 855.4M, flash-attention 796.7M, at T = 1024 with the vocabulary padded to 50304."""
+    padded = GPT2Config(vocab_size=50304)
+    assert conventions(padded, 1024) == {
+        "llm.c": pytest.approx(803.5e6, rel=1e-4),
+        "palm": pytest.approx(855.4e6, rel=1e-4),
+        "flash": pytest.approx(796.7e6, rel=1e-4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.4e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_the_peak_is_the_cards_own(name, peak):
+    assert card_peak(name, "bfloat16") == peak
+
+
+def test_the_nanogpt_peer_is_gpt2():
+    """Its loss and gradients are transformers', with torch's own fused loss too; without the mask they are not."""
+    import transformers
+
+    from benchmarks.programs import NO_DROPOUT, SIZES
+
+    setting = Setting("smoke", torch.float32, "cpu", 2, 16)
+    ids, targets = batch(setting)
+    truth = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES["smoke"], **NO_DROPOUT)).double()
+    expected = truth(ids, labels=ids, shift_labels=targets).loss
+    expected.backward()
+    losses = [nanogpt.cross_entropy]
+    if nanogpt.torch_linear_cross_entropy_missing("cpu") is None:
+        losses.append(nanogpt.torch_linear_cross_entropy())
+    for loss in losses:
+        model = nanogpt.NanoGPT(**SIZES["smoke"], loss=loss).load_gpt2(truth.float().state_dict())
+        truth.double()
+        value = model(ids, targets)
+        value.backward()
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        for mine, theirs in ((model.wte, truth.transformer.wte), (model.h[0].ln_1, truth.transformer.h[0].ln_1)):
+            torch.testing.assert_close(mine.weight.grad.double(), theirs.weight.grad, rtol=1e-4, atol=1e-6)
+        c_attn = truth.transformer.h[0].attn.c_attn.weight.grad.t()
+        torch.testing.assert_close(model.h[0].c_attn.weight.grad.double(), c_attn, rtol=1e-4, atol=1e-6)
+
+
+def test_a_peers_step_clips_and_decays_as_ours_does():
+    """After two steps the losses of gpt2_fast and nanoGPT agree to float32's rounding, so their updates do."""
+    setting = Setting("smoke", torch.float32, "cpu", 2, 16)
+    losses = {}
+    for name in ("gpt2_fast", "nanogpt"):
+        step, data = PROGRAMS[name].build(setting), batch(setting)
+        losses[name] = [step(*data).item() for _ in range(4)]
+    assert losses["gpt2_fast"] == pytest.approx(losses["nanogpt"], rel=2e-6)
+    assert losses["gpt2_fast"][0] - losses["gpt2_fast"][-1] > 100 * LEARNING_RATE
+
+
+def test_a_worker_that_fails_is_told_in_one_line_and_left_out():
+    with pytest.raises(measure.ProgramFailed, match=r"^status 2: .*error: .* No such file"):
+        measure.run_worker("json.tool", {"no_such_option": 3, "left_out": None}, timeout=60)
+
+    def run(name, index):
+        if name == "bad" and index == 1:
+            raise measure.ProgramFailed("out of memory")
+        return {"name": name}
+
+    results, failures = measure.alternate(["good", "bad"], 2, run, lambda *_: "")
+    assert results == {"good": [{"name": "good"}] * 2}
+    assert failures == {"bad": "out of memory"}
+
+
+def test_spread_and_ratio():
+    assert measure.spread([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert measure.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 8.0]) == 2.0

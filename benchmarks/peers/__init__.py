@@ -1,0 +1,1 @@
+"""Models to compare with, where no package of their own has them."""

@@ -39,7 +39,19 @@ from gpt2_fast.patch_outputs import CausalLMOutput
 
 TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
-_RECORDER = "transformers.utils.output_capturing"
+
+
+def _is_idle(hook: Callable, module: nn.Module) -> bool:
+    """Whether a forward hook does nothing in a call that is taken over.
+
+    transformers 5 leaves those that record outputs in place when nothing is recorded, and gradient checkpointing makes
+    embeddings require the gradient that they require anyway where they are trained.
+    """
+    if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+        return True
+    if getattr(hook, "__name__", "") not in ("make_inputs_require_grads", "make_inputs_require_grad"):
+        return False
+    return module.weight.requires_grad or not torch.is_grad_enabled()
 
 
 def foreign(module: nn.Module, *kinds: type) -> str | None:
@@ -48,9 +60,8 @@ def foreign(module: nn.Module, *kinds: type) -> str | None:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
-    # transformers 5 leaves the hooks that record outputs in place; they are idle unless a call asks for them.
-    hooks = [h for h in module._forward_hooks.values() if getattr(h, "__module__", "") != _RECORDER]
-    if hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    listened = [hook for hook in module._forward_hooks.values() if not _is_idle(hook, module)]
+    if listened or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     weight = module._parameters.get("weight")
     if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:

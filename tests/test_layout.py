@@ -23,7 +23,7 @@ LAYERS = [
     ({"kv_cache"}, False),
     ({"decoder"}, False),
     ({"decoding"}, False),
-    ({"generate", "generate_batch", "convert", "inspect", "inspect_plots", "evaluate"}, False),
+    ({"generate", "generate_batch", "convert", "inspect", "inspect_plots", "evaluate", "patching"}, False),
     ({"train", "doctor", "eval_tasks"}, False),
     ({"cli"}, False),
 ]

@@ -125,11 +125,19 @@ def test_the_loss_and_every_gradient(options, masked):
 def test_what_the_loss_takes():
     unpatched, patched = pair()
     tokens, shifted = ids(), ids()
-    for options in ({"labels": tokens, "num_items_in_batch": torch.tensor(50)}, {"labels": tokens, "ignore_index": 5},
-                    {"labels": tokens, "num_items_in_batch": 17}, {"labels": tokens, "shift_labels": shifted}):  # fmt: skip
+    for more in ({"num_items_in_batch": torch.tensor(50)}, {"num_items_in_batch": 17}, {"ignore_index": 5},
+                 {"shift_labels": shifted}):  # fmt: skip
+        options = {"labels": tokens, **more}
         expected, actual = unpatched(tokens, **options).loss, patched(tokens, **options).loss
         assert type(patched(tokens, **options)).__module__ == "gpt2_fast.patch_outputs"
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+
+
+READS = [
+    lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: o[:2][1], lambda o: o.to_tuple()[1],
+    lambda o: dict(o)["logits"], lambda o: dict(o.items())["logits"], lambda o: o.get("logits"),
+    lambda o: list(o.values())[1], lambda o: pickle.loads(pickle.dumps(o))[1],
+]  # fmt: skip
 
 
 def test_logits_are_computed_when_asked_for():
@@ -144,15 +152,13 @@ def test_logits_are_computed_when_asked_for():
         assert not calls
         expected = unpatched(tokens, labels=tokens)
         calls.clear()
-        for read in (lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: o.to_tuple()[1],
-                     lambda o: dict(o)["logits"], lambda o: dict(o.items())["logits"], lambda o: o.get("logits"),
-                     lambda o: list(o.values())[1], lambda o: o[:2][1], lambda o: pickle.loads(pickle.dumps(o))[1]):  # fmt: skip
+        for read in READS:
             with torch.no_grad():
                 output = patched(tokens, labels=tokens)
                 torch.testing.assert_close(read(output), expected.logits)
             assert list(output) == list(expected)
             assert output.logits is output.logits
-        assert len(calls) == 10
+        assert len(calls) == len(READS)
     output = patched(tokens, labels=tokens)
     with torch.no_grad():
         patched.lm_head.weight.mul_(2)

@@ -29,9 +29,10 @@ WIKIHOW = {
 LINES = [
     {**WIKIHOW, "label": i % 4, "ctx_b": f"{word} puts it there", "ctx": f"It is {word}. {word} puts it there"}
     for i, word in enumerate(["he", "she", "nobody", "everyone", "who", "tomorrow"])
-] + [
+] + [  # tokens a character and characters a word differ between these endings
     {"activity_label": "Roof", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-     "ctx": "A man is sitting on a roof. he", "endings": ["starts pulling up roofing.", "is a level."], "label": "1"}
+     "ctx": "A man is sitting on a roof. he", "endings": endings, "label": "1"}
+    for endings in (["is in it at a", "supercalifragilistic"], ["government international", "a!?;:"])
 ]  # fmt: skip
 WORDS = ["The dog saw another dog", "He said hello to the\ncat and the dog", "no cat", "A b indistinguishable"]
 
@@ -169,7 +170,8 @@ def hellaswag_by_hand(model, convention):
             endings = [e.replace("[substeps]", "").replace("  ", " ").replace(" [title]", ".") for e in endings]
         rows = [tokenizer.encode(" " + ending) for ending in endings]
         sums = np.array([reference_loglikelihood(model, tokenizer.encode(context), row)[0] for row in rows])
-        lengths = [len(row) for row in rows] if convention == "llmc" else [len(ending) for ending in endings]
+        by_tokens, by_characters = ([len(x) for x in of] for of in (rows, endings))
+        lengths = by_tokens if convention == "llmc" else by_characters
         chosen.append([int(np.argmax(s)) for s in (sums, sums / lengths)])
     return np.array(chosen)
 

@@ -15,7 +15,7 @@ DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hug
 TRAIN_HELP = {
     "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
     "init_from": "start from these weights: Hugging Face folder or hub name, nanoGPT ckpt.pt or llm.c .bin",
-    "data": "text file, folder of text, nanoGPT or llm.c .bin shards; without it, Python's own source text",
+    "data": "text, jsonl (its text fields), folder of these, nanoGPT or llm.c .bin; without it, Python's own source",
     "steps": "optimizer steps",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",

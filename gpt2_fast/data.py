@@ -1,7 +1,8 @@
-"""Token data: text, nanoGPT's and llm.c's .bin shards and the default corpus, memory-mapped, in batches.
+"""Token data: text, jsonl, nanoGPT's and llm.c's .bin shards and the default corpus, memory-mapped, in batches.
 
 A .bin file holds uint16 token ids, bare (nanoGPT) or behind llm.c's header of 256 int32: magic 20240520,
-version 1, count. Text is tokenised once into a cached file of llm.c's format.
+version 1, count. Text, and the "text" field of every line of a .jsonl, is tokenised once into a cached file of
+llm.c's format, <|endoftext|> after each document.
 
 A batch is a function of (seed, step, micro_step) alone, so a run that resumes needs no state from here.
 """
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gpt2_fast import jsonl
 from gpt2_fast.files import atomic_write, cache_dir
 from gpt2_fast.tokenizer import get_tokenizer, split_text
 
 MAGIC = 20240520
 HEADER_BYTES = 1024
-CACHE_VERSION = 1  # raise it when the same text is to give other tokens
+CACHE_VERSION = 2  # raise it when the same text is to give other tokens
 
 # What else is called .bin, by its first four bytes. None of them can begin a file of GPT-2 ids but the zip.
 FOREIGN = {
@@ -143,12 +145,13 @@ def load_data(
 ) -> tuple[TokenDataset, TokenDataset]:
     """Open data as (train, validation).
 
-    source: a text file, a folder of text files, a nanoGPT or llm.c .bin file, a folder or glob pattern of
-      those, a list of any of these, or None: the source text of the running Python's standard library.
+    source: a text file, a .jsonl (its "text" fields, a document each), a folder of either, a nanoGPT or llm.c
+      .bin file, a folder or glob pattern of those, a list of any of these, or None: the source text of the running
+      Python's standard library.
     context: T, the longest window asked for later.
     vocab_size: of the model; every id must be below it.
-    val_fraction: share that becomes validation where no file is named for it. Files are named for it when
-      "val" is a word of their name (val.bin, fineweb_val_000000.bin); otherwise it is the end of the tokens.
+    val_fraction: share that becomes validation where no file is named for it. A .bin or .jsonl is named for it
+      when "val" is a word of its name (val.bin, fineweb_val_000000.bin); otherwise it is the end of the tokens.
       Those with the word "test" are left out.
       Text files of a folder are ordered by a hash of their names, so that the end is a fair sample.
     progress: whether a terminal shows a bar while text is tokenised.
@@ -226,7 +229,7 @@ def read_bin(path: str | os.PathLike[str]) -> Shard:
 
 
 def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
-    """The name to show for a source, and its shards; all text of it becomes one shard."""
+    """The name to show for a source, and its shards; all text of it becomes one shard, its jsonl one a part."""
     if source is None:
         return f"Python {sys.version_info.major}.{sys.version_info.minor} standard library", [
             _tokenised(_standard_library(), progress)
@@ -243,11 +246,15 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
             shards.append(read_bin(path))
         else:
             documents.append((path.name, path))
-    if documents:
-        shards.append(_tokenised(documents, progress))
+    groups: dict[str, list[tuple[str, Path]]] = {}
+    for name, path in documents:
+        groups.setdefault(_part(path) if path.suffix == ".jsonl" else "text", []).append((name, path))
+    for part, group in groups.items():
+        shard = _tokenised(group, progress)
+        shards.append(shard if part == "text" else shard._replace(path=group[0][1]))
     name = ", ".join(str(item) for item in sources)
     if not shards:
-        raise ValueError(f"{name or 'the list of data'} holds no .bin and no text file")
+        raise ValueError(f"{name or 'the list of data'} holds no .bin, .jsonl or text file")
     return name, shards
 
 
@@ -344,7 +351,10 @@ def _tokenised(documents: Sequence[tuple[str, Path]], progress: bool) -> Shard:
         total=size, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None if progress else True
     )
     with bar:
-        write_bin(cached, _tokenise(documents, bar))
+        count = write_bin(cached, _tokenise(documents, bar))
+    if not count:
+        cached.unlink()
+        raise ValueError(f"{documents[0][1]} has no text" if len(documents) == 1 else "all documents are empty")
     return read_bin(cached)
 
 
@@ -357,7 +367,7 @@ def _tokenise(documents: Sequence[tuple[str, Path]], bar: tqdm) -> Iterator[np.n
     with ThreadPoolExecutor(workers) as pool:
         while group := list(islice(pieces, 16 * workers)):
             for text, tokens in zip(group, pool.map(_encode, group), strict=True):
-                bar.update(len(text.encode("utf-8")) if text else 0)
+                bar.update(len(text.encode("utf-8", "replace")))
                 yield tokens if text else eot
 
 
@@ -366,7 +376,13 @@ def _encode(text: str) -> np.ndarray:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces that tokenise as the whole does, then "" for its end; nothing for an empty file."""
+    """A file in pieces that tokenise as its documents do whole, "" at the end of each; nothing for empty ones."""
+    if path.suffix == ".jsonl":
+        for where, record in jsonl.read(path):
+            if text := jsonl.field(record, "text", str, where):
+                yield from split_text(text, PIECE)
+                yield ""
+        return
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             held, any_text = "", False

@@ -1,13 +1,15 @@
 """Token data: formats, splits, the cache, batches that depend on the step alone, and clear refusals."""
 
 import hashlib
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
 
-from gpt2_fast import data
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, data
+from gpt2_fast.cli import main
 from gpt2_fast.data import Shard, TokenDataset, load_data, load_tokens, read_bin, write_bin
 from gpt2_fast.tokenizer import get_tokenizer
 
@@ -172,6 +174,82 @@ def test_folder_of_text(tmp_path):
     assert np.array_equal(load_tokens(tmp_path / "moved", context=2).shards[0].tokens, tokens)
 
 
+DOCUMENTS = ["one two three", "naïve — 世界\n\n line", "<|endoftext|> is text here", "\ud83d alone"]
+
+
+def write_jsonl(path, documents):
+    path.write_text("\n".join(json.dumps({"id": 7, "text": text}) for text in documents) + "\n\n")
+    return path
+
+
+def test_jsonl_is_a_document_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 5)
+    path = write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS[:2], "", *DOCUMENTS[2:]])
+    tokens = load_tokens(path, context=2).shards[0].tokens.tolist()
+    assert tokens == [i for text in DOCUMENTS for i in [*get_tokenizer().encode(text), 50256]]
+    assert tokens.count(50256) == len(DOCUMENTS)
+    (tmp_path / "b.txt").write_text("plain words here")
+    whole = load_tokens(tmp_path, context=2)  # a folder of both
+    assert sorted(map(len, (s.tokens for s in whole.shards))) == [4, len(tokens)]
+
+
+def test_jsonl_is_tokenised_once(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    first = load_tokens(path, context=2).shards[0].tokens.tolist()
+    monkeypatch.setattr(data, "_encode", None)
+    assert load_tokens(path, context=2).shards[0].tokens.tolist() == first
+
+
+def test_jsonl_named_for_validation(tmp_path):
+    for name, text in [("train", "red"), ("val", "blue"), ("test", "green")]:
+        write_jsonl(tmp_path / f"{name}.jsonl", [text] * 3)
+    parts = [get_tokenizer().decode(part.shards[0].tokens) for part in load_data(tmp_path, context=2)]
+    assert parts == ["red<|endoftext|>" * 3, "blue<|endoftext|>" * 3]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "a"', "a.jsonl line 2 is not a JSON object"),
+        ('"text"', "a.jsonl line 2 is not a JSON object"),
+        ('{"content": "a", "id": 1}', "a.jsonl line 2 has no 'text'; it has 'content', 'id'"),
+        ('{"text": null}', "a.jsonl line 2: 'text' is None; it must be a string"),
+    ],
+)
+def test_bad_jsonl_names_the_line_and_leaves_nothing(tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' + line)
+    with pytest.raises(ValueError) as error:
+        load_data(tmp_path / "a.jsonl", context=2)
+    assert_one_line(error.value, [words])
+    assert not any((data.cache_dir() / "tokens").iterdir())
+
+
+def test_fine_tuning_on_jsonl(tmp_path):
+    """`train --init-from` learns the documents and leaves a Hugging Face folder; a bad line ends it before any step."""
+    model = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "start")
+    path = write_jsonl(tmp_path / "a.jsonl", ["A dog and a cat.", "A cat and a dog."] * 20)
+    command = ["train", "--init-from", str(tmp_path / "start"), "--data", str(path), "--steps", "12", "--lr", "0.01"]
+    command += ["--batch-size", "4", "--warmup", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    losses = [json.loads(line).get("val_loss") for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    before, *_, after = [loss for loss in losses if loss]
+    assert before > 10
+    assert after < before - 1
+    tuned = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "checkpoint")
+    x, y = load_tokens(path, context=16).batch(0, batch_size=2)
+    assert tuned(x, targets=y).loss < model(x, targets=y).loss - 1
+    path.write_text("{}")
+    assert main([*command[:-1], str(tmp_path / "bad")]) == 2
+    assert not (tmp_path / "bad").exists()
+
+
+def test_jsonl_without_text(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl has no text"):
+        load_data(write_jsonl(tmp_path / "a.jsonl", ["", ""]), context=2)
+    assert not any((data.cache_dir() / "tokens").iterdir())
+
+
 def test_cut_character_does_not_make_a_file_binary(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 4095 + "é".encode())
     (tmp_path / "b.txt").write_bytes(b"x" * 4000 + b"\xff" + b"x" * 200)
@@ -262,7 +340,7 @@ def test_missing_empty_and_short_data(tmp_path):
         load_data(tmp_path / "nothing.txt", context=2)
     assert_one_line(missing.value, [tmp_path / "nothing.txt", "does not exist"])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"folder holds no \.bin and no text file"):
+    with pytest.raises(ValueError, match=r"folder holds no \.bin, \.jsonl or text file"):
         load_data(tmp_path / "folder", context=2)
     (tmp_path / "folder" / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure import clock, peak_bytes
 from benchmarks.peers import nanogpt
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, retain_memory
+from gpt2_fast import train as training
+from gpt2_fast.train_config import TrainConfig
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 SIZES = {
@@ -48,34 +52,21 @@ class Setting:
         return torch.autocast(self.device, self.dtype)
 
 
-def _transformers_model(setting: Setting, attention: str) -> nn.Module:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    config = transformers.GPT2Config(**SIZES[setting.model], **NO_DROPOUT, attn_implementation=attention)
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config)
-
-
 def _initial_state(setting: Setting) -> dict[str, Tensor]:
-    """Every program starts from the same weights, so that losses can be laid side by side."""
-    return _transformers_model(setting, "sdpa").state_dict()
+    """The weights that every program starts from, so that losses can be laid side by side."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**SIZES[setting.model])).state_dict()
 
 
 def _gpt2_fast(setting: Setting, *, impl: str = "auto", graph: bool = False) -> Step:
     """The step of `gpt2-fast train`; in bfloat16, float32 master weights in the optimizer."""
-    from gpt2_fast import GPT2Config, GPT2LMHeadModel, retain_memory
-    from gpt2_fast.train import Step as TrainStep
-    from gpt2_fast.train import build_optimizer
-    from gpt2_fast.train_config import TrainConfig
-
     retain_memory()
     model = GPT2LMHeadModel(GPT2Config(**SIZES[setting.model], **NO_DROPOUT), impl=impl)
     model.load_state_dict(_initial_state(setting))
     model = model.to(setting.device, setting.dtype).train()
     config = TrainConfig(batch_size=setting.batch_size, compile_graph=graph, lr=LEARNING_RATE, beta1=BETAS[0],
                          beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=CLIP)  # fmt: skip
-    step = TrainStep(model, build_optimizer(model, config), config, setting.context)
+    step = training.Step(model, training.build_optimizer(model, config), config, setting.context)
     return lambda ids, targets: step(ids[None], targets[None], LEARNING_RATE)
 
 
@@ -105,8 +96,19 @@ def _peer(
 
 
 def _transformers(setting: Setting, attention: str = "sdpa", compiled: bool = False) -> Step:
-    loss = lambda model, ids, targets: model(ids, labels=ids, shift_labels=targets).loss
-    return _peer(setting, _transformers_model(setting, attention), loss, compiled)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    config = transformers.GPT2Config(**SIZES[setting.model], **NO_DROPOUT, attn_implementation=attention)
+    model = transformers.GPT2LMHeadModel(config)
+    model.load_state_dict(_initial_state(setting))
+    return _peer(setting, model, lambda run, ids, targets: run(ids, labels=ids, shift_labels=targets).loss, compiled)
+
+
+def _transformers_missing(device: str) -> str | None:
+    return (
+        None if importlib.util.find_spec("transformers") else "transformers is not installed; pip install transformers"
+    )
 
 
 def _nanogpt(setting: Setting, compiled: bool = False, **parts: Callable) -> Step:
@@ -130,9 +132,9 @@ PROGRAMS: dict[str, Program] = {
     "gpt2_fast": Program(_gpt2_fast),
     "gpt2_fast-graph": Program(lambda s: _gpt2_fast(s, graph=True), _needs_gpu),
     "reference": Program(lambda s: _gpt2_fast(s, impl="reference")),
-    "transformers": Program(_transformers),
-    "transformers-eager-attention": Program(lambda s: _transformers(s, attention="eager")),
-    "transformers-compile": Program(lambda s: _transformers(s, compiled=True)),
+    "transformers": Program(_transformers, _transformers_missing),
+    "transformers-eager-attention": Program(lambda s: _transformers(s, attention="eager"), _transformers_missing),
+    "transformers-compile": Program(lambda s: _transformers(s, compiled=True), _transformers_missing),
     "nanogpt": Program(_nanogpt),
     "nanogpt-compile": Program(lambda s: _nanogpt(s, compiled=True)),
     "nanogpt-linear-cross-entropy": Program(

@@ -11,6 +11,7 @@ from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.sampling import row_uniforms
 from gpt2_fast.tokenizer import get_tokenizer
 
 
@@ -171,6 +172,26 @@ def test_command_prints_what_generate_gives(folder, capsys):
     ]
 
 
+def test_command_slides_and_packs(folder, capsys):
+    """--slide goes past n_positions, --weights rounds on a CPU; both print what `complete` gives."""
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(folder, device=DEVICE), get_tokenizer()
+    base = ("A", "--model", folder, "--temperature", 0, "--max-new-tokens")
+    (text,) = complete(model, tokenizer, "A", 60, temperature=0, context="slide")
+    assert run(capsys, *base, 60, "--slide")[:2] == (0, f"A{text}\n")
+    if DEVICE == "cpu":
+        (text,) = complete(model, tokenizer, "A", 9, temperature=0, weights="int8")
+        assert run(capsys, *base, 9, "--weights", "int8")[:2] == (0, f"A{text}\n")
+        assert [text] != complete(model, tokenizer, "A", 9, temperature=0), "nothing was rounded"
+
+
+def test_first_sample_is_the_same_in_any_number(folder):
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(folder, device=DEVICE), get_tokenizer()
+    one = complete(model, tokenizer, "A", 9, seed=4, write=lambda piece: None)
+    three = complete(model, tokenizer, "A", 12, seed=4, num_samples=3)
+    assert three[0].startswith(one[0])
+    assert len(set(three)) == 3
+
+
 def test_command_stops_at_a_string(folder, capsys):
     greedy = ("A", "--model", folder, "--temperature", 0, "--max-new-tokens", 12)
     whole = run(capsys, *greedy)[1]
@@ -210,6 +231,21 @@ def test_sampling_keeps_what_it_should():
     assert set(sample(logits, temperature=0).tolist()) == {0}
     share = (sample(logits, temperature=2.0, generator=generator) == 0).float().mean().item()
     assert abs(share - torch.softmax(logits[0] / 2, 0)[0].item()) < 0.03
+
+
+def test_seeded_draws_are_uniform_and_land_where_they_should():
+    """Each row has its own numbers; a number u takes the first token whose cumulated probability passes u."""
+    uniform = row_uniforms(42, 50, 40, "cpu")
+    assert uniform.shape == (50, 40)
+    assert uniform.unique().numel() == 2000
+    assert abs(uniform.mean() - 0.5) < 0.02
+    assert abs(uniform.var() - 1 / 12) < 0.005
+    assert torch.equal(row_uniforms(42, 3, 2, "cpu"), uniform[:3, :2])
+    assert not torch.equal(row_uniforms(43, 3, 2, "cpu"), uniform[:3, :2])
+    logits = torch.tensor([[0.1, 0.2, 0.0, 0.7]]).log().expand(5, 4)
+    got = sample(logits, uniform=torch.tensor([0.0, 0.0999, 0.2999, 0.3001, 1 - 2.0**-32], dtype=torch.float64))
+    assert got.tolist() == [0, 0, 1, 3, 3]
+    assert sample(logits[:1], top_k=1, uniform=torch.zeros(1, dtype=torch.float64)).tolist() == [3]
 
 
 def test_bad_input_is_one_line():

@@ -1,0 +1,173 @@
+"""Decoders give the model's own logits; a context slides; packed weights follow the model."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_model import pair, tokens
+
+from gpt2_fast import decoder as decoders
+from gpt2_fast.decoder import GraphDecoder, ModelDecoder, PackedDecoder, make_decoder, packed_model
+from gpt2_fast.generate import generate
+from gpt2_fast.optim import AdamW
+
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="packed weights are a CPU's")
+
+
+def logits_of(decoder, ids, starts, prompt):
+    """Logits [B, n, V] of the last prompt token and of each that is fed after it."""
+    found = [decoder.prefill(ids[:, :prompt].contiguous(), starts).clone()]
+    found += [decoder.step(ids[:, i].contiguous()).clone() for i in range(prompt, ids.shape[1])]
+    return torch.stack(found, 1)
+
+
+def make(kind, model, n_positions):
+    if kind == "packed":
+        return PackedDecoder(packed_model(model, "float32"), 3, n_positions)
+    return {"model": ModelDecoder, "graph": GraphDecoder}[kind](model, 3, n_positions)
+
+
+@pytest.mark.parametrize("kind", ["model", "graph", pytest.param("packed", marks=cpu_only)])
+def test_decoders_give_the_models_logits(kind):
+    """Against one forward pass with the attention mask; twice, since a second prefill forgets the first."""
+    _, model = pair()
+    made = make(kind, model.eval(), 15)
+    for seed, pads in ((0, (0, 3, 6)), (1, (5, 0, 0))):
+        ids, starts = tokens(3, 14, seed=seed), torch.tensor(pads, dtype=torch.int32, device=DEVICE)
+        mask = torch.arange(14, device=DEVICE) >= starts.unsqueeze(1)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            whole = model(ids, attention_mask=mask, position_ids=positions).logits[:, 6:]
+            got = logits_of(made, ids, starts, 7)
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+        assert made.length == 14
+
+
+def test_static_step_touches_the_host_for_nothing():
+    """The step that a CUDA graph records: fixed buffers, and everything that moves is on the device."""
+    _, model = pair()
+    made = GraphDecoder(model.eval(), 2, 12)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        made.prefill(ids[:, :5].contiguous(), torch.zeros(2, dtype=torch.int32, device=DEVICE))
+        buffers = [made.tokens, made.logits, made.cache.index, made.cache.lengths, made.cache.keys]
+        before = [b.data_ptr() for b in buffers]
+        for i in range(5, 9):
+            assert made.step(ids[:, i].contiguous()).data_ptr() == made.logits.data_ptr()
+    assert [b.data_ptr() for b in buffers] == before
+    assert made.cache.index.tolist() == [9]
+    assert made.cache.lengths.tolist() == [9, 9]
+    if DEVICE == "cuda":
+        assert made.graph is not None
+
+
+def test_a_failed_capture_goes_on_eagerly(monkeypatch):
+    """Where the capture raises, a warning names the reason and the tokens are right all the same."""
+    _, model = pair()
+    ids = tokens(2, 9)
+    starts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    made, plain = GraphDecoder(model.eval(), 2, 12), ModelDecoder(model, 2, 12)
+    made._to_capture = True
+
+    class Stream:
+        def __init__(self):
+            made._step()
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="without a CUDA graph: operation not permitted$"):
+        got = logits_of(made, ids, starts, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(got, logits_of(plain, ids, starts, 5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_context_slides(training):
+    """Where n_positions are used up, the newest half of them is the whole context, its positions from 0."""
+    _, model = pair(n_positions=16)
+    model.train(training)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (9, 4)]
+    got = generate(model, prompts, 30, temperature=0, context="slide")
+    sequences, kept_from = [list(p) for p in prompts], [9 - len(p) for p in prompts]
+    model.eval()
+    held, first = 9, 0  # positions of the padded batch: how many were fed, and where the context begins
+    for _ in range(30):
+        if held - first > 16:
+            first = held - 8
+        for sequence, pad in zip(sequences, kept_from, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([sequence[max(0, first - pad) :]], device=DEVICE)).logits
+            sequence.append(logits[0, -1].argmax().item())
+        held += 1
+    assert got == [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
+
+
+def test_a_long_prompt_slides_in_at_once():
+    _, model = pair(n_positions=16)
+    prompt = tokens(1, 40)[0].tolist()
+    got = generate(model, [prompt], 5, temperature=0, context="slide")
+    assert got == generate(model, [prompt[-8:]], 5, temperature=0)
+    with pytest.raises(ValueError, match="let the context slide"):
+        generate(model, [prompt], 5)
+
+
+@cpu_only
+def test_packed_weights_follow_the_model():
+    """One packing while nothing changes; another after an optimizer step, a load, or a write through .data."""
+    _, model = pair()
+    model.eval()
+    ids = tokens(2, 8)
+    first = packed_model(model, "float32")
+    assert packed_model(model, "float32") is first
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+
+    def train():
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    writes = (train, lambda: model.load_state_dict(state), lambda: model.transformer.h[1].mlp.c_fc.weight.data.neg_())
+    for write in writes:
+        write()
+        with torch.no_grad():
+            expected = model(ids).logits[:, -1]
+            made = PackedDecoder(packed_model(model, "float32"), 2, 8)
+            torch.testing.assert_close(
+                made.prefill(ids, torch.zeros(2, dtype=torch.int32)), expected, rtol=1e-4, atol=1e-4
+            )
+    del made
+    old = weakref.ref(packed_model(model, "float32"))
+    assert packed_model(model, "int8").weights == "int8"
+    gc.collect()
+    assert old() is None, "two packings of one model are in memory"
+
+
+@cpu_only
+def test_who_is_packed(monkeypatch):
+    """An eval model in float32 or bfloat16 where C++ runs; by name anywhere; a model in training never by itself."""
+    _, model = pair()
+    kinds = lambda m, weights=None: type(make_decoder(m, 1, 8, weights)).__name__
+    assert kinds(model.train()) == "ModelDecoder"
+    assert kinds(model, "int8") == "PackedDecoder"
+    assert kinds(pair(impl="reference")[1].eval()) == "ModelDecoder"
+    monkeypatch.setattr(decoders.dispatch, "choose", lambda *args: "cpp")
+    assert kinds(model.eval()) == "PackedDecoder"
+    assert make_decoder(model.bfloat16(), 1, 8).packed.weights == "bfloat16"
+    monkeypatch.setattr(decoders.dispatch, "choose", lambda *args: "reference")
+    assert kinds(model) == "ModelDecoder"
+
+
+@cpu_only
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_generation_with_packed_weights(weights):
+    """Greedy text of the packed model; float32 is the model's own to the token, left padding included."""
+    _, model = pair()
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (1, 5, 11)]
+    got = generate(model, prompts, 12, temperature=0, weights=weights)
+    assert got == [generate(model, [p], 12, temperature=0, weights=weights)[0] for p in prompts]
+    if weights == "float32":
+        assert got == generate(model.train(), prompts, 12, temperature=0)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.convert import load as load_any
-from gpt2_fast.data import TokenDataset, load_data
+from gpt2_fast.data import load_data
+from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
 from gpt2_fast.memory import retain_memory
@@ -137,20 +138,6 @@ class Step:
         return self.loss.clone()
 
 
-@torch.no_grad()
-def evaluate(model: GPT2LMHeadModel, data: TokenDataset, config: TrainConfig) -> float:
-    """Mean loss a token over eval_batches batches of fixed windows of the validation data."""
-    device = model.lm_head.weight.device
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for inputs, targets in data.windows(batch_size=config.batch_size, limit=config.eval_batches * config.batch_size):
-        inputs, targets = inputs.to(device), targets.to(device)
-        total += model(inputs, targets=targets).loss.double() * targets.numel()
-        count += targets.numel()
-    model.train()
-    return (total / count).item()
-
-
 class Run:
     """A training run: its model, data and optimizer, its folder, and the loop."""
 
@@ -207,7 +194,8 @@ class Run:
     # ---- the loop ----
 
     def validate(self) -> float:
-        loss = evaluate(self.model, self.val_data, self.config)
+        size, batches = self.config.batch_size, self.config.eval_batches
+        loss = dataset_loss(self.model, self.val_data, batch_size=size, limit=batches * size)["loss"]
         self.log(val_loss=loss)
         return loss
 

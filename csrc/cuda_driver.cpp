@@ -4,10 +4,6 @@
 #include <stdint.h>
 
 #include <stdexcept>
-#include <string>
-#include <tuple>
-
-namespace py = pybind11;
 
 namespace gpt2 {
 namespace {
@@ -92,11 +88,12 @@ struct Current {
   Current(const Current&) = delete;
 };
 
-uintptr_t cuda_load(int device, const py::bytes& image) {
+}  // namespace
+
+uintptr_t cuda_load(int device, const std::string& image) {
   Current current(device);
   Module module;
-  std::string data = image;  // ends in a zero byte, as PTX must
-  driver().check(driver().load(&module, data.c_str()), "cuModuleLoadData");
+  driver().check(driver().load(&module, image.c_str()), "cuModuleLoadData");  // ends in a zero byte, as PTX must
   return (uintptr_t)module;
 }
 
@@ -107,25 +104,15 @@ uintptr_t cuda_function(int device, uintptr_t module, const std::string& name) {
   return (uintptr_t)function;
 }
 
-using Extent = std::tuple<unsigned, unsigned, unsigned>;
-
 void cuda_launch(int device, uintptr_t function, Extent grid, Extent block, uintptr_t stream,
-                 const py::bytes& arguments) {
+                 const std::string& arguments) {
   Current current(device);
-  void* parameters[] = {PyBytes_AS_STRING(arguments.ptr())};  // copied by the driver before it returns
+  void* parameters[] = {(void*)arguments.data()};  // copied by the driver before it returns
   auto [gx, gy, gz] = grid;
   auto [bx, by, bz] = block;
   driver().check(
       driver().launch((Function)function, gx, gy, gz, bx, by, bz, 0, (Stream)stream, parameters, nullptr),
       "cuLaunchKernel");
-}
-
-}  // namespace
-
-void bind_cuda_driver(py::module_& m) {
-  m.def("cuda_load", &cuda_load, "loads a fatbin, cubin or PTX into the device's primary context");
-  m.def("cuda_function", &cuda_function, "a kernel of a loaded module");
-  m.def("cuda_launch", &cuda_launch, "launches (device, function, grid, block, stream, one struct as bytes)");
 }
 
 }  // namespace gpt2

@@ -9,8 +9,16 @@
 // synchronises nor allocates, so a CUDA graph can capture it.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <stdint.h>
+
+#include <string>
+#include <tuple>
 
 namespace gpt2 {
-void bind_cuda_driver(pybind11::module_& m);
-}
+using Extent = std::tuple<unsigned, unsigned, unsigned>;
+
+uintptr_t cuda_load(int device, const std::string& image);
+uintptr_t cuda_function(int device, uintptr_t module, const std::string& name);
+void cuda_launch(int device, uintptr_t function, Extent grid, Extent block, uintptr_t stream,
+                 const std::string& arguments);
+}  // namespace gpt2

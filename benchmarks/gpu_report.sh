@@ -7,7 +7,7 @@
 # Nothing is downloaded: it works with the Python packages that are there, and says first what is missing.
 # Without a GPU the same stages run on the CPU in a smoke size, which is how this script is tested.
 #
-# Environment: PYTHON (.venv's, else python3), OUT (gpu-report), LIMIT seconds a stage (540), TESTS (tests).
+# Environment: PYTHON (.venv's, else python3), OUT (out/gpu-report), LIMIT seconds a stage (540), TESTS (tests).
 # shellcheck disable=SC2329  # stages are called by name
 set -uo pipefail
 
@@ -16,7 +16,7 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   [[ -x .venv/bin/python ]] && PYTHON=$PWD/.venv/bin/python
 fi
-OUT=$(realpath -m "${OUT:-gpu-report}")
+OUT=$(realpath -m "${OUT:-out/gpu-report}")
 export PYTHON OUT LIMIT=${LIMIT:-540} TESTS=${TESTS:-tests}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 STAGES=(environment build check tests train train-float32 profile ops generate sanitizer)

@@ -95,10 +95,14 @@ def _seconds(event, device: str) -> float:
 
 
 def by_op(events, setting: Setting, steps: int) -> list[dict]:
-    """One row an op: calls, seconds, product seconds and floor seconds (None: no cost) of one step; slowest first."""
+    """One row an op, of one step: calls, seconds, product seconds, floor in seconds, bytes, FLOPs; slowest first.
+
+    The floor is None where the op has no cost().
+    """
     count = costs(GPT2Config(**SIZES[setting.model], **NO_DROPOUT), setting)
     edge = 2048 if setting.device == "cpu" else 8192
-    rows: dict[str, dict] = defaultdict(lambda: {"calls": 0.0, "seconds": 0.0, "product_seconds": 0.0, "floor": 0.0})
+    numbers = ("calls", "seconds", "product_seconds", "floor", "bytes", "flops")
+    rows: dict[str, dict] = defaultdict(lambda: dict.fromkeys(numbers, 0.0))
     for event in events:
         if event.device_type != DeviceType.CPU or (owner := _owner(event)) is None:
             continue
@@ -106,12 +110,14 @@ def by_op(events, setting: Setting, steps: int) -> list[dict]:
         if owner is event:
             row["calls"] += 1 / steps
             row["seconds"] += _seconds(event, setting.device) / steps
-            cost = count.get(event.name.removeprefix("gpt2_fast::"))
-            if cost is None:
+            if (cost := count.get(event.name.removeprefix("gpt2_fast::"))) is None:
                 row["floor"] = None
-            else:
-                least, row["bound"] = floor_seconds(cost(event.input_shapes), edge, setting.dtype, setting.device)
-                row["floor"] += least / steps
+                continue
+            counted = cost(event.input_shapes)
+            least, row["bound"] = floor_seconds(counted, edge, setting.dtype, setting.device)
+            row["floor"] += least / steps
+            row["bytes"] += counted["bytes"] / steps
+            row["flops"] += counted["flops"] / steps
         elif event.name in PRODUCTS and owner.name.startswith("gpt2_fast::"):
             row["product_seconds"] += _seconds(event, setting.device) / steps
     return sorted(({"op": op, **row} for op, row in rows.items()), key=lambda row: -row["seconds"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import measure, train, train_report
+from benchmarks import measure, profile_step, train, train_report
 from benchmarks.mfu import card_peak, conventions
 from benchmarks.peers import nanogpt
 from benchmarks.programs import LEARNING_RATE, PROGRAMS, Setting, batch
@@ -175,3 +176,49 @@ def test_spread_and_ratio():
     assert measure.spread([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
     assert measure.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 8.0]) == 2.0
+
+
+def test_profile_counts_the_arithmetic_of_the_step(monkeypatch):
+    """Calls by layer, and the FLOPs of all products: 6 a token and weight of the matrices that multiply."""
+    monkeypatch.setattr(profile_step, "floor_seconds", lambda cost, *_: (1e-9 * cost["bytes"], "bytes"))
+    setting = Setting("smoke", torch.float32, "cpu", 2, 16)
+    result = profile_step.measure_step("gpt2_fast", setting, steps=2)
+    ops = {row["op"]: row for row in result["ops"]}
+    layers, width, vocabulary, tokens = 2, 64, 512, 32
+    assert ops["attention"]["calls"] == ops["attention_backward"]["calls"] == layers
+    assert ops[f"linear {width}x{3 * width}"]["calls"] == layers
+    assert ops["add_layernorm"]["calls"] == layers + 1
+    assert ops["adamw"]["calls"] == ops["linear_cross_entropy"]["calls"] == 1
+    products = sum(row["flops"] for op, row in ops.items() if op.startswith(("linear", "layernorm_linear")))
+    assert products == 6 * tokens * (layers * 12 * width**2 + vocabulary * width)
+    assert all(row["seconds"] >= row["product_seconds"] >= 0 for row in ops.values())
+    assert ops["linear_backward 64x64"]["product_seconds"] > 0
+    assert sum(row["seconds"] for row in ops.values()) > 0.3 * result["seconds"]
+    shown = profile_step.text(result)
+    assert "largest gaps: " in shown
+    assert result["kernels"] == []
+
+
+def _report(tmp_path, *stages, python="/bin/false"):
+    environment = {**os.environ, "PYTHON": python, "OUT": str(tmp_path / "report"), "TESTS": "tests"}
+    command = ["bash", "benchmarks/gpu_report.sh", *stages]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_gpu_report_goes_on_after_a_stage_that_fails_and_resumes(tmp_path):
+    """With a Python that can do nothing every stage fails or says why not, and what there is gets packed."""
+    done = _report(tmp_path)
+    assert done.returncode == 1
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if not line.startswith(("MISSING", "/")))
+    assert said["check"].startswith("FAILED")
+    assert said["build"] == "skipped: neither pybind11 nor torch is installed"
+    assert said["tests"] == "skipped: pytest is not installed"
+    assert said["sanitizer"] == "skipped: compute-sanitizer needs a GPU"
+    assert "MISSING torch: everything" in done.stdout
+    assert (tmp_path / "report.tar.gz").exists()
+    (tmp_path / "report" / "check.done").touch()
+    assert "check: done before" in _report(tmp_path).stdout
+    assert "check: FAILED" in _report(tmp_path, "check").stdout  # named, so run again
+    unknown = _report(tmp_path, "tests", "lunch")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no stage 'lunch'; choose of environment build" in unknown.stderr

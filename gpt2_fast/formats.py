@@ -33,7 +33,7 @@ _NANOGPT = {
 }
 # The GELU that each of the two computes, whatever a checkpoint was trained with.
 ACTIVATIONS = {"nanogpt": "gelu", "llmc": "gelu_new"}
-_COMPILED = "_orig_mod."  # the prefix of a state dict of a torch.compile'd module
+COMPILED = "_orig_mod."  # the prefix of a state dict of a torch.compile'd module
 
 # llm.c's header: 256 int32. Its padded versions alone are read: 1 and 2 differ in layout and are long replaced.
 LLMC_MAGIC, LLMC_HEADER = 20240326, 256
@@ -89,8 +89,8 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     if not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} is not a nanoGPT checkpoint: its 'model' holds more than tensors by name")
     try:
-        config, bias = _nanogpt_config(arguments)
-        state = {name.removeprefix(_COMPILED): tensor for name, tensor in state.items()}
+        config, bias = nanogpt_config(arguments)
+        state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
         if not bias:
             for name, shape in expected_shapes(config).items():
                 if name.endswith(".bias"):
@@ -104,7 +104,11 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     return config, state, notes
 
 
-def _nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
+def nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
+    """What nanoGPT's model_args (the fields of its GPTConfig) are here, and whether its layers have biases.
+
+    Raises ValueError, one line, for a size that is missing or does not fit, and for an option that nanoGPT lacks.
+    """
     if missing := [name for name in _NANOGPT if name not in arguments]:
         raise ValueError(f"model_args has no {missing[0]}")
     for name, value in arguments.items():
@@ -118,6 +122,18 @@ def _nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
     return config, bool(arguments.get("bias", True))  # checkpoints older than the option have biases
 
 
+def nanogpt_arguments(config: GPT2Config) -> dict[str, Any]:
+    """nanoGPT's sizes and bias of a config, as its GPTConfig takes them; no dropout."""
+    return {theirs: getattr(config, ours) for theirs, ours in _NANOGPT.items()} | {"bias": True}
+
+
+def nanogpt_state(state_dict: Mapping[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
+    """A GPT2LMHeadModel's state dict as nanoGPT's GPT loads it, on the CPU, the tied head stored once."""
+    state = {n: _transposed(n, t.detach().cpu()) for n, t in canonical_state_dict(state_dict, config).items()}
+    state[HEAD] = state[EMBEDDING]
+    return state
+
+
 def write_nanogpt(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: GPT2Config) -> None:
     """Write a ckpt.pt that nanoGPT's sample.py loads; it holds no optimizer, so train.py cannot resume from it.
 
@@ -126,10 +142,7 @@ def write_nanogpt(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]
     check_expressible(config, "nanoGPT")
     if not config.embd_pdrop == config.attn_pdrop == config.resid_pdrop:
         raise ValueError("nanoGPT has one dropout; make embd_pdrop, attn_pdrop and resid_pdrop equal in config.json")
-    state = {n: _transposed(n, t.detach().cpu()) for n, t in canonical_state_dict(state_dict, config).items()}
-    state[HEAD] = state[EMBEDDING]  # stored once, also where .cpu() copied
-    arguments = {theirs: getattr(config, ours) for theirs, ours in _NANOGPT.items()}
-    arguments |= {"bias": True, "dropout": config.resid_pdrop}
+    state, arguments = nanogpt_state(state_dict, config), nanogpt_arguments(config) | {"dropout": config.resid_pdrop}
     data = {"model": state, "model_args": arguments, "iter_num": 0, "best_val_loss": math.inf, "config": {}}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(data, file)

@@ -15,7 +15,7 @@ class KVCache:
     """Keys and values of every layer, [L, B, H, S, D], for S positions.
 
     Args:
-        model: its sizes, device and dtype are the cache's.
+        model: its sizes, device and dtype are the cache's (inside `torch.autocast`, autocast's dtype).
         batch_size: B.
         n_positions: S, prompt and new tokens together; at most the model's n_positions.
         starts: int32 [B], how many padding positions each row begins with.
@@ -29,7 +29,10 @@ class KVCache:
                 "tokens or shorten the prompt"
             )
         shape = (config.n_layer, batch_size, config.n_head, n_positions, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        device_type = weight.device.type
+        autocast = torch.is_autocast_enabled(device_type)  # keys and values are then of its dtype
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.starts = torch.zeros(batch_size, dtype=torch.int32, device=weight.device)
         self.lengths = torch.zeros_like(self.starts)

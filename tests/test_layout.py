@@ -15,7 +15,7 @@ SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 
 # From the leaves up: a module imports from layers below its own, or from its own where that is marked True.
 LAYERS = [
-    ({"files", "config", "train_config", "sources", "memory", "patch_outputs", "jsonl"}, False),
+    ({"files", "cards", "config", "train_config", "sources", "memory", "patch_outputs", "jsonl"}, False),
     ({"kernels"}, True),
     ({"ops"}, True),
     ({"tokenizer", "checkpoint", "patch_attention"}, False),
@@ -23,7 +23,7 @@ LAYERS = [
     ({"kv_cache"}, False),
     ({"decoder"}, False),
     ({"decoding"}, False),
-    ({"generate", "generate_batch", "convert", "inspect", "inspect_plots", "evaluate", "patching"}, False),
+    ({"generate", "generate_batch", "convert", "inspect", "inspect_plots", "evaluate", "patching", "nanogpt"}, False),
     ({"train", "doctor", "eval_tasks"}, False),
     ({"cli"}, False),
 ]

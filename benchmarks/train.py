@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import measure, train_report
-from benchmarks.mfu import card_peak
 from benchmarks.programs import PROGRAMS, SIZES
+from gpt2_fast.cards import card_peak
 
 DTYPES = ("float32", "bfloat16")
 DEFAULTS = {"cpu": {"batch_size": "4", "context": "256", "dtype": "float32,bfloat16"},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 
 import torch
 
 # Dense TFLOP/s by the makers' data sheets: (bfloat16 with float32 sums, float32 without tensor cores).
-# The first name that is part of the device's decides, so longer names come first.
+# The first name that the device's has as whole words decides, so longer names come first.
 CARDS = {
     "B200": (2250.0, 75.0),
     "GH200": (989.4, 66.9),
@@ -31,14 +32,17 @@ CARDS = {
     "L4": (121.0, 30.3),
     "RTX 5090": (209.5, 104.8),
     "RTX 4090": (165.2, 82.6),
+    "RTX 3090 Ti": (80.0, 40.0),
     "RTX 3090": (71.0, 35.6),
 }
 
 
 def card_peak(device_name: str, dtype: str) -> float | None:
-    """FLOPs a second of a card by its maker, dtype "bfloat16" or "float32"; None for a card not in the table."""
+    """FLOPs a second of a card by its maker; None for one that is not in the table, a slice or a laptop's."""
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", device_name):
+        return None
     for name, (bfloat16, float32) in CARDS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             return (bfloat16 if dtype == "bfloat16" else float32) * 1e12
     return None
 

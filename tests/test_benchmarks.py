@@ -14,10 +14,11 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import measure, profile_step, train, train_report
-from benchmarks.mfu import card_peak, conventions
+from benchmarks.mfu import conventions
 from benchmarks.peers import nanogpt
 from benchmarks.programs import LEARNING_RATE, PROGRAMS, Setting, batch
 from gpt2_fast import GPT2Config
+from gpt2_fast.cards import card_peak
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ("--model", "smoke", "--batch-size", "2", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "2")

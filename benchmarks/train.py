@@ -21,8 +21,11 @@ from benchmarks.programs import PROGRAMS, SIZES
 from gpt2_fast.cards import card_peak
 
 DTYPES = ("float32", "bfloat16")
-DEFAULTS = {"cpu": {"batch_size": "4", "context": "256", "dtype": "float32,bfloat16"},
-            "cuda": {"batch_size": "32", "context": "1024", "dtype": "bfloat16"}}  # fmt: skip
+# A CUDA graph is captured in the fourth step, so five are not counted on a GPU.
+DEFAULTS = {
+    "cpu": {"batch_size": "4", "context": "256", "dtype": "float32,bfloat16", "warmup": 3, "steps": 5},
+    "cuda": {"batch_size": "32", "context": "1024", "dtype": "bfloat16", "warmup": 5, "steps": 20},
+}
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -37,8 +40,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
                         help="gpt2_fast on a GPU with its step as one CUDA graph, without, or both")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each program")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each process that are not counted")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each process")
+    parser.add_argument("--warmup", type=int, help="steps of each process that are not counted (CPU 3, GPU 5)")
+    parser.add_argument("--steps", type=int, help="counted steps of each process (CPU 5, GPU 20)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a process may take")
     parser.add_argument(
         "--show", metavar="FILE.json", help="print the table of a recorded run as Markdown; runs nothing"
@@ -46,7 +49,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", default=str(measure.RESULTS), help="folder for the JSON and the chart")
     given = parser.parse_args(argv)
     for name, value in DEFAULTS[given.device].items():
-        setattr(given, name, getattr(given, name) or value)
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if min(given.rounds, given.steps) < 1 or given.warmup < 0:
+        parser.error("--rounds and --steps must be at least 1, and --warmup at least 0")
     return given
 
 

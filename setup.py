@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 KERNELS = ["embedding", "add_layernorm", "layernorm_linear_gelu", "attention", "attention_decode",
-           "linear_cross_entropy", "adamw", "table"]  # fmt: skip
+           "decode_step", "linear_cross_entropy", "adamw", "table"]  # fmt: skip
 ONCE = ["dispatch", "cuda_driver", "bindings"]
 X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
@@ -34,7 +34,7 @@ X86_ISAS = {
 }
 X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 # An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
-PARTIAL = {"avx512bf16": ("avx512", ["add_layernorm", "layernorm_linear_gelu", "linear_cross_entropy"])}
+PARTIAL = {"avx512bf16": ("avx512", ["add_layernorm", "layernorm_linear_gelu", "decode_step", "linear_cross_entropy"])}
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["80", "90", "100"]
 

@@ -11,6 +11,7 @@
   GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
   GPT2_ATTENTION_KERNELS(KERNEL) \
   GPT2_ATTENTION_DECODE_KERNELS(KERNEL) \
+  GPT2_DECODE_STEP_KERNELS(KERNEL) \
   GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
   GPT2_ADAMW_KERNELS(KERNEL)
 
@@ -19,6 +20,7 @@
 #include "layernorm_linear_gelu.h"
 #include "attention.h"
 #include "attention_decode.h"
+#include "decode_step.h"
 #include "linear_cross_entropy.h"
 #include "adamw.h"
 

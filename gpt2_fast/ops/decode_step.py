@@ -18,9 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_fast.ops.packed_weights import CODES, PackedMatrix
+from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.dispatch import address
+from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
+from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, PackedMatrix, padded, round_up
 
 OP = "decode_step"
+CHUNK = 96  # rows at a time in a prefill: their activations stay in the second-level cache
+SPARE = 16  # rows that a tile may go beyond them
+TILE_ROWS = 12  # the most rows of a tile, in csrc/decode_panels.h
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
 
@@ -30,7 +36,8 @@ class PackedModel:
     Args:
         model: a GPT2LMHeadModel on the CPU, of any floating dtype; its weights are copied.
         weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
-            output (weight-only: products and sums are float32). Biases, LayerNorms and positions stay float32.
+            output. Sums are float32. Activations too, but where int8 meets a processor with VNNI: there a row's are
+            multiples of its largest magnitude / 16256. Biases, LayerNorms and positions stay float32.
         impl: see `gpt2_fast.ops.dispatch`.
         dtype: what impl="reference" computes in.
 
@@ -47,14 +54,26 @@ class PackedModel:
         device = transformer.wte.weight.device
         if device.type != "cpu":
             raise ValueError(f"{OP}: the model is on {device}; move it to the CPU")
-        self.config, self.weights, self.impl, self.dtype = model.config, weights, impl, dtype
+        self.impl = dispatch.choose(OP, impl, device, torch.float32)
+        self.config, self.weights, self.dtype = model.config, weights, dtype
         self.cache_dtype = CACHE_DTYPES[weights]
         self.wte = PackedMatrix(transformer.wte.weight, weights)
         tied = model.lm_head.weight is transformer.wte.weight
         self.lm_head = self.wte if tied else PackedMatrix(model.lm_head.weight, weights)
-        self.wpe = _kept(transformer.wpe.weight)
+        self.wpe = transformer.wpe.weight.detach().to(torch.float32, copy=True).contiguous()
         self.layers = [_PackedLayer(block, weights) for block in transformer.h]
-        self.ln_f = (_kept(transformer.ln_f.weight), _kept(transformer.ln_f.bias))
+        self.ln_f = _parameters(transformer.ln_f)
+        self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
+        self._table = torch.tensor(self._entries())
+
+    def _entries(self) -> list[int]:
+        """DecodeModel of csrc/decode_step.h."""
+        c = self.config
+        erf = ACTIVATIONS[c.activation_function] == "none"
+        sizes = [CODES[self.weights], erf, c.n_layer, c.n_embd, c.n_head, c.head_dim, c.n_inner_, c.vocab_size]
+        layers = [entry for layer in self.layers for entry in layer.table()]
+        vectors = map(address, (self.wpe, *self.ln_f))
+        return [*sizes, address(self._constants), *self.wte.table(), *self.lm_head.table(), *vectors, *layers]
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +104,19 @@ class PackedModel:
 class _PackedLayer:
     def __init__(self, block: nn.Module, weights: str):
         self.scale = block.attn.scale
-        self.ln_1 = (_kept(block.ln_1.weight), _kept(block.ln_1.bias))
-        self.ln_2 = (_kept(block.ln_2.weight), _kept(block.ln_2.bias))
+        self.ln_1, self.ln_2 = _parameters(block.ln_1), _parameters(block.ln_2)
         linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.matrices = [PackedMatrix(linear.weight.t(), weights, linear.bias) for linear in linears]
+        self.matrices = [PackedMatrix(linear.weight_io.t(), weights, linear.bias) for linear in linears]
+
+    def table(self) -> list[int]:
+        """DecodeLayer of csrc/decode_step.h."""
+        c_attn, attn_proj, c_fc, mlp_proj = (matrix.table() for matrix in self.matrices)
+        return [*map(address, self.ln_1), *c_attn, *attn_proj, *map(address, self.ln_2), *c_fc, *mlp_proj]
+
+
+def _parameters(layernorm: nn.Module) -> tuple[Tensor, Tensor]:
+    bias = layernorm.bias
+    return padded(layernorm.weight), padded(torch.zeros_like(layernorm.weight) if bias is None else bias)
 
 
 class PackedCache:
@@ -121,15 +149,29 @@ class PackedCache:
             )
         self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone()
         self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
+        self.threads = torch.get_num_threads()
         self.last_start = int(self.starts.max())
-        shape = (config.n_layer, batch_size, config.n_head, n_positions, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=packed.dtype)
-        self.values = torch.zeros(shape, dtype=packed.dtype)
+        heads, D = (config.n_layer, batch_size, config.n_head), config.head_dim
+        if packed.impl == "reference":
+            self.keys, self.values = (torch.zeros(*heads, n_positions, D, dtype=packed.dtype) for _ in range(2))
+            return
+        S, group = round_up(n_positions, PANEL), GROUPS["float32" if packed.weights == "float32" else "bfloat16"]
+        self.keys = torch.zeros(*heads, S, round_up(D, group), dtype=packed.cache_dtype)
+        self.values = torch.zeros(*heads, S, round_up(D, PANEL), dtype=packed.cache_dtype)
+        self._allocate(config, S)
 
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A contiguous float32 copy."""
-    return tensor.detach().to(torch.float32, copy=True).contiguous()
+    def _allocate(self, config, S: int) -> None:
+        """DecodeCache of csrc/decode_step.h."""
+        rows, C16, F16 = CHUNK + SPARE, round_up(config.n_embd, PANEL), round_up(config.n_inner_, PANEL)
+        widths = (C16, C16, round_up(3 * config.n_embd, PANEL), F16)
+        self._scratch = [torch.empty(rows, width) for width in widths]
+        self._scratch.append(torch.empty(self.batch_size, C16))
+        self._scratch.append(torch.empty(self.threads, TILE_ROWS, S))
+        self._scratch.append(torch.empty(2 * rows, max(C16, F16), dtype=torch.int8))
+        self._scratch.append(torch.empty(2 * rows, dtype=torch.int32))
+        self._scratch.append(torch.empty(rows))
+        sizes = [self.batch_size, self.n_positions, CHUNK]
+        self._table = torch.tensor([address(self.keys), address(self.values), *sizes, *map(address, self._scratch)])
 
 
 def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
@@ -139,10 +181,12 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
     last = first + T
 
     def linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
-        return F.linear(x, matrix.dequantised(dtype), None if matrix.bias is None else matrix.bias.to(dtype))
+        return F.linear(
+            x, matrix.dequantised(dtype), None if matrix.bias is None else matrix.bias[: matrix.shape[0]].to(dtype)
+        )
 
     def normed(h: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
-        weight, bias = (p.to(dtype) for p in parameters)
+        weight, bias = (p[: config.n_embd].to(dtype) for p in parameters)
         return F.layer_norm(h, h.shape[-1:], weight, bias, config.layer_norm_epsilon)
 
     index, starts = torch.arange(last), cache.starts.unsqueeze(1)
@@ -157,8 +201,25 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
         probabilities = scores.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
         out = probabilities @ cache.values[i, :, :, :last]
         h = h + linear(out.transpose(1, 2).reshape(B, T, -1), attn_proj)
-        h = h + linear(F.gelu(linear(normed(h, layer.ln_2), c_fc), approximate="tanh"), mlp_proj)
+        f = linear(normed(h, layer.ln_2), c_fc)
+        h = h + linear(F.gelu(f, approximate=ACTIVATIONS[config.activation_function]), mlp_proj)
     return linear(normed(h[:, -1], packed.ln_f), packed.lm_head)
+
+
+def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
+    B, T = tokens.shape
+    positions = torch.arange(cache.length, cache.length + T, dtype=torch.int32) - cache.starts.unsqueeze(1)
+    sequences = torch.arange(B, dtype=torch.int32).unsqueeze(1).expand(B, T)
+    if cache.last_start > cache.length:
+        real = positions >= 0
+        tokens, positions, sequences = tokens[real], positions[real], sequences[real]
+    tokens, positions, sequences = (t.contiguous() for t in (tokens, positions, sequences))
+    logits = torch.empty(B, packed.config.vocab_size)
+    dispatch.extension().decode_step(
+        address(packed._table), address(cache._table), address(tokens), address(sequences), address(positions),
+        tokens.numel(), address(logits), cache.threads,
+    )  # fmt: skip
+    return logits
 
 
 @torch.no_grad()
@@ -178,7 +239,8 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tens
         IndexError: a token outside the vocabulary.
     """
     _validate(packed, tokens, cache)
-    logits = decode_step_reference(packed, tokens, cache)
+    run = decode_step_reference if packed.impl == "reference" else _decode_step_cpp
+    logits = run(packed, tokens, cache)
     cache.length += tokens.shape[1]
     return logits
 
@@ -200,3 +262,31 @@ def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
     if low < 0 or high >= packed.config.vocab_size:
         wrong = int(low) if low < 0 else int(high)
         raise IndexError(f"{OP}: token {wrong} is outside the vocabulary of {packed.config.vocab_size}")
+
+
+def samples():
+    """Sizes (fields of GPT2Config), tokens [B, T] and starts [B] that tests read, smallest first."""
+    generator = torch.Generator().manual_seed(0)
+    for B, T, sizes in [
+        (1, 3, {"n_layer": 1, "n_embd": 4, "n_head": 1, "vocab_size": 5, "n_inner": 3}),
+        (3, 11, {"n_layer": 2, "n_embd": 80, "n_head": 5, "vocab_size": 301, "scale_attn_by_inverse_layer_idx": True}),
+        (9, 8, {"n_layer": 1, "n_embd": 96, "n_head": 3, "vocab_size": 301, "tie_word_embeddings": False}),
+        (
+            3,
+            8,
+            {"n_layer": 1, "n_embd": 70, "n_head": 5, "n_inner": 33, "vocab_size": 37, "activation_function": "gelu"},
+        ),
+        (2, 24, {"n_layer": 1, "n_embd": 256, "n_head": 2, "vocab_size": 64, "scale_attn_weights": False}),
+    ]:
+        tokens = torch.randint(sizes["vocab_size"], (B, T), generator=generator)
+        yield sizes, tokens, torch.arange(B, dtype=torch.int32) * 3 % 5
+
+
+def cost(packed: PackedModel, B: int, length: int) -> dict[str, dict[str, int]]:
+    """Bytes and FLOPs of one step of B rows that hold `length` positions: every weight and every key and value once."""
+    c = packed.config
+    blocks = c.n_layer * c.n_embd * (4 * c.n_embd + 2 * c.n_inner_)
+    held = 2 * c.n_layer * c.n_embd * length
+    weights = sum(m.nbytes for m in (packed.lm_head, *(m for layer in packed.layers for m in layer.matrices)))
+    flops = 2 * B * (blocks + c.vocab_size * c.n_embd + held)
+    return {"forward": {"bytes": weights + B * held * packed.cache_dtype.itemsize, "flops": flops}}

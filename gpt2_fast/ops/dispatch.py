@@ -28,6 +28,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "layernorm_linear_gelu": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "attention": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "attention_decode": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
+    "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
     "linear_cross_entropy": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "linear": {"cuda": ("aten", "reference"), "cpu": ("aten", "reference")},

@@ -1,0 +1,189 @@
+// Products of a few rows of activations with panels of 16 columns (gpt2_fast/ops/packed_weights.py), which also hold
+// the keys and values of the decode step. A panel is read from end to end, a line of 64 bytes a step; a step is
+// 1 (float32), 2 (bfloat16) or 4 (int8) inputs of its 16 outputs.
+//
+// Where the processor has VNNI, int8 weights meet activations of 15 bits: a row is rounded to multiples of its
+// largest magnitude / 16256 and split as 128 hi + lo, two rows of int8. The sums are exact in int32.
+#pragma once
+
+#include "isa.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+
+constexpr int PANEL = 16, LINE = 64;
+constexpr int PV = PANEL / W;  // vectors of a panel's columns
+constexpr int64_t AHEAD = 2048;  // bytes fetched before they are used
+
+// The rows that one pass over a panel serves; a pass for fewer takes the next of these.
+#if defined(__AVX512F__)
+constexpr int ROW_TILES[] = {1, 2, 4, 8, 12}, SUMS = 24;
+#elif defined(__AVX2__)
+constexpr int ROW_TILES[] = {1, 2, 4}, SUMS = 8;
+#else
+constexpr int ROW_TILES[] = {1, 2}, SUMS = 8;
+#endif
+constexpr int TILES = sizeof(ROW_TILES) / sizeof(int), ROWS = ROW_TILES[TILES - 1];
+
+// Inputs of an output that lie together.
+template <class E>
+constexpr int GROUP_OF = 4 / (int)sizeof(E);
+
+// Input i of the group that each lane holds, as float.
+template <class E>
+GPT2_INLINE vf widen(vu x, int i) {
+  if (sizeof(E) == 4) return as<vf>(x);
+  if (sizeof(E) == 2) return as<vf>(i == 0 ? x << 16 : x & 0xffff0000u);
+  return __builtin_convertvector(as<vi>((x ^ 0x80808080u) << (24 - 8 * i)) >> 24, vf);
+}
+
+// Every third row of R: those between are one and two strides on, which an x86 address expresses.
+#define GPT2_THIRD_ROWS(T, name, R, rows, stride) \
+  const T* name[(R + 2) / 3]; \
+  for (int i = 0; i < (R + 2) / 3; ++i) name[i] = (rows) + 3 * i * (stride)
+
+// Rows of float32 activations [M, stride] for panels of E; zero where a panel's last line goes beyond K.
+template <class E>
+struct Dense {
+  const float* values;
+  int64_t stride;
+
+  static constexpr int GROUP = GROUP_OF<E>;
+  static constexpr int sums(int rows) { return rows * PV; }
+};
+
+// out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels `pitch` bytes apart, over `steps` lines of each.
+template <int R, int P, class E>
+__attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t steps, const Dense<E>& a, int64_t row,
+                                          float* out, int64_t ldo) {
+  vf sum[R][P][PV];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P * PV; ++i) sum[i / (P * PV)][i / PV % P][i % PV] = vf{};
+  GPT2_THIRD_ROWS(float, third, R, a.values + row * a.stride, a.stride);
+  for (int64_t s = 0; s < steps; ++s) {
+    vu packed[P][PV];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(w + p * pitch + AHEAD);
+#pragma GCC unroll 4
+      for (int v = 0; v < PV; ++v) memcpy(&packed[p][v], w + p * pitch + v * sizeof(vu), sizeof(vu));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP_OF<E>; ++i) {
+      vf weight[P][PV];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < PV; ++v) weight[p][v] = widen<E>(packed[p][v], i);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const vf x = splat(third[r / 3][r % 3 * a.stride + i]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+          for (int v = 0; v < PV; ++v) sum[r][p][v] += x * weight[p][v];
+      }
+    }
+    w += LINE;
+#pragma GCC unroll 8
+    for (int i = 0; i < (R + 2) / 3; ++i) third[i] += GROUP_OF<E>;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < PV; ++v) store(out + r * ldo + p * PANEL + v * W, sum[r][p][v]);
+}
+
+#if defined(__AVX512VNNI__)
+// Rows [M, K] of activations for quads: [2 M, stride] int8, hi and lo of a row in turn.
+struct Split {
+  int8_t* values;
+  int32_t* offsets;  // [2 M]: -128 times the sum of a row, which undoes the + 128 of the weights
+  float* scales;     // [M]
+  int64_t stride;
+
+  static constexpr int GROUP = 4;
+  static constexpr int sums(int rows) { return 2 * rows; }
+};
+
+template <int R, int P>
+__attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t steps, const Split& a, int64_t row,
+                                          float* out, int64_t ldo) {
+  __m512i sum[2 * R][P];
+#pragma GCC unroll 64
+  for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
+  GPT2_THIRD_ROWS(int8_t, third, 2 * R, a.values + 2 * row * a.stride, a.stride);
+  for (int64_t s = 0; s < steps; ++s) {
+    __m512i weight[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(w + p * pitch + AHEAD);
+      weight[p] = _mm512_loadu_si512(w + p * pitch);
+    }
+#pragma GCC unroll 24
+    for (int r = 0; r < 2 * R; ++r) {
+      int32_t bytes;
+      memcpy(&bytes, third[r / 3] + r % 3 * a.stride, sizeof(bytes));
+      const __m512i x = _mm512_set1_epi32(bytes);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], weight[p], x);
+    }
+    w += LINE;
+#pragma GCC unroll 8
+    for (int i = 0; i < (2 * R + 2) / 3; ++i) third[i] += 4;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const vf hi = (vf)_mm512_cvtepi32_ps(sum[2 * r][p]), lo = (vf)_mm512_cvtepi32_ps(sum[2 * r + 1][p]);
+      store(out + r * ldo + p * PANEL, (hi * 128.0f + lo) * a.scales[row + r]);
+    }
+}
+#endif
+
+// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for.
+template <class A>
+constexpr int panels_of(int rows) {
+  return 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;
+}
+
+// `count` panels side by side, R rows.
+template <int R, class A>
+GPT2_INLINE void panel_row(const char* w, int64_t pitch, int64_t steps, const A& a, int64_t row, int64_t count,
+                           float* out, int64_t ldo) {
+  constexpr int P = panels_of<A>(R);
+  int64_t p = 0;
+  for (; p + P <= count; p += P) panel_tile<R, P>(w + p * pitch, pitch, steps, a, row, out + p * PANEL, ldo);
+  if (P > 1)
+    for (; p < count; ++p) panel_tile<R, 1>(w + p * pitch, pitch, steps, a, row, out + p * PANEL, ldo);
+}
+
+// How many rows the tile for `rows` more of them has: memory up to there is read and written.
+GPT2_INLINE int tile_rows(int64_t rows) {
+  for (int i = 0; i < TILES; ++i)
+    if (rows <= ROW_TILES[i]) return ROW_TILES[i];
+  return ROWS;
+}
+
+// out = a[row .. row + rows) times `count` panels; rows is what tile_rows gave.
+template <class A>
+__attribute__((noinline)) void panel_rows(const char* w, int64_t pitch, int64_t steps, const A& a, int64_t row,
+                                          int rows, int64_t count, float* out, int64_t ldo) {
+  switch (rows) {
+    case 1: return panel_row<1>(w, pitch, steps, a, row, count, out, ldo);
+    case 2: return panel_row<2>(w, pitch, steps, a, row, count, out, ldo);
+#if defined(__AVX2__)
+    case 4: return panel_row<4>(w, pitch, steps, a, row, count, out, ldo);
+#endif
+#if defined(__AVX512F__)
+    case 8: return panel_row<8>(w, pitch, steps, a, row, count, out, ldo);
+    case 12: return panel_row<12>(w, pitch, steps, a, row, count, out, ldo);
+#endif
+  }
+}
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

@@ -1,0 +1,309 @@
+// GPT-2 from token ids to logits in one parallel region (gpt2_fast/ops/decode_step.py has the equations).
+//
+// Threads share each product by its columns, so that every one streams its own part of the weights, and everything
+// else by rows or heads; between these the region meets at a barrier. An output's sum runs over its inputs in order,
+// in one thread, whatever the number of threads and of rows.
+#include "decode_panels.h"
+#include "gelu.h"
+#include "kernels.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+namespace {
+
+constexpr int64_t COLUMNS = 4;  // panels whose sums are finished together
+constexpr int64_t HEAD_MAX = 128;  // largest D
+
+GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Input k of output n of a matrix of K inputs, as stored.
+template <class E>
+GPT2_INLINE const E& element(const char* panels, int64_t K, int64_t n, int64_t k) {
+  constexpr int64_t G = 4 / sizeof(E);
+  return ((const E*)panels)[((n / PANEL * ((K + G - 1) / G) + k / G) * PANEL + n % PANEL) * G + k % G];
+}
+GPT2_INLINE float value(float x) { return x; }
+GPT2_INLINE float value(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+GPT2_INLINE float value(uint8_t x) { return (float)((int)x - 128); }
+GPT2_INLINE void put(float& to, float x) { to = x; }
+GPT2_INLINE void put(bf16& to, float x) {
+  bf16 buffer[W];
+  store(buffer, splat(x));
+  to = buffer[0];
+}
+
+// What a finished sum becomes: out = sum + bias, out = gelu(sum + bias) by tanh or erf, or out += sum + bias.
+enum Finish { STORE, TANH_GELU, ERF_GELU, ADD };
+
+void finish_tile(const float* sum, int64_t rows, int64_t columns, const float* scale, const float* bias,
+                 Finish finish, float* out, int64_t ldo, int64_t limit) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns && c < limit; c += W) {
+      vf x = load(sum + r * COLUMNS * PANEL + c);
+      if (scale) x *= load(scale + c);
+      if (bias) x += load(bias + c);
+      float* to = out + r * ldo + c;
+      if (finish == TANH_GELU) x = TanhGelu::value(x);
+      if (finish == ERF_GELU) x = ErfGelu::value(x);
+      if (finish == ADD) x += load(to);
+      store_n(to, x, limit - c);
+    }
+}
+
+// Consecutive new tokens of one sequence.
+struct Segment {
+  int64_t begin, end;  // rows
+};
+
+// One thread's view of a step.
+struct Worker {
+  const DecodeModel& m;
+  const DecodeCache& c;
+  int64_t thread, threads;
+
+  int64_t part(int64_t n, int64_t i) const { return n * i / threads; }
+  int64_t first(int64_t n) const { return part(n, thread); }
+  int64_t last(int64_t n) const { return part(n, thread + 1); }
+  static void meet() {
+#pragma omp barrier
+  }
+  int64_t C16() const { return round_up(m.C, 16); }
+  int64_t F16() const { return round_up(m.F, 16); }
+  int64_t S16() const { return round_up(c.S, 16); }
+  int64_t split_stride() const { return C16() > F16() ? C16() : F16(); }
+
+  // h = wte[token] + wpe[position]
+  void embed(const int64_t* tokens, const int32_t* positions, int64_t rows) const {
+    for (int64_t r = first(rows); r < last(rows); ++r) {
+      float* h = c.h + r * C16();
+      const float* position = m.wpe + positions[r] * m.C;
+      const int64_t n = tokens[r], C = m.C;
+      const char* wte = m.wte.panels;
+      memset(h, 0, C16() * sizeof(float));
+      for (int64_t k = 0; k < C; ++k)
+        h[k] = position[k] + (m.weights == DECODE_F32    ? value(element<float>(wte, C, n, k))
+                              : m.weights == DECODE_BF16 ? value(element<bf16>(wte, C, n, k))
+                                                         : value(element<uint8_t>(wte, C, n, k)) * m.wte.scale[n]);
+    }
+  }
+
+  // y = layernorm(h), rows C16 apart. Spare columns: 0, as weight and bias are 0 there.
+  void layernorm(const float* h, const float* weight, const float* bias, int64_t rows) const {
+    for (int64_t r = first(rows); r < last(rows); ++r) {
+      const float* x = h + r * C16();
+      float* y = c.y + r * C16();
+      vf sum{}, squares{};
+      for (int64_t k = 0; k < m.C; k += W) sum += load(x + k);
+      const float mean = hsum(sum) / (float)m.C;
+      for (int64_t k = 0; k < m.C; k += W) {
+        const vf d = load_n(x + k, m.C - k, mean) - mean;
+        squares += d * d;
+      }
+      const float rstd = 1.0f / sqrtf(hsum(squares) / (float)m.C + m.constants[m.L]);
+      for (int64_t k = 0; k < C16(); k += W)
+        store(y + k, (load(x + k) - mean) * rstd * load(weight + k) + load(bias + k));
+      prepare(y, C16(), r);
+    }
+  }
+
+#if defined(__AVX512VNNI__)
+  bool splits() const { return m.weights == DECODE_INT8; }
+
+  // Row r of c.split from x, whose width is a multiple of 16.
+  void prepare(const float* x, int64_t width, int64_t r) const {
+    if (!splits()) return;
+    vf high{};
+    for (int64_t k = 0; k < width; k += W) high = vmax(high, vmax(load(x + k), -load(x + k)));
+    const float largest = hmax(high), unit = largest / 16256.0f, inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
+    int8_t *hi = c.split + 2 * r * split_stride(), *lo = hi + split_stride();
+    __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
+    for (int64_t k = 0; k < width; k += W) {
+      const __m512i q = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
+      const __m512i a = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+      const __m512i b = _mm512_sub_epi32(q, _mm512_slli_epi32(a, 7));
+      hi_sum = _mm512_add_epi32(hi_sum, a);
+      lo_sum = _mm512_add_epi32(lo_sum, b);
+      _mm_storeu_si128((__m128i*)(hi + k), _mm512_cvtepi32_epi8(a));
+      _mm_storeu_si128((__m128i*)(lo + k), _mm512_cvtepi32_epi8(b));
+    }
+    c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
+    c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
+    c.split_scales[r] = unit;
+  }
+#else
+  bool splits() const { return false; }
+  void prepare(const float*, int64_t, int64_t) const {}
+#endif
+
+  // What a product reads, made from rows that another product or attention left: a meeting and `prepare`.
+  void hand_over(const float* x, int64_t width, int64_t rows) const {
+    meet();
+    if (!splits()) return;
+    for (int64_t r = first(rows); r < last(rows); ++r) prepare(x + r * width, width, r);
+    meet();
+  }
+
+  template <class A>
+  void multiply(const A& a, const DecodeMatrix& w, int64_t N, int64_t K, int64_t rows, Finish finish, float* out,
+                int64_t ldo, int64_t limit) const {
+    const int64_t steps = (K + A::GROUP - 1) / A::GROUP, panels = (N + PANEL - 1) / PANEL;
+    alignas(64) float sum[ROWS * COLUMNS * PANEL];
+    for (int64_t p = first(panels); p < last(panels); p += COLUMNS) {
+      const int64_t count = last(panels) - p < COLUMNS ? last(panels) - p : COLUMNS, column = p * PANEL;
+      for (int64_t r = 0; r < rows; r += ROWS) {
+        panel_rows(w.panels + p * steps * LINE, steps * LINE, steps, a, r, tile_rows(rows - r), count, sum,
+                   COLUMNS * PANEL);
+        finish_tile(sum, rows - r < ROWS ? rows - r : ROWS, count * PANEL, w.scale ? w.scale + column : nullptr,
+                    w.bias ? w.bias + column : nullptr, finish, out + r * ldo + column, ldo, limit - column);
+      }
+    }
+  }
+
+  // out (rows ldo apart, `limit` columns) from x [rows, stride] and a matrix [N, K].
+  void product(const float* x, int64_t stride, const DecodeMatrix& w, int64_t N, int64_t K, int64_t rows,
+               Finish finish, float* out, int64_t ldo, int64_t limit) const {
+    if (m.weights == DECODE_F32)
+      multiply(Dense<float>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+    else if (m.weights == DECODE_BF16)
+      multiply(Dense<bf16>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+    else
+#if defined(__AVX512VNNI__)
+      multiply(Split{c.split, c.split_offsets, c.split_scales, split_stride()}, w, N, K, rows, finish, out, ldo, limit);
+#else
+      multiply(Dense<uint8_t>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+#endif
+  }
+
+  // Queries at `position` and after, rows of qkv: scores, softmax and values of one head.
+  template <class E>
+  void attend_tile(const float* q, int64_t position, int64_t rows, const char* keys, const char* values, float scale,
+                   float* out) const {
+    const int64_t D = m.D, G = GROUP_OF<E>, seen = position + rows, S = S16();
+    float* scores = c.scores + thread * ROWS * S;
+    const int64_t key_steps = (D + G - 1) / G, value_steps = (seen + G - 1) / G;
+    panel_rows(keys, key_steps * LINE, key_steps, Dense<E>{q, round_up(3 * m.C, 16)}, 0, tile_rows(rows),
+               (seen + PANEL - 1) / PANEL, scores, S);
+    float inverse[ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = scores + r * S;
+      const int64_t own = position + r + 1;
+      for (int64_t j = own; j < round_up(seen, PANEL); ++j) row[j] = -INFINITY;
+      vf high = splat(-INFINITY), sum{};
+      for (int64_t j = 0; j < round_up(seen, PANEL); j += W) high = vmax(load(row + j), high);
+      const float top = hmax(high);
+      for (int64_t j = 0; j < round_up(seen, PANEL); j += W) {
+        const vf x = vexp((load(row + j) - top) * scale);
+        sum += x;
+        store(row + j, x);
+      }
+      inverse[r] = 1.0f / hsum(sum);
+    }
+    alignas(64) float sums[ROWS * HEAD_MAX];
+    panel_rows(values, S / G * LINE, value_steps, Dense<E>{scores, S}, 0, tile_rows(rows), (D + PANEL - 1) / PANEL,
+               sums, HEAD_MAX);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < D; d += W)
+        store_n(out + r * C16() + d, load(sums + r * HEAD_MAX + d) * inverse[r], D - d);
+  }
+
+  // Stores the keys and values of a segment for one head, then attends to them.
+  template <class E>
+  void attend_segment(Segment s, const int32_t* sequences, const int32_t* positions, int64_t head,
+                      int64_t layer) const {
+    const int64_t D = m.D, C = m.C, stride = round_up(3 * C, 16), G = GROUP_OF<E>, S = S16();
+    const int64_t slot = (layer * c.B + sequences[s.begin]) * m.H + head;
+    char* keys = c.keys + slot * S * round_up(D, G) * (int64_t)sizeof(E);
+    char* values = c.values + slot * S * round_up(D, 16) * (int64_t)sizeof(E);
+    const float* qkv = c.qkv + head * D;
+    for (int64_t r = s.begin; r < s.end; ++r) {
+      const float* row = qkv + r * stride;
+      for (int64_t d = 0; d < D; ++d) {
+        put(const_cast<E&>(element<E>(keys, D, positions[r], d)), row[C + d]);
+        put(const_cast<E&>(element<E>(values, S, d, positions[r])), row[2 * C + d]);
+      }
+    }
+    for (int64_t r = s.begin; r < s.end; r += ROWS)
+      attend_tile<E>(qkv + r * stride, positions[r], s.end - r < ROWS ? s.end - r : ROWS, keys, values,
+                     m.constants[layer], c.y + r * C16() + head * D);
+  }
+
+  // y = attention of the rows of qkv, whose keys and values the cache takes first.
+  void attend(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t layer) const {
+    int64_t segments = 0, task = 0;
+    for (int64_t r = 0; r < rows; ++r) segments += r == 0 || sequences[r] != sequences[r - 1];
+    const int64_t begin = first(segments * m.H), end = last(segments * m.H);
+    for (Segment s{0, 0}; s.begin < rows; s.begin = s.end) {
+      while (s.end < rows && sequences[s.end] == sequences[s.begin]) ++s.end;
+      for (int64_t head = 0; head < m.H; ++head, ++task) {
+        if (task < begin || task >= end) continue;
+        if (m.weights == DECODE_F32)
+          attend_segment<float>(s, sequences, positions, head, layer);
+        else
+          attend_segment<bf16>(s, sequences, positions, head, layer);
+      }
+    }
+  }
+
+  void layer(const DecodeLayer& l, int64_t index, const int32_t* sequences, const int32_t* positions,
+             int64_t rows) const {
+    const int64_t C = m.C, F = m.F, QKV16 = round_up(3 * C, 16);
+    layernorm(c.h, l.ln_1_weight, l.ln_1_bias, rows);
+    meet();
+    product(c.y, C16(), l.c_attn, 3 * C, C, rows, STORE, c.qkv, QKV16, QKV16);
+    meet();
+    attend(sequences, positions, rows, index);
+    hand_over(c.y, C16(), rows);
+    product(c.y, C16(), l.attn_proj, C, C, rows, ADD, c.h, C16(), C16());
+    meet();
+    layernorm(c.h, l.ln_2_weight, l.ln_2_bias, rows);
+    meet();
+    product(c.y, C16(), l.c_fc, F, C, rows, m.erf ? ERF_GELU : TANH_GELU, c.f, F16(), F16());
+    hand_over(c.f, F16(), rows);
+    product(c.f, F16(), l.mlp_proj, C, F, rows, ADD, c.h, C16(), C16());
+    meet();
+  }
+
+  void run(const int64_t* tokens, const int32_t* sequences, const int32_t* positions, int64_t rows,
+           float* logits) const {
+    for (int64_t begin = 0; begin < rows; begin += c.chunk) {
+      const int64_t n = rows - begin < c.chunk ? rows - begin : c.chunk;
+      embed(tokens + begin, positions + begin, n);
+      for (int64_t i = 0; i < m.L; ++i) layer(m.layers[i], i, sequences + begin, positions + begin, n);
+      for (int64_t r = first(n); r < last(n); ++r)
+        if (begin + r + 1 == rows || sequences[begin + r + 1] != sequences[begin + r])
+          memcpy(c.newest + sequences[begin + r] * C16(), c.h + r * C16(), C16() * sizeof(float));
+      meet();
+    }
+    for (int64_t begin = 0; begin < c.B; begin += c.chunk) {
+      const int64_t n = c.B - begin < c.chunk ? c.B - begin : c.chunk;
+      layernorm(c.newest + begin * C16(), m.ln_f_weight, m.ln_f_bias, n);
+      meet();
+      product(c.y, C16(), m.lm_head, m.V, m.C, n, STORE, logits + begin * m.V, m.V, m.V);
+      meet();
+    }
+  }
+};
+
+}  // namespace
+
+void decode_step(addr model, addr cache, addr tokens, addr sequences, addr positions, int64_t rows, addr logits,
+                 int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+#else
+    const int64_t thread = 0, count = 1;
+#endif
+    const Worker worker{*(const DecodeModel*)model, *(const DecodeCache*)cache, thread, count};
+    worker.run((const int64_t*)tokens, (const int32_t*)sequences, (const int32_t*)positions, rows, (float*)logits);
+  }
+}
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

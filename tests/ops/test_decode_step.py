@@ -1,0 +1,164 @@
+"""decode_step: the C++ step and its reference against float64, in every weight format."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from numerics import assert_as_exact, assert_same_bits
+
+from gpt2_fast import GPT2Config, GPT2LMHeadModel
+from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, samples
+from gpt2_fast.ops.packed_weights import PackedMatrix
+
+WEIGHTS = ["float32", "bfloat16", "int8"]
+
+
+def _model(n_positions: int = 64, **sizes) -> GPT2LMHeadModel:
+    """Weights large enough for attention to choose, but not one key alone; biases and LayerNorms are not trivial."""
+    model = GPT2LMHeadModel(GPT2Config(n_positions=n_positions, initializer_range=0.1, **sizes), impl="reference")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not model.config.scale_attn_weights and "c_attn" in name:
+                p *= 0.3
+            if name.endswith("bias") or "ln_" in name:
+                p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def _run(packed: PackedModel, tokens, starts=None, prompt: int | None = None) -> torch.Tensor:
+    """Logits [steps, B, V] of a prefill of `prompt` tokens, by default two thirds, and of the steps after it."""
+    B, T = tokens.shape
+    prompt = prompt or 2 * T // 3
+    cache = PackedCache(packed, B, T, starts)
+    logits = [packed.prefill(tokens[:, :prompt], cache)]
+    logits += [packed.step(tokens[:, t], cache) for t in range(prompt, T)]
+    assert cache.length == T
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_instruction_set(isa, threads, weights):
+    # Beside the sums' own rounding, keys and values may round to a bfloat16 neighbour; VNNI's activations have 15 bits.
+    threads(1)
+    vnni = weights == "int8" and isa == "avx512bf16"
+    allowed = torch.float32 if weights == "float32" else torch.bfloat16 if vnni else torch.float16
+    for sizes, tokens, starts in samples():
+        model = _model(**sizes)
+        actual = _run(PackedModel(model, weights, impl="cpp"), tokens, starts)
+        eager = _run(PackedModel(model, weights, impl="reference"), tokens, starts)
+        truth = _run(PackedModel(model, weights, impl="reference", dtype=torch.float64), tokens, starts)
+        assert_as_exact(actual, eager, truth, f"{weights} {sizes}", allowed)
+
+
+@torch.no_grad()
+def test_float32_is_the_model(threads):
+    threads(1)
+    for sizes, tokens, starts in samples():
+        model = _model(**sizes)
+        index = torch.arange(tokens.shape[1])
+        mask, positions = index >= starts.unsqueeze(1), (index - starts.unsqueeze(1)).clamp(min=0)
+        actual = _run(PackedModel(model, "float32", impl="cpp"), tokens, starts)
+        eager, truth = (
+            m(tokens, attention_mask=mask.long(), position_ids=positions).logits.transpose(0, 1)[-len(actual) :]
+            for m in (model, copy.deepcopy(model).double())
+        )
+        assert_as_exact(actual, eager, truth, str(sizes))
+
+
+def test_a_layer_without_biases_and_one_that_stores_out_in():
+    model = _model(n_layer=1, n_embd=48, n_head=3, vocab_size=50)
+    tokens = torch.randint(50, (2, 9))
+    for module in model.modules():
+        if hasattr(module, "weight_io") or isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.zeros_(module.bias)
+    expected = _run(PackedModel(model, "float32"), tokens)
+    for module in model.modules():
+        if hasattr(module, "weight_io") or isinstance(module, torch.nn.LayerNorm):
+            module.bias = None
+    for impl in ("cpp", "reference"):
+        torch.testing.assert_close(_run(PackedModel(model, "float32", impl=impl), tokens), expected)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_same_bits_on_any_number_of_threads(isa, threads, weights):
+    packed, tokens = (
+        PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
+        torch.randint(301, (3, 9)),
+    )
+    runs = []
+    for n in (1, 2, 3):
+        threads(n)
+        runs.append(_run(packed, tokens))
+    for run in runs[1:]:
+        assert_same_bits(runs[:1], [run], weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
+    """The second row of a padded batch whose prefill takes more than one chunk, and the same tokens one by one."""
+    B, T, start = 5, CHUNK // 4 + 1, 7
+    packed, tokens = (
+        PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
+        torch.randint(301, (B, T)),
+    )
+    assert B * (T - 1) - start > CHUNK
+    starts = torch.zeros(B, dtype=torch.int32)
+    starts[1] = start
+    batch = _run(packed, tokens, starts, T - 1)
+    alone = _run(packed, tokens[1:2, start:], prompt=1)
+    assert_same_bits([batch[:, 1]], [alone[-2:, 0]], weights)
+
+
+def test_int8_rounds_each_row_by_its_own_scale():
+    matrix = torch.randn(21, 10) * torch.logspace(-3, 3, 21).unsqueeze(1)
+    matrix[4] = 0
+    meant = PackedMatrix(matrix, "int8").dequantised(torch.float64)
+    step = matrix.abs().amax(1, keepdim=True).double() / 127
+    assert ((meant - matrix).abs() <= 0.5001 * step).all()
+    assert (meant.abs().amax(1) - matrix.abs().amax(1)).abs().max() <= 1e-6 * matrix.abs().max()
+
+
+def test_sizes():
+    model = _model(n_layer=1, n_embd=64, n_head=2, vocab_size=320)
+    packed = {weights: PackedModel(model, weights) for weights in WEIGHTS}
+    assert packed["float32"].nbytes == 4 * model.num_parameters()
+    matrices = 320 * 64 + 64 * (3 * 64 + 64 + 8 * 64)
+    assert packed["float32"].nbytes - packed["bfloat16"].nbytes == 2 * matrices
+    assert packed["float32"].nbytes - packed["int8"].nbytes == 3 * matrices - 4 * (320 + 3 * 64 + 64 + 4 * 64 + 64)
+    weight_bytes = sum(p.nbytes for name, p in model.named_parameters() if "ln_" not in name and "wpe" not in name)
+    step = cost(packed["float32"], 3, 10)["forward"]
+    assert step["bytes"] == weight_bytes + 3 * 10 * 2 * 64 * 4
+    assert step["flops"] == 2 * 3 * (64 * (3 * 64 + 64 + 8 * 64) + 320 * 64 + 2 * 64 * 10)
+
+
+def test_what_is_refused():
+    model = _model(n_layer=1, n_embd=16, n_head=2, vocab_size=50)
+    with pytest.raises(ValueError, match="weights is 'int4'; choose float32, bfloat16, int8"):
+        PackedModel(model, "int4")
+    with pytest.raises(ValueError, match="model is on meta; move it to the CPU"):
+        PackedModel(copy.deepcopy(model).to("meta"), "int8")
+    packed = PackedModel(model, "int8")
+    with pytest.raises(ValueError, match="cache is for 65 positions and the model has 64"):
+        PackedCache(packed, 1, 65)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        PackedCache(packed, 0, 4)
+    with pytest.raises(ValueError, match=r"starts is torch.int64 \(2,\); it must be int32 \[2\]"):
+        PackedCache(packed, 2, 4, torch.tensor([0, 1]))
+    cache = PackedCache(packed, 2, 3, torch.tensor([0, 1], dtype=torch.int32))
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="starts at 1 and has no token among 1 positions"):
+        packed.prefill(tokens[:, :1], cache)
+    with pytest.raises(IndexError, match="token 50 is outside the vocabulary of 50"):
+        packed.prefill(tokens + 50, cache)
+    with pytest.raises(ValueError, match=r"tokens is torch.int32 \(2, 3\); it must be int64, 2 rows"):
+        packed.prefill(tokens.int(), cache)
+    packed.prefill(tokens, cache)
+    with pytest.raises(ValueError, match="cache already holds 3 positions"):
+        packed.prefill(tokens, cache)
+    with pytest.raises(ValueError, match="cache is for 3 positions and 4 are needed"):
+        packed.step(tokens[:, 0], cache)
+    with pytest.raises(ValueError, match=r"a step takes one token a row, \[B\]"):
+        packed.step(tokens, cache)
+    assert cache.length == 3

@@ -4,10 +4,11 @@ A row says for what it is and what to launch:
 
     {"kernel": "forward", "arch": 90, "itemsize": 2, "shape": {"head_dim": 64}, "config": {"BLOCK_M": 128, ...}}
 
-`arch` (80, 90, 100), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Rows of the
-asked architecture come first, then rows for all, then those of sm_80. Among them the nearest shape is taken: numbers
-are as far apart as the octaves between them, anything else that differs is half an octave; a row without a shape is
-the default where no row with one is left. `python -m benchmarks tune` writes these files; nothing is timed in a run.
+`arch` (80, 90, 100), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Of the rows
+that are for the asked architecture, or for all, the one with the nearest shape is taken, and of two equally near the
+architecture's own; where there is none, sm_80's. Numbers are as far apart as the octaves between them, anything else
+that differs is half an octave, and a row without a shape is further than any with one: the default. `python -m
+benchmarks tune` writes these files; nothing is timed in a run.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def _distance(row: dict[str, Any], shape: dict[str, Any]) -> float:
 @functools.cache
 def _row(op: str, kernel: str, arch: int, itemsize: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     of_kernel = [r for r in rows(op) if r["kernel"] == kernel and r.get("itemsize", itemsize) == itemsize]
-    for wanted in (arch, None, FALLBACK_ARCH):
-        if found := [r for r in of_kernel if r.get("arch") == wanted]:
-            return min(found, key=lambda row: _distance(row, dict(shape)))
+    for wanted in (arch, FALLBACK_ARCH):
+        if found := [r for r in of_kernel if r.get("arch", wanted) == wanted]:
+            return min(found, key=lambda row: (_distance(row, dict(shape)), "arch" not in row))
     raise ValueError(f"{path(op)} has no row for kernel {kernel!r} and {itemsize} bytes an element; {_fix(op)}")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,12 @@ pytest.importorskip("triton")
 
 from gpt2_fast.kernels import attention_tiles, tuning
 
-OPS = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import tune  # noqa: E402
+
+OPS = sorted(path.stem for path in tuning.FOLDER.glob("*.json"))
 
 
 @pytest.fixture
@@ -72,12 +79,17 @@ def test_a_flag_weighs_less_than_an_octave(table):
     assert tuning.config("toy", "k", 90, rows="tall")["BLOCK"] == 2
 
 
-def test_rows_of_the_architecture_come_first_then_the_default_then_sm_80(table):
-    table([_row(8, arch=90, itemsize=2), _row(4, shape={"d": 64}), _row(2), _row(1, arch=80)])
-    assert tuning.config("toy", "k", 90, 2, d=64)["BLOCK"] == 8
-    assert tuning.config("toy", "k", 90, 4, d=64)["BLOCK"] == 4
-    assert tuning.config("toy", "k", 100, 2, d=16)["BLOCK"] == 4
-    assert tuning.config("toy", "k", 80, 2, d=64)["BLOCK"] == 1
+def test_the_architectures_own_row_wins_a_tie_and_sm_80_stands_in(table):
+    table([
+        _row(16, shape={"d": 64}), _row(8, arch=90, shape={"d": 64}), _row(4, shape={"d": 32}), _row(2),
+        _row(1, arch=90),
+    ])  # fmt: skip
+    assert tuning.config("toy", "k", 90, d=64)["BLOCK"] == 8
+    assert tuning.config("toy", "k", 80, d=64)["BLOCK"] == 16
+    assert tuning.config("toy", "k", 90, d=32)["BLOCK"] == 4  # a row that was tuned for d = 64 takes over nothing else
+    table([_row(2), _row(1, arch=90)])
+    assert tuning.config("toy", "k", 90, d=64)["BLOCK"] == 1
+    assert tuning.config("toy", "k", 100, d=64)["BLOCK"] == 2
     table([_row(1, arch=80), _row(2, arch=90)])
     assert tuning.config("toy", "k", 120)["BLOCK"] == 1
 
@@ -130,3 +142,111 @@ def test_a_trial_lasts_as_long_as_its_block(table):
     with tuning.trial("toy", 0, {"BLOCK": 64, "num_warps": 8}):
         assert tuning.config("toy", "k", 90)["BLOCK"] == 64
     assert tuning.config("toy", "k", 90)["BLOCK"] == 1
+
+
+def _report(**given):
+    clean = {"registers": 64, "spilled_bytes": 0, "shared_bytes": 1024, "problems": [], "mma": {"HGMMA"}}
+    return {**clean, **given}
+
+
+def test_candidates_begin_with_what_ships_and_change_one_thing_first():
+    row = {"kernel": "forward", "config": {"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}}
+    found = tune.candidates("attention", row)
+    assert found[0] == row["config"]
+    changes = [sum(c[k] != row["config"][k] for k in c) for c in found]
+    assert changes == sorted(changes)
+    assert {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1} in found
+    assert min(c["BLOCK_N"] for c in found) == 16  # tl.dot takes no less
+    assert min(c["num_stages"] for c in found) == 1
+    assert max(c["num_warps"] for c in found) == 16
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "arch", "expected"),
+    [
+        (32, 0, 4, 90, 64),  # the multiprocessor's own limit
+        (255, 0, 8, 90, 8),  # 65536 // (8 * 8192) = 1 block
+        (128, 0, 4, 80, 16),  # 4 blocks of 4 * 4096 registers
+        (64, 50 << 10, 4, 80, 12),  # 164 KiB hold 3 blocks of 51
+        (64, 226 << 10, 8, 90, 8),
+        (16, 0, 1, 90, 32),  # no more than 32 blocks
+    ],
+)
+def test_resident_warps_by_hand(registers, shared, warps, arch, expected):
+    assert tune.resident_warps(_report(registers=registers, shared_bytes=shared), warps, arch) == expected
+
+
+def test_ranking_puts_what_cannot_ship_last_and_tensor_cores_before_tiles():
+    small, large = {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_M": 128, "num_warps": 4}
+    rank = lambda config, report: tune.rank("attention", "forward", 90, config, report)
+    clean = rank(small, _report())
+    assert rank(large, _report()) < clean
+    assert rank(large, _report(mma={"HMMA"})) > clean
+    assert rank(large, _report(problems=["spills 8 bytes a thread"])) > rank(small, _report(mma=set()))
+    assert rank(large, "CompilationError: no") > rank(small, _report(problems=["spills"]))
+    assert rank(large, _report(registers=255)) < clean  # 8 warps are enough for a matrix kernel
+    rows = lambda config, report: tune.rank("bias", "column_sum", 90, config, report)
+    assert rows(large, _report(registers=255)) > rows(small, _report())
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The shipped tables in a folder of their own, and compilations that every test makes up."""
+    shutil.copytree(tuning.FOLDER, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    for cache in (tuning.rows, tuning._row):
+        cache.cache_clear()
+
+    class Serial(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+            self.map = map
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Serial)
+    yield tmp_path
+    monkeypatch.undo()
+    for cache in (tuning.rows, tuning._row):
+        cache.cache_clear()
+
+
+def test_without_write_nothing_changes_and_with_it_the_best_row_of_that_architecture(copied, monkeypatch, capsys):
+    """The winner here: two warps. A row for all architectures is joined by one for this one; the others stay."""
+    report = lambda job: _report(registers=16 if job[3]["num_warps"] == 2 else 255)
+    monkeypatch.setattr(tune, "compile_candidate", report)
+    before = {path.name: path.read_text() for path in copied.glob("*.json")}
+    options = ["--ops", "adamw", "--kernel", "norm", "--arch", "100"]
+    assert tune.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "adamw norm sm_100" in printed
+    assert {path.name: path.read_text() for path in copied.glob("*.json")} == before
+    shipped = tuning.config("adamw", "norm", 90)
+    assert tune.main([*options, "--write"]) == 0
+    assert tuning.config("adamw", "norm", 100)["num_warps"] == 2
+    assert tuning.config("adamw", "norm", 90) == shipped
+    (row,) = [r for r in tuning.rows("adamw") if r.get("arch") == 100]
+    assert row["by"].startswith("ranked machine code, sm_100, triton ")
+    assert {path.name for path in copied.glob("*.json") if path.read_text() != before[path.name]} == {"adamw.json"}
+
+
+def test_a_row_of_one_architecture_is_replaced_in_place(copied, monkeypatch):
+    monkeypatch.setattr(
+        tune, "compile_candidate", lambda job: _report(registers=16 if job[3]["BLOCK_V"] > 4096 else 99)
+    )
+    count = len(tuning.rows("linear_cross_entropy"))
+    assert tune.main(["--ops", "linear_cross_entropy", "--arch", "90", "--write"]) == 0
+    assert len(tuning.rows("linear_cross_entropy")) == count
+    assert tuning.config("linear_cross_entropy", "softmax_xent", 90, 2)["BLOCK_V"] == 8192
+    assert tuning.config("linear_cross_entropy", "softmax_xent", 80, 2)["BLOCK_V"] == 4096
+
+
+def test_what_does_not_compile_is_never_written(copied, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "compile_candidate", lambda job: "CompilationError: no")
+    before = tuning.path("adamw").read_text()
+    assert tune.main(["--ops", "adamw", "--arch", "90", "--write"]) == 0
+    assert tuning.path("adamw").read_text() == before
+    assert "CompilationError: no" in capsys.readouterr().out
+
+
+def test_an_unknown_kernel_is_named(copied):
+    with pytest.raises(SystemExit, match="no kernel 'sideways' in adamw for sm_90"):
+        tune.main(["--ops", "adamw", "--kernel", "sideways", "--arch", "90"])

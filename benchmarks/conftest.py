@@ -85,10 +85,9 @@ def measure(request, benchmark):
         case = _case(make, size, dtype)
         verdict = case.verdict(program, dtype)
         target, setup = case.timed(program, direction)
-        seconds = _once(target, setup)
-        rounds = max(3, min(200, int(config.getoption("turn_seconds") / max(seconds, 1e-6))))
-        rounds = 3 if config.getoption("smoke") else rounds
-        benchmark.pedantic(target, setup=setup, rounds=rounds, warmup_rounds=1)
+        seconds = _once(target, setup)  # compiles, warms up, and says how many rounds a turn has
+        rounds = 3 if config.getoption("smoke") else int(config.getoption("turn_seconds") / max(seconds, 1e-6))
+        benchmark.pedantic(target, setup=setup, rounds=max(1, min(200, rounds)))
         key = (request.module.__name__.rpartition("bench_")[2], case.shape, dtype_name, direction)
         row = config.stash[ROWS].setdefault(key, report.new_row(*key, case.cost[direction]))
         row["floor_seconds"], row["bound"] = harness.floor_seconds(

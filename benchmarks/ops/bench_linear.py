@@ -1,4 +1,4 @@
-"""linear (c_attn's shape) beside F.linear, on the same Conv1D weight."""
+"""linear in its three places of a block (c_attn, and both c_proj) beside F.linear, on the same Conv1D weight."""
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,38 @@ def _library(x, weight, bias):
     return F.linear(x, weight.t(), bias)
 
 
-def case(size: Size, dtype: torch.dtype, device: str) -> Case:
-    C, out = size.n_embd, 3 * size.n_embd
-    x, weight, bias = (torch.randn(s, device=device).to(dtype) for s in ((size.B, size.T, C), (C, out), (out,)))
+def _case(size: Size, dtype: torch.dtype, device: str, n_in: int, n_out: int) -> Case:
+    shapes = (size.B, size.T, n_in), (n_in, n_out), (n_out,)
+    x, weight, bias = (torch.randn(s, device=device).to(dtype) for s in shapes)
+    weight *= n_in**-0.5
     return Case(
-        shape=f"[{size.B}, {size.T}, {C}] @ [{C}, {out}]",
-        inputs=(x, weight * C**-0.5, bias),
+        shape=f"[{size.B}, {size.T}, {n_in}] @ [{n_in}, {n_out}]",
+        inputs=(x, weight, bias),
         programs={"gpt2_fast": linear, "library": _library, "eager": linear_reference},
-        cost=cost(size.B * size.T, C, out, dtype.itemsize),
-        check_inputs=(x[:1], weight * C**-0.5, bias),
+        cost=cost(size.B * size.T, n_in, n_out, dtype.itemsize),
+        check_inputs=(x[:1], weight, bias),
     )
 
 
-def test_linear(measure):
-    measure(case)
+def c_attn(size: Size, dtype: torch.dtype, device: str) -> Case:
+    return _case(size, dtype, device, size.n_embd, 3 * size.n_embd)
+
+
+def attn_c_proj(size: Size, dtype: torch.dtype, device: str) -> Case:
+    return _case(size, dtype, device, size.n_embd, size.n_embd)
+
+
+def mlp_c_proj(size: Size, dtype: torch.dtype, device: str) -> Case:
+    return _case(size, dtype, device, 4 * size.n_embd, size.n_embd)
+
+
+def test_c_attn(measure):
+    measure(c_attn)
+
+
+def test_attn_c_proj(measure):
+    measure(attn_c_proj)
+
+
+def test_mlp_c_proj(measure):
+    measure(mlp_c_proj)

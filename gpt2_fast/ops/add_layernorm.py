@@ -250,13 +250,15 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         yield (*tensors, {"dropout_p": dropout_p, "rng": rng, "site": 3})
 
 
-def cost(n_rows: int, n_embd: int, itemsize: int) -> dict[str, dict[str, int]]:
-    """Bytes and FLOPs of one call with a residual, each way: what a roofline divides by.
+def cost(n_rows: int, n_embd: int, itemsize: int, residual: bool = True) -> dict[str, dict[str, int]]:
+    """Bytes and FLOPs of one call, each way: what a roofline divides by.
 
     Every input and output is counted once: rows and parameters of `itemsize` bytes, the row statistics in float32.
+    Without a residual nothing is added, and h is x.
     """
     rows, params, stats = itemsize * n_rows * n_embd, itemsize * 2 * n_embd, 8 * n_rows
+    passes, added = (4, 1) if residual else (2, 0)
     return {
-        "forward": {"bytes": 4 * rows + params + stats, "flops": 8 * n_rows * n_embd},
-        "backward": {"bytes": 4 * rows + params // 2 + params + stats, "flops": 14 * n_rows * n_embd},
+        "forward": {"bytes": passes * rows + params + stats, "flops": (7 + added) * n_rows * n_embd},
+        "backward": {"bytes": (3 + added) * rows + params * 3 // 2 + stats, "flops": (13 + added) * n_rows * n_embd},
     }

@@ -3,7 +3,14 @@
 import importlib
 import sys
 
-COMMANDS = ("train", "ops", "roofline", "tune", "profile_step")  # each a module of this package with a main(argv)
+COMMANDS = (
+    "train",
+    "generate",
+    "ops",
+    "roofline",
+    "tune",
+    "profile_step",
+)  # each a module of this package with a main(argv)
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

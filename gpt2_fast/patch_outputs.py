@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
@@ -13,6 +14,9 @@ class _Later:
 
     def __init__(self, head: nn.Module, hidden: Tensor):
         self.head, self.hidden, self.version = head, hidden, self._version(head)
+        device = hidden.device.type  # it may be asked for after autocast's block
+        self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),
+                         "enabled": torch.is_autocast_enabled(device)}  # fmt: skip
 
     @staticmethod
     def _version(head: nn.Module) -> int | None:
@@ -24,7 +28,8 @@ class _Later:
                 "the logits of a patched model are computed when asked for, and its weights have changed since; "
                 "read .logits before optimizer.step()"
             )
-        return self.head(self.hidden)
+        with torch.autocast(**self.autocast):
+            return self.head(self.hidden)
 
 
 @dataclass

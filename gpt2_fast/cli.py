@@ -172,6 +172,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     files = {task: path for task in EVAL_FILES if (path := getattr(arguments, task)) is not None}
     if not files:
         raise ValueError(f"eval needs a file: {', '.join('--' + task for task in EVAL_FILES)}")
+    eval_tasks.check_options(files, arguments.batch_size, arguments.limit)
     _check_published(arguments.model)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
     model = eval_tasks.load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)

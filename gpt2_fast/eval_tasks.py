@@ -108,6 +108,16 @@ def load_model(
     return model.to(device, dtype or next(iter(loaded.state.values())).dtype).eval()
 
 
+def check_options(files: dict[str, str], batch_size: int, limit: int | None) -> None:
+    """Raises FileNotFoundError or ValueError, one line, for what can be told before a model is loaded."""
+    for path in files.values():
+        if not Path(path).exists() and not any(c in path for c in "*?["):
+            raise FileNotFoundError(f"{path} does not exist")
+    for flag, value in (("--batch-size", batch_size), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+
+
 def evaluate_files(
     model: GPT2LMHeadModel,
     files: dict[str, str],
@@ -124,12 +134,7 @@ def evaluate_files(
     files' names or settings is said before the first task runs.
     """
     context, stride = window_sizes(model, context, stride)
-    for path in files.values():
-        if not Path(path).exists() and not any(c in path for c in "*?["):
-            raise FileNotFoundError(f"{path} does not exist")
-    for flag, value in (("--batch-size", batch_size), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    check_options(files, batch_size, limit)
     options = {"batch_size": batch_size, "limit": limit, "progress": progress}
     for task, path in files.items():
         settings: dict[str, Any] = {}

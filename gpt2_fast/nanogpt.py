@@ -240,14 +240,12 @@ class GPT(nn.Module):
         """
         # Dropout, in training mode, is drawn anew for the whole text at each token.
         drops = self.training and self.config.dropout > 0
-        decoder = None if drops else ModelDecoder(self, idx.shape[0], self._room(idx.shape[1] + max_new_tokens - 1))
+        room = min(idx.shape[1] + max_new_tokens, self.config.block_size)
+        decoder = None if drops else ModelDecoder(self, idx.shape[0], room)
         for _ in range(max_new_tokens):
             token = sample(self._next_logits(idx, decoder), temperature=temperature, top_k=top_k)
             idx = torch.cat((idx, token.unsqueeze(1)), 1)
         return idx
-
-    def _room(self, n_positions: int) -> int:
-        return max(1, min(n_positions, self.config.block_size))
 
     def _next_logits(self, idx: Tensor, decoder: ModelDecoder | None) -> Tensor:
         """Logits [B, V], float32, after idx [B, T], whose tokens but the last the decoder may hold."""
@@ -259,9 +257,8 @@ class GPT(nn.Module):
 
 
 def _zero_bias(module: nn.Module) -> None:
-    zeros = torch.zeros_like(module.weight[..., 0] if module.weight.dim() > 1 else module.weight, requires_grad=False)
     del module.bias
-    module.register_buffer("bias", zeros, persistent=False)
+    module.register_buffer("bias", module.weight.new_zeros(module.weight.shape[0]), persistent=False)
 
 
 def _accept_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_) -> None:

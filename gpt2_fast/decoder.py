@@ -201,7 +201,5 @@ def _packed_dtype(model: GPT2LMHeadModel) -> str | None:
     if model.training or impl not in ("auto", "cpp") or dtype not in (torch.float32, torch.bfloat16):
         return None
     device = model.transformer.wte.weight.device
-    if decode_step.OP not in dispatch.TABLE:
-        return None
     chosen = dispatch.choose(decode_step.OP, "auto", device, dtype)
     return str(dtype).removeprefix("torch.") if chosen == "cpp" else None

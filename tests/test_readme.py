@@ -304,6 +304,7 @@ CHECKS = {
     'from_pretrained("gpt2", quantization_config=BitsAndBytesConfig(load_in_8bit=True))': generates_int8,
     'the loop of its "Perplexity of fixed-length models"': measures_perplexity,
     "lm_eval --model hf --model_args pretrained=gpt2 --tasks hellaswag,lambada_openai": measures_tasks,
+    "from model import GPT, GPTConfig": is_nanogpt,
     "python train.py config/finetune_shakespeare.py": trains("hf"),
     "python train.py --init_from=resume --out_dir=out": trains("erf"),
     'python sample.py --start="Hello, I\'m"': samples_nanogpt,

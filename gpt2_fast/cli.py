@@ -257,6 +257,8 @@ def _add_doctor(commands) -> None:
     parser = commands.add_parser(
         "doctor", help="what runs on this machine, and why", description="Machine, versions, and op by op what runs."
     )
+    parser.add_argument("--patch", metavar="MODEL",
+                        help="what gpt2_fast.patch takes over of a transformers checkpoint, and what not")  # fmt: skip
     parser.add_argument("--kernels", action="store_true",
                         help="compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU")  # fmt: skip
     parser.add_argument("--arch", type=int, choices=(80, 90, 100), action="append", metavar="80|90|100",
@@ -268,6 +270,9 @@ def _add_doctor(commands) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from gpt2_fast import doctor
 
+    if arguments.patch is not None:
+        print(doctor.explain_patch_of(arguments.patch))
+        return 0
     if not arguments.kernels:
         doctor.report()
         return 0

@@ -99,6 +99,54 @@ def report() -> None:
             print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""))
 
 
+# ---- patched models ----
+
+CALLS = """call by call on transformers' own path:
+  attention: output_attentions, head_mask, attention masks of four dimensions, encoder_hidden_states, several tokens on
+             top of a cache, static caches, one token with gradients on top of a cache
+  embedding: inputs_embeds, a past, output_hidden_states
+  loss:      torch.compile, return_dict=False, logits_to_keep, another loss_function"""
+
+
+def explain_patch(model: torch.nn.Module) -> str:
+    """What runs where in a model that `gpt2_fast.patch` took, and why: a table, equal blocks in one line."""
+    from gpt2_fast import patching
+
+    blocks: dict[tuple, list[int]] = {}
+    for row in patching.explain(model):
+        before, found, after = re.match(r"(.*?\.h)\.(\d+)(.*)|(.*)", row.module).group(1, 2, 3)
+        key = (row.module, None, *row[1:]) if found is None else (before, after, *row[1:])
+        blocks.setdefault(key, []).append(int(found or 0))
+    lines = []
+    for (name, after, part, runs, why), indices in blocks.items():
+        if after is not None:
+            name = f"{name}.{indices[0]}{f'-{indices[-1]}' if len(indices) > 1 else ''}{after}"
+        lines.append(f"{name:<30} {part:<26} {f'{runs}   ({why})' if why else _with_implementations(runs, model)}")
+    return "\n".join([*lines, "", CALLS])
+
+
+def _with_implementations(ops: str, model: torch.nn.Module) -> str:
+    """Ops, each with what it takes for the model's device and dtype; a model without memory counts as on the CPU."""
+    weight = next(model.parameters())
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return ", ".join(f"{op} ({dispatch.explain(op, device, weight.dtype)[0]})" for op in ops.split(", "))
+
+
+def explain_patch_of(name: str) -> str:
+    """`explain_patch` of the GPT2LMHeadModel of a checkpoint folder or hub repository, from its config alone."""
+    from gpt2_fast import patching
+
+    try:
+        config = importlib.import_module("transformers").AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no config that transformers reads: {str(error).splitlines()[0]}") from None
+    if config.model_type != "gpt2":
+        raise ValueError(f"{name} is a model of type {config.model_type}; gpt2_fast.patch takes gpt2")
+    with torch.device("meta"):
+        model = importlib.import_module("transformers").GPT2LMHeadModel(config)
+    return explain_patch(patching.patch(model))
+
+
 # ---- the kernels ----
 
 ARCHS = (80, 90, 100)

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 
 import gpt2_fast  # noqa: E402
-from gpt2_fast import patch_modules, patching  # noqa: E402
+from gpt2_fast import cli, doctor, patch_modules, patching  # noqa: E402
 from gpt2_fast.ops import philox  # noqa: E402
 from gpt2_fast.ops.attention import attention_reference  # noqa: E402
 
@@ -447,3 +447,21 @@ def test_set_attn_implementation_switches_attention_off_and_on():
     gpt2_fast.unpatch(patched)
     assert patched.config._attn_implementation == "eager"
     assert type(patched.transformer.h[0]) is modeling_gpt2.GPT2Block
+
+
+def test_doctor_explains(tmp_path, capsys):
+    """Equal blocks in one line; a checkpoint's config is enough."""
+    model = gpt2_fast.patch(build(n_layer=3))
+    model.transformer.h[2].ln_1.register_forward_hook(lambda *_: None)
+    lines = doctor.explain_patch(model).splitlines()
+    assert f"{'transformer.h.0-2.attn':<30} {'attention':<26} attention (cpp), attention_decode (cpp)" in lines
+    assert f"{'transformer.h.0-1.ln_1':<30} {'LayerNorm':<26} add_layernorm (cpp)" in lines
+    assert f"{'transformer.h.2.ln_1':<30} {'LayerNorm':<26} transformers   (has hooks)" in lines
+    build(activation_function="relu").config.save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--patch", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "transformer.h.0-1.mlp " in printed
+    assert "not the tanh GELU" in printed
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    assert cli.main(["doctor", "--patch", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"gpt2-fast: {tmp_path} is a model of type opt; gpt2_fast.patch takes gpt2\n"

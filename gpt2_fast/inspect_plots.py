@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
-from gpt2_fast.plots import GRID, INK, MUTED
+from gpt2_fast.plots import GRID, INK, MUTED, Picture
 
 SOFT = "#6b7280"
 
@@ -87,7 +87,7 @@ def positions_figure(wpe: Tensor, channels: Sequence[int] | None = None) -> Figu
         channels = (150, 200, 250) if width > 250 else sorted({width // 4, width // 2, 3 * width // 4})
     if any(not 0 <= channel < width for channel in channels):
         raise ValueError(f"channels are {list(channels)}; the position embedding has 0 to {width - 1}")
-    figure = Figure(figsize=(8.5, 6.5), layout="constrained", facecolor="white")
+    figure = Picture(figsize=(8.5, 6.5), layout="constrained", facecolor="white")
     curves, whole = figure.subplots(2, 1, height_ratios=[3, 2], sharex=True)
     for channel, color in zip(channels, _colors("viridis", len(channels)), strict=True):
         curves.plot(data[:, channel], color=color, linewidth=1.3, label=f"channel {channel}")
@@ -112,7 +112,7 @@ def histograms_figure(weights: Mapping[str, Tensor], n_layer: int, bins: int = 8
     Each panel's histograms are densities over one range, four of its largest standard deviations to either side.
     """
     spacing = min(max(8.0 / n_layer, 0.16), 0.48)
-    figure = Figure(figsize=(12, 1.7 + spacing * (n_layer + 1)), layout="constrained", facecolor="white")
+    figure = Picture(figsize=(12, 1.7 + spacing * (n_layer + 1)), layout="constrained", facecolor="white")
     colors = _colors("viridis", n_layer)
     for column, (axes, matrix) in enumerate(zip(figure.subplots(1, 4, sharey=True), MATRICES, strict=True)):
         values = [_array(weights[f"transformer.h.{i}.{matrix}.weight"]).ravel() for i in range(n_layer)]
@@ -151,7 +151,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="compressed", facecolor="white")
+    figure = Picture(figsize=(width, height), layout="compressed", facecolor="white")
     return figure, figure.subplots()
 
 

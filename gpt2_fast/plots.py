@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,16 @@ TRAIN, VAL = "#2563eb", "#ea580c"
 DPI = 160
 MAX_POINTS = 2000  # of a line, before it is smoothed: more cannot be seen
 SMOOTHING = 1 / 60  # standard deviation of the smoothing, as a share of the line
+NOTEBOOK_DPI = 100
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows where pyplot, which would teach it to, was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)
+        return buffer.getvalue()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -56,7 +67,7 @@ def loss_figure(records: Iterable[Mapping[str, Any]], title: str = "Loss") -> Fi
     val_steps, val_losses = _series(records, "val_loss")
     if not len(steps) and not len(val_steps):
         raise ValueError("no record has a finite loss; there is nothing to draw")
-    figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
+    figure = Picture(figsize=(8, 5), layout="constrained", facecolor="white")
     rates = _series(records, "lr")
     axes, strip = (
         figure.subplots(2, 1, sharex=True, height_ratios=[7, 1]) if len(rates[0]) else (figure.subplots(), None)

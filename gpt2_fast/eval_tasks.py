@@ -47,11 +47,11 @@ def hellaswag(
     conventions = {"llmc": [example.plain for example in examples]}
     if all(example.cleaned for example in examples):
         conventions["lm_eval"] = [example.cleaned for example in examples]
+    names = [example.where for example in examples for _ in example.plain[1]]
     for convention, texts in conventions.items():
         pairs = [_pair(tokenizer, context, " " + ending) for context, endings in texts for ending in endings]
-        sums, _ = loglikelihoods(
-            model, pairs, batch_size=batch_size, progress=progress, name=f"HellaSwag, {convention.replace('_', '-')}"
-        )
+        title = f"HellaSwag, {convention.replace('_', '-')}"
+        sums, _ = loglikelihoods(model, pairs, batch_size=batch_size, progress=progress, name=title, names=names)
         if convention == "llmc":
             lengths = [len(continuation) for _, continuation in pairs]
         else:
@@ -79,13 +79,16 @@ def lambada(
         acc (the share of last words whose every token is the most likely one), perplexity (of the last word, all its
         tokens together) and examples.
     """
-    tokenizer, pairs = _tokenizer(model), []
+    tokenizer, pairs, names = _tokenizer(model), [], []
     for where, record in _take(path, limit):
         context, _, word = jsonl.field(record, "text", str, where).rpartition(" ")
         if not context.strip() or not word:
             raise ValueError(f"{where}: 'text' has no last word after a context, {record['text']!r:.60}")
         pairs.append(_pair(tokenizer, context, " " + word))
-    sums, matches = loglikelihoods(model, pairs, batch_size=batch_size, greedy=True, progress=progress, name="LAMBADA")
+        names.append(where)
+    sums, matches = loglikelihoods(
+        model, pairs, batch_size=batch_size, greedy=True, progress=progress, name="LAMBADA", names=names
+    )
     return {
         "acc": matches.double().mean().item(),
         "perplexity": exp(-sums.mean().item()),
@@ -214,6 +217,7 @@ class _Example(NamedTuple):
     plain: tuple[str, list[str]]
     cleaned: tuple[str, list[str]] | None
     label: int
+    where: str
 
 
 def _hellaswag_example(record: dict[str, Any], where: str) -> _Example:
@@ -234,7 +238,7 @@ def _hellaswag_example(record: dict[str, Any], where: str) -> _Example:
     if record.keys() >= set(parts):
         activity, a, b = (jsonl.field(record, part, str, where) for part in parts)
         cleaned = _clean(f"{activity}: {a} {b.capitalize()}"), [_clean(ending) for ending in endings]
-    return _Example((context, endings), cleaned, int(label))
+    return _Example((context, endings), cleaned, int(label), where)
 
 
 def _clean(text: str) -> str:

@@ -111,6 +111,7 @@ def loglikelihoods(
     greedy: bool = False,
     progress: bool = False,
     name: str = "log-likelihoods",
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each continuation given its context, of pairs (context ids, continuation ids).
 
@@ -119,6 +120,7 @@ def loglikelihoods(
 
     Args:
         greedy: whether to say too, for each continuation, if it is the most likely token at every step.
+        name, names: of the progress bar, and of each pair in an error.
 
     Returns:
         float64 [n], and bool [n] or None.
@@ -126,8 +128,9 @@ def loglikelihoods(
     n_positions, rows = model.config.n_positions, []
     for i, (context, continuation) in enumerate(pairs):
         if not 1 <= len(continuation) <= n_positions:
+            which = f"pair {i}" if names is None else names[i]
             raise ValueError(
-                f"continuation {i} has {len(continuation)} tokens; the model takes 1 to {n_positions} in all"
+                f"{which}: what is to be scored has {len(continuation)} tokens; this model takes 1 to {n_positions}"
             )
         ids = np.array([*(context or [model.config.bos_token_id]), *continuation], dtype=np.int64)[-n_positions - 1 :]
         rows.append(Row(ids, len(ids) - len(continuation)))

@@ -322,6 +322,15 @@ def test_bad_line_is_named(pair, tmp_path, task, line, words):
     assert "\n" not in str(error.value)
 
 
+def test_an_ending_too_long_is_named(pair, tmp_path):
+    lines = [LINES[-1], {**LINES[-1], "endings": ["short", "far too long" * 30]}]
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl line 2: what is to be scored has \d+ tokens; this model takes 1 to 48"
+    ):
+        eval_tasks.hellaswag(pair[0], path)
+
+
 def test_jsonl_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl line 1 is not a JSON object \(not UTF-8\)"):
@@ -364,5 +373,5 @@ def test_another_vocabulary_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a b"}])
     with pytest.raises(ValueError, match="vocab_size 61 and GPT-2's tokenizer 50257"):
         eval_tasks.lambada(model, path)
-    with pytest.raises(ValueError, match="continuation 1 has 9 tokens; the model takes 1 to 8"):
+    with pytest.raises(ValueError, match="pair 1: what is to be scored has 9 tokens; this model takes 1 to 8"):
         evaluate.loglikelihoods(model, [([1], [2]), ([1], [2] * 9)])

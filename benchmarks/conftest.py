@@ -32,6 +32,7 @@ def pytest_addoption(parser):
     group.addoption("--programs", nargs="+", choices=PROGRAMS, default=None, help="default: all; --smoke: no compile")
     group.addoption("--turns", type=int, default=None, help="how often each program is measured (3; --smoke: 1)")
     group.addoption("--turn-seconds", type=float, default=0.4, help="about how long a turn takes")
+    group.addoption("--cpu-seconds", action="store_true", help="one thread and its CPU time: for a machine in use")
     group.addoption("--results", metavar="FOLDER", help="where the JSON and the chart go; default: nowhere")
 
 
@@ -41,6 +42,10 @@ def pytest_configure(config):
     config.stash[ROWS] = {}
     if config.getoption("smoke"):
         torch.set_num_threads(1)
+    if config.getoption("cpu_seconds"):
+        if DEVICE != "cpu":
+            raise pytest.UsageError("--cpu-seconds is for a CPU; hide the GPU: CUDA_VISIBLE_DEVICES=")
+        harness.count_cpu_seconds()
     retain_memory()  # as in training: freed pages stay in the process, for every program alike
     torch.manual_seed(0)
 
@@ -114,6 +119,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     size = "smoke" if config.getoption("smoke") else DEVICE
     record = report.record(rows, size, DEVICE, config.invocation_params.args)
+    record["seconds"] = "CPU, of one thread" if config.getoption("cpu_seconds") else "elapsed"
     terminalreporter.ensure_newline()
     for line in report.table(record):
         terminalreporter.write_line(line)

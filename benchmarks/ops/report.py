@@ -64,7 +64,7 @@ def record(rows: list[dict], size: str, device: str, arguments: Sequence[str]) -
 def table(record: dict) -> Iterator[str]:
     """The lines of the table."""
     products = ", ".join(f"{name} {rate:.3g}" for name, rate in record["product_tflop_per_second"].items())
-    yield (f"{record['machine']['device']}, {record['machine']['threads']} threads, torch "
+    yield (f"{record['machine']['device']}, {record['machine']['threads']} thread(s), torch "
            f"{record['machine']['versions']['torch']}; a copy of 1 GiB moves {record['copy_gb_per_second']:.1f} GB/s, "
            f"a product reaches (TFLOP/s) {products}")  # fmt: skip
     yield (f"{'op, direction':<37} {'program':<41} {'ms':>9} {'p20':>9} {'p80':>9} {'GB/s':>7} {'TFLOP/s':>8} "

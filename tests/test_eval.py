@@ -257,7 +257,8 @@ def test_command(pair, folder, tmp_path, capsys):
     lambada = write_lines(tmp_path / "l.jsonl", [{"text": text} for text in WORDS])
     out = tmp_path / "out.json"
     arguments = ["--text", str(tmp_path / "text.txt"), "--hellaswag", str(hellaswag), "--lambada", str(lambada)]
-    assert cli.main(["eval", folder, *arguments, "--stride", "16", "--limit", "5", "--json", str(out)]) == 0
+    arguments += ["--stride", "16", "--limit", "5", "--device", "cpu", "--json", str(out)]
+    assert cli.main(["eval", folder, *arguments]) == 0
     printed = capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["model"] == folder
@@ -283,7 +284,8 @@ def test_other_checkpoints_and_dtypes(pair, folder, tmp_path, capsys):
     for model in (folder, str(tmp_path / "model.bin")):
         for dtype in ("float32", "bfloat16"):
             out = str(tmp_path / "out.json")
-            command = ["eval", model, "--shard", str(tmp_path / "val.bin"), "--dtype", dtype, "--json", out]
+            command = ["eval", model, "--shard", str(tmp_path / "val.bin"), "--dtype", dtype, "--device", "cpu"]
+            command += ["--json", out]
             assert cli.main(command) == 0, capsys.readouterr().err
             losses.append(json.loads((tmp_path / "out.json").read_text())["results"][0]["measures"]["loss"])
     assert losses[0] == losses[2]

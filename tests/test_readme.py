@@ -90,6 +90,7 @@ def made(tmp_path_factory):
 def world(made, monkeypatch, capsys):
     monkeypatch.chdir(made.root)
     monkeypatch.setenv("GPT2_FAST_CACHE", str(made.root / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # both sides on one device: the CPU
     ours = gpt2_fast.GPT2LMHeadModel.from_pretrained("gpt2")
     ids = torch.randint(50257, (2, 9))
     mask = torch.ones_like(ids)
@@ -335,7 +336,7 @@ def test_python_blocks_run(made, monkeypatch):
     """In order, in one namespace; "gpt2" is tiny."""
     monkeypatch.chdir(made.root)
     monkeypatch.setitem(config.PRESETS, "gpt2", SIZES)
-    names = {"input_ids": torch.randint(50257, (2, 9))}
+    names = {"input_ids": torch.randint(50257, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     assert blocks("python")
     for block in blocks("python"):
         exec(block, names)

@@ -85,7 +85,7 @@ def _project(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rate(dropout: nn.Module) -> float:
-    return dropout.p if dropout.training else 0.0
+    return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _drop_add(m: Tensor, h: Tensor, p: float, key: Tensor | None, ln: nn.LayerNorm) -> Tensor:
@@ -163,7 +163,8 @@ class GPT2Block(modeling_gpt2.GPT2Block):
                 return h + mlp(y)
             u = _project(mlp.c_fc, y)
             f = mlp.act(u) if foreign(mlp.act, *TANH_GELUS) else F.gelu(u, approximate="tanh")
-        return _drop_add(_project(mlp.c_proj, f), h, _rate(mlp.dropout), key, ln)
+        m = _project(mlp.c_proj, f)
+        return h + mlp.dropout(m) if foreign(mlp.dropout, nn.Dropout) else _drop_add(m, h, _rate(mlp.dropout), key, ln)
 
 
 def attention_taken(block: nn.Module) -> str | None:

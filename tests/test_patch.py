@@ -330,7 +330,7 @@ def test_hooks_and_replaced_modules_are_called():
     unpatched, patched = pair()
     tokens = ids()
     for path in ("ln_1", "attn", "attn.c_attn", "attn.c_proj", "attn.resid_dropout", "ln_2", "mlp", "mlp.c_fc",
-                 "mlp.act", "mlp.c_proj"):  # fmt: skip
+                 "mlp.act", "mlp.c_proj", "mlp.dropout"):  # fmt: skip
         seen = []
         hook = patched.transformer.h[1].get_submodule(path).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
         torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
@@ -344,6 +344,7 @@ def test_hooks_and_replaced_modules_are_called():
         hook.remove()
     for model in (unpatched, patched):
         model.transformer.h[0].mlp.c_fc.forward = lambda x: torch.zeros(B, T, 192)
+        model.transformer.h[1].mlp.dropout = model.transformer.h[1].attn.resid_dropout = torch.nn.Tanh()
     torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
 
 

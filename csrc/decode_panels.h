@@ -97,10 +97,11 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
 }
 
 #if defined(__AVX512VNNI__)
-// Rows [M, K] of activations for quads: [2 M, stride] int8, hi and lo of a row in turn.
+// Rows [M, K] of activations for quads, in tiles as tile_rows cuts M: [K / 4][rows of the tile][hi, lo][4] int8, so
+// that a tile is read from end to end. A tile begins where its first row would, at 2 `stride` bytes a row.
 struct Split {
   int8_t* values;
-  int32_t* offsets;  // [2 M]: -128 times the sum of a row, which undoes the + 128 of the weights
+  int32_t* offsets;  // [2 M]: -128 times the sums of hi and lo of a row, which undo the + 128 of the weights
   float* scales;     // [M]
   int64_t stride;
 
@@ -108,13 +109,19 @@ struct Split {
   static constexpr int sums(int rows) { return 2 * rows; }
 };
 
+// sum += four products of unsigned and signed bytes in every lane. The intrinsic makes g++ 12 copy its accumulators.
+GPT2_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+}
+
+// The same for int8: R rows are 2 R rows of int8. The weights' scales are not yet applied.
 template <int R, int P>
 __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t steps, const Split& a, int64_t row,
                                           float* out, int64_t ldo) {
   __m512i sum[2 * R][P];
 #pragma GCC unroll 64
   for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
-  GPT2_THIRD_ROWS(int8_t, third, 2 * R, a.values + 2 * row * a.stride, a.stride);
+  const int8_t* x = a.values + 2 * row * a.stride;
   for (int64_t s = 0; s < steps; ++s) {
     __m512i weight[P];
 #pragma GCC unroll 4
@@ -125,14 +132,13 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
 #pragma GCC unroll 24
     for (int r = 0; r < 2 * R; ++r) {
       int32_t bytes;
-      memcpy(&bytes, third[r / 3] + r % 3 * a.stride, sizeof(bytes));
-      const __m512i x = _mm512_set1_epi32(bytes);
+      memcpy(&bytes, x + 4 * r, sizeof(bytes));
+      const __m512i quad = _mm512_set1_epi32(bytes);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], weight[p], x);
+      for (int p = 0; p < P; ++p) add_products(sum[r][p], weight[p], quad);
     }
     w += LINE;
-#pragma GCC unroll 8
-    for (int i = 0; i < (2 * R + 2) / 3; ++i) third[i] += 4;
+    x += 8 * R;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)

@@ -107,44 +107,50 @@ struct Worker {
       const float rstd = 1.0f / sqrtf(hsum(squares) / (float)m.C + m.constants[m.L]);
       for (int64_t k = 0; k < C16(); k += W)
         store(y + k, (load(x + k) - mean) * rstd * load(weight + k) + load(bias + k));
-      prepare(y, C16(), r);
+      prepare(y, C16(), r, rows);
     }
   }
 
 #if defined(__AVX512VNNI__)
   bool splits() const { return m.weights == DECODE_INT8; }
 
-  // Row r of c.split from x, whose width is a multiple of 16.
-  void prepare(const float* x, int64_t width, int64_t r) const {
+  // Row r of `rows` in c.split from x, whose width is a multiple of 16.
+  void prepare(const float* x, int64_t width, int64_t r, int64_t rows) const {
     if (!splits()) return;
     vf high{};
     for (int64_t k = 0; k < width; k += W) high = vmax(high, vmax(load(x + k), -load(x + k)));
-    const float largest = hmax(high), unit = largest / 16256.0f, inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
-    int8_t *hi = c.split + 2 * r * split_stride(), *lo = hi + split_stride();
+    const float largest = hmax(high), inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
+    const int64_t tile = r / ROWS * ROWS, pitch = 8 * tile_rows(rows - tile);
+    int8_t* to = c.split + 2 * tile * split_stride() + 8 * (r - tile);
     __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
     for (int64_t k = 0; k < width; k += W) {
       const __m512i q = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
-      const __m512i a = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
-      const __m512i b = _mm512_sub_epi32(q, _mm512_slli_epi32(a, 7));
-      hi_sum = _mm512_add_epi32(hi_sum, a);
-      lo_sum = _mm512_add_epi32(lo_sum, b);
-      _mm_storeu_si128((__m128i*)(hi + k), _mm512_cvtepi32_epi8(a));
-      _mm_storeu_si128((__m128i*)(lo + k), _mm512_cvtepi32_epi8(b));
+      const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+      const __m512i lo = _mm512_sub_epi32(q, _mm512_slli_epi32(hi, 7));
+      hi_sum = _mm512_add_epi32(hi_sum, hi);
+      lo_sum = _mm512_add_epi32(lo_sum, lo);
+      int32_t hi_quads[4], lo_quads[4];
+      _mm_storeu_si128((__m128i*)hi_quads, _mm512_cvtepi32_epi8(hi));
+      _mm_storeu_si128((__m128i*)lo_quads, _mm512_cvtepi32_epi8(lo));
+      for (int i = 0; i < 4; ++i, to += pitch) {
+        memcpy(to, hi_quads + i, 4);
+        memcpy(to + 4, lo_quads + i, 4);
+      }
     }
     c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
     c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
-    c.split_scales[r] = unit;
+    c.split_scales[r] = largest / 16256.0f;
   }
 #else
   bool splits() const { return false; }
-  void prepare(const float*, int64_t, int64_t) const {}
+  void prepare(const float*, int64_t, int64_t, int64_t) const {}
 #endif
 
   // What a product reads, made from rows that another product or attention left: a meeting and `prepare`.
   void hand_over(const float* x, int64_t width, int64_t rows) const {
     meet();
     if (!splits()) return;
-    for (int64_t r = first(rows); r < last(rows); ++r) prepare(x + r * width, width, r);
+    for (int64_t r = first(rows); r < last(rows); ++r) prepare(x + r * width, width, r, rows);
     meet();
   }
 

@@ -36,7 +36,7 @@ struct DecodeCache {
   int64_t B, S, chunk;
   float *h, *y, *qkv, *f;  // [R, C16], [R, C16], [R, 3 C rounded up], [R, F16]
   float *newest, *scores;  // [B, C16], [threads, 12, S16]
-  int8_t* split;           // [2 R, max(C16, F16)], with offsets int32 [2 R] and scales float32 [R]
+  int8_t* split;           // [2 R, max(C16, F16)], with int32 [2 R] and float32 [R]: see Split in decode_panels.h
   int32_t* split_offsets;
   float* split_scales;
 };

@@ -150,11 +150,31 @@ def _denominator(labels: Tensor, ignore_index: int, num_items: int | Tensor | No
     return torch.full((1,), float(num_items), device=labels.device)
 
 
+def _gain(scale: Tensor) -> Tensor:
+    """Power of two by which float16's gradients are kept larger until the upstream gradient is known, float32 [1].
+
+    A mean over many rows would make them vanish below float16's smallest numbers, which the scaled loss of
+    torch.amp.GradScaler is there to prevent. At most 128, and no more than undoes the mean.
+    """
+    return torch.exp2(torch.log2((1.0 / scale).clamp(1.0, 128.0)).floor())
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In float32 for float16: GradScaler's first factor, 65536, is beyond it."""
+    if gradient.dtype == torch.float16:
+        return (gradient.float() * factor).to(gradient.dtype)
+    return gradient * factor.to(gradient.dtype)
+
+
 class _Reduced(torch.autograd.Function):
     """sum(losses) * scale, for "mean" and "sum"."""
 
     @staticmethod
     def forward(ctx, x, weight, labels, scale, ignore_index, impl):
+        ctx.gain, total_scale = None, scale
+        if x.dtype == torch.float16:
+            ctx.gain = _gain(scale)
+            scale = scale * ctx.gain
         losses, dx, dweight = torch.ops.gpt2_fast.linear_cross_entropy(
             x, weight, labels, scale, ignore_index, *ctx.needs_input_grad[:2], impl
         )
@@ -164,7 +184,7 @@ class _Reduced(torch.autograd.Function):
         ctx.traced = torch.compiler.is_compiling()
         ctx.save_for_backward(x, weight, labels, scale, *((dx, dweight) if ctx.traced else ()))
         ctx.gradients = None if ctx.traced else (dx, dweight)
-        return _total(losses, scale)
+        return _total(losses, total_scale)
 
     @staticmethod
     def backward(ctx, dloss):
@@ -178,10 +198,11 @@ class _Reduced(torch.autograd.Function):
             gradients = torch.ops.gpt2_fast.linear_cross_entropy(
                 x, weight, labels, scale, ignore_index, *ctx.needs_input_grad[:2], impl
             )[1:]
+        factor = dloss if ctx.gain is None else dloss / ctx.gain
         # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
-        scaled = ctx.traced or dloss.device.type != "cpu" or float(dloss) != 1.0
+        scaled = ctx.traced or dloss.device.type != "cpu" or float(factor) != 1.0
         dx, dweight = (
-            (g * dloss.to(g.dtype) if scaled else g) if needed else None
+            (_times(g, factor) if scaled else g) if needed else None
             for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
         )
         return dx, dweight, *(None,) * 4

@@ -119,6 +119,19 @@ def test_upstream_gradient_and_second_backward(impl):
     torch.testing.assert_close([g * 2 for g in halved], list(first))
 
 
+@pytest.mark.parametrize("scale", [1024.0, 2.0**18])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float16_gradients_of_a_scaled_loss(impl, scale):
+    """As GradScaler scales it, so that gradients of a mean over many rows do not vanish; beyond float16 too."""
+    x, weight, labels = _inputs(20)
+
+    def scaled(function, **options):
+        return lambda x, weight: function(x, weight, labels, num_items=2**20, **options) * scale
+
+    inputs = [x.detach().half(), weight.detach().half()]
+    check_op(scaled(linear_cross_entropy, impl=impl), scaled(linear_cross_entropy_reference), inputs, torch.float16)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_only_the_gradients_that_are_wanted(impl, monkeypatch):
     wanted = []

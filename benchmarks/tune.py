@@ -3,13 +3,15 @@
 On a GPU each candidate is timed in its op, at GPT-2 124M's shapes, by triton.testing.do_bench; the fastest wins.
 Without one, or with --arch, candidates are compiled and ranked by what their machine code says, in this order:
 
-1. no spilled registers, and no more shared memory than a block of that architecture may have;
+1. no spilled registers, and no more shared memory than a block of that architecture may have (sm_80: than one of
+   sm_86, sm_89 and sm_120, which take its rows);
 2. for the matrix kernels the architecture's own tensor-core instruction (UTCHMMA, HGMMA, HMMA), where it can have one;
 3. warps resident on a multiprocessor, up to as many as hide latency (8 for matrix kernels, 32 for the others): what
    registers, shared memory and warps allow;
-4. the larger tile, which reads its operands less often, or keeps more loads in flight; then fewer registers.
+4. the larger tile, which reads its operands less often, or keeps more loads in flight;
+5. what ships; then fewer registers.
 
-This cannot see latency, so a shipped configuration that is clean stays unless --write says that the ranking decides.
+This cannot see latency: the tables change only with --write.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def compile_candidate(job: tuple[str, int, int, dict[str, int], tuple[int, ...]]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     worst = {key: max(r[key] for r in reports) for key in ("registers", "spilled_bytes", "shared_bytes")}
-    worst["problems"] = [p for r in reports for p in aot.problems(r)]
+    worst["problems"] = aot.problems({**worst, "shared_limit": aot.SHARED_LIMIT[86 if arch == 80 else arch]})
     worst["mma"] = set.intersection(*(set(r["mma"]) for r in reports))
     return worst
 
@@ -114,7 +116,7 @@ def by_machine_code(op: str, index: int, arch: int, pool, limit: int) -> list[tu
     tried = candidates(op, row)[:limit]
     reports = pool.map(compile_candidate, [(op, index, arch, c, specs) for c in tried])
     ranked = [(rank(op, row["kernel"], arch, c, r), c, r) for c, r in zip(tried, reports, strict=True)]
-    return sorted(ranked, key=lambda entry: entry[0])
+    return sorted(ranked, key=lambda entry: (entry[0][:-1], entry[1] != row["config"], entry[0][-1]))
 
 
 def by_time(op: str, index: int, limit: int) -> list[tuple[tuple, dict, float | str]]:

@@ -250,3 +250,14 @@ def test_what_does_not_compile_is_never_written(copied, monkeypatch, capsys):
 def test_an_unknown_kernel_is_named(copied):
     with pytest.raises(SystemExit, match="no kernel 'sideways' in adamw for sm_90"):
         tune.main(["--ops", "adamw", "--kernel", "sideways", "--arch", "90"])
+
+
+def test_of_equals_what_ships_stays(copied, monkeypatch):
+    monkeypatch.setattr(tune, "compile_candidate", lambda job: _report(registers=32 + 8 * (job[3]["num_warps"] == 4)))
+    shipped = tuning.config("adamw", "total", 90)
+    ((_, first, _), *_) = tune.by_machine_code("adamw", 2, 90, type("Pool", (), {"map": map}), limit=1)
+    assert first == shipped
+    smaller = {**shipped, "num_warps": 8}  # as many warps fit, as large a tile, fewer registers
+    monkeypatch.setattr(tune, "candidates", lambda op, row: [smaller, shipped])
+    ((_, first, _), *_) = tune.by_machine_code("adamw", 2, 90, type("Pool", (), {"map": map}), limit=2)
+    assert first == shipped

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AttentionInterface  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 
 import gpt2_fast  # noqa: E402
@@ -183,6 +184,22 @@ def test_generate(options, masked):
         texts.append(model.generate(tokens, attention_mask=mask, max_new_tokens=9, **options))
     assert texts[0].shape[1] > T
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_makes_no_square_mask(attention, monkeypatch):
+    unpatched, patched = pair(attention=attention)
+
+    def square(**_):
+        raise AssertionError("a [B, 1, T, T] mask")
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention, square)
+    tokens = ids()
+    with pytest.raises(AssertionError, match="T, T"):
+        unpatched(tokens, attention_mask=LEFT)
+    for use_cache in (False, True):
+        patched(tokens, attention_mask=LEFT, use_cache=use_cache, labels=tokens).loss.backward()
+        patched.generate(tokens, attention_mask=LEFT, max_new_tokens=4, use_cache=use_cache)
 
 
 def test_a_cache_by_hand():

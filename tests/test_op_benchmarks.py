@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, layernorm_linear_gelu, linear
 from gpt2_fast.ops import linear_cross_entropy as head
 from gpt2_fast.ops.dispatch import TABLE
@@ -19,7 +22,9 @@ from gpt2_fast.ops.dispatch import TABLE
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
+from benchmarks import roofline  # noqa: E402
 from benchmarks.ops import report  # noqa: E402
+from benchmarks.ops.harness import SIZES, Size  # noqa: E402
 
 OPS = torch.ops.gpt2_fast
 
@@ -52,7 +57,7 @@ def smoke(tmp_path_factory):
 
 def test_every_op_is_timed_in_every_direction(smoke):
     record, _, printed = smoke
-    assert {row["op"] for row in record["rows"]} == set(TABLE)
+    assert {row["op"] for row in record["rows"]} == set(TABLE) - {"decode_step"}  # a whole model's step
     for row in record["rows"]:
         assert {"gpt2_fast", "eager"} <= set(row["programs"]) <= {"gpt2_fast", "library", "eager"}
         assert row["direction"] in printed
@@ -68,7 +73,7 @@ def test_every_op_is_timed_in_every_direction(smoke):
 def test_no_speed_is_reported_where_the_check_is_red(smoke):
     record, _, printed = smoke
     assert printed.count("wrong, so no speed is reported") >= 2  # forward and backward
-    assert f"test_{BROKEN}" in printed
+    assert f"bench_{BROKEN}" in printed
     for row in record["rows"]:
         ours, eager = row["programs"]["gpt2_fast"], row["programs"]["eager"]
         if row["op"] == BROKEN:
@@ -122,6 +127,9 @@ def test_cost_of_add_layernorm_is_its_inputs_and_outputs(dtype):
     _, dresidual, *dparams = OPS.add_layernorm_backward(y, h, h, weight, mean, rstd, 0.0, None, 0, dtype, True, "cpp")
     dparams = [d.to(dtype) for d in dparams]
     assert cost["backward"]["bytes"] == _bytes(y, h, h, weight, mean, rstd, dresidual, *dparams)
+    alone = add_layernorm.cost(N, C, dtype.itemsize, residual=False)
+    assert alone["forward"]["bytes"] == _bytes(x, weight, bias, y, mean, rstd)
+    assert alone["backward"]["bytes"] == _bytes(y, x, weight, mean, rstd, dresidual, *dparams)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,3 +203,46 @@ def test_cost_of_embedding_and_adamw_is_what_they_touch(dtype):
     copy = 0 if dtype == torch.float32 else _bytes(param)
     assert adamw.cost(n, dtype.itemsize)["forward"]["bytes"] == read_and_written + 2 * _bytes(grad) + copy
     assert adamw.cost(n, dtype.itemsize, clip=False)["forward"]["bytes"] == read_and_written + _bytes(grad) + copy
+
+
+def test_committed_floors_are_what_cost_gives_now():
+    document = roofline.DOCUMENT.read_text()
+    now = {"floors cpu": roofline.floors(SIZES["cpu"], 4, None),
+           "floors h100": roofline.floors(SIZES["cuda"], 2, roofline.H100)}  # fmt: skip
+    assert roofline.fill(document, now) == document, "run: python -m benchmarks roofline"
+
+
+def test_committed_measurements_are_those_of_the_results_they_name():
+    document = roofline.DOCUMENT.read_text()
+    names = re.findall(r"`results/(\S+?\.json)`", document)
+    assert names, "ROOFLINE.md names no result"
+    ops, *train = [roofline.RESULTS / name for name in dict.fromkeys(names)]
+    text = roofline.measured_section(ops, train[0] if train else None)
+    assert roofline.fill(document, {"measured cpu": text}) == document, "run: python -m benchmarks roofline"
+
+
+def test_a_missing_marker_is_named():
+    with pytest.raises(ValueError, match="ROOFLINE.md has no <!-- floors cpu -->"):
+        roofline.fill("# nothing", {"floors cpu": ""})
+
+
+@pytest.mark.parametrize(("B", "T"), [(4, 256), (16, 1024)])
+def test_the_steps_flops_are_six_a_weight_and_token(B, T):
+    """6 N for the weights that are multiplied, 14 D for each visible pair of a head; AdamW has every parameter once."""
+    size = Size(B, T)
+    uses = roofline.step(size, 2)
+    with torch.device("meta"):
+        parameters = dict(GPT2LMHeadModel(GPT2Config()).named_parameters())
+    (updated,) = (u.cost["step"]["bytes"] for u in uses if u.op == "adamw")
+    assert updated == adamw.cost(sum(p.numel() for p in parameters.values()), 2)["forward"]["bytes"]
+    multiplied = sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and "wpe" not in name)
+    products = [u for u in uses if u.op in ("linear", "layernorm_linear_gelu", "linear_cross_entropy")]
+    assert sum(u.total("flops") for u in products) == 6 * multiplied * B * T
+    (attended,) = (u for u in uses if u.op == "attention")
+    assert attended.total("flops") == 12 * 14 * 64 * 12 * B * T * (T + 1) // 2
+
+
+def test_a_floor_is_the_longer_of_bytes_and_flops():
+    peak = {"bytes": 1e9, "flops": 1e12}
+    assert roofline._seconds({"bytes": 2_000_000, "flops": 10**9}, peak) == (2e-3, "bytes")
+    assert roofline._seconds({"bytes": 2_000_000, "flops": 10**10}, peak) == (1e-2, "flops")

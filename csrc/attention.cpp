@@ -82,9 +82,8 @@ struct QueryBlock {
   float high[BLOCK], total[BLOCK];
 };
 
-template <class E>
 void finish_queries(const Shape& shape, const QueryBlock& block, int64_t queries, float keep_scale, float* rows,
-                    E* out, float* lse) {
+                    Elements out, float* lse) {
   alignas(64) float factor[BLOCK];
   for (int64_t i = 0; i < BLOCK; ++i) {
     const float total = block.total[i];
@@ -120,11 +119,9 @@ GPT2_INLINE void attend(const Tile& t, const Shape& shape, const float* k, const
   add_values(t, shape, v, s, block.o);
 }
 
-template <class E>
 struct Forward {
   Shape shape;
-  const E* qkv;
-  E* out;
+  Elements qkv, out;
   float* lse;
   const int32_t* segments;
   Tile tile;
@@ -133,8 +130,8 @@ struct Forward {
   void task(int64_t z, int64_t first, int64_t count) const {
     const int64_t T = shape.T, D = shape.D, ld = shape.stride(), row = shape.row(), area = BLOCK * ld;
     const int64_t b = z / shape.H, h = z % shape.H;
-    const E* q_rows = qkv + b * T * row + h * D;
-    const E *k_rows = q_rows + shape.H * D, *v_rows = k_rows + shape.H * D;
+    const Elements q_rows = qkv + (b * T * row + h * D);
+    const Elements k_rows = q_rows + shape.H * D, v_rows = k_rows + shape.H * D;
     float* k = scratch.reserve((2 + 2 * QUERY_BLOCKS) * area + BLOCK * BLOCK);
     float *v = k + area, *s = v + area, *state = s + BLOCK * BLOCK;
     alignas(64) QueryBlock blocks[QUERY_BLOCKS];
@@ -248,13 +245,11 @@ GPT2_INLINE void add_gradients(const Tile& t, const Shape& shape, const Gradient
   }
 }
 
-template <class E>
 struct Backward {
   Shape shape;
-  const E *dout, *qkv, *out;
+  Elements dout, qkv, out, dqkv;
   const float* lse;
   const int32_t* segments;
-  E* dqkv;
   float* partial;  // or null
   Tile tile;
   float scale;
@@ -267,7 +262,7 @@ struct Backward {
   }
 
   // delta, with the sum over D in the order of gemm: a query that sees one key then gets exactly zero dS.
-  void row_products(const Gradients& x, const E* o_rows, const Tile& t, float* product) const {
+  void row_products(const Gradients& x, Elements o_rows, const Tile& t, float* product) const {
     const int64_t ld = shape.stride();
     // The tiles of scores are free now: together [BLOCK][2 * BLOCK] floats, and ld is at most that.
     pack_rows(x.s, ld, o_rows, shape.H * shape.D, t.queries, shape.D);
@@ -297,7 +292,7 @@ struct Backward {
     const int64_t T = shape.T, D = shape.D, ld = shape.stride(), row = shape.row(), side = shape.H * D;
     const Gradients x(ld, partial || groups() == 1 ? 0 : T * ld);
     const int64_t begin = group * GROUP, rows = smaller(GROUP, T - begin);
-    const E* k_rows = qkv + packed(z, begin) + side;
+    const Elements k_rows = qkv + (packed(z, begin) + side);
     alignas(64) float shift[BLOCK], mean[BLOCK];
     Tile t = tile;
     t.z = z;
@@ -367,10 +362,7 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
                        double scale, int64_t dtype, addr rng, int64_t threshold, double keep_scale, int64_t site) {
   const Dropout dropout{threshold ? *(const uint64_t*)rng : 0, (uint32_t)threshold, (uint32_t)site};
   const Tile tile = make_tile(T, scale, threshold ? &dropout : nullptr, keep_scale);
-  GPT2_DISPATCH(dtype, E, {
-    Forward<E> op{{B, T, H, D}, (const E*)qkv, (E*)out, (float*)lse, (const int32_t*)segments, tile};
-    op.run();
-  });
+  Forward{{B, T, H, D}, {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
@@ -378,11 +370,8 @@ void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, 
                         double keep_scale, int64_t site) {
   const Dropout dropout{threshold ? *(const uint64_t*)rng : 0, (uint32_t)threshold, (uint32_t)site};
   const Tile tile = make_tile(T, scale, threshold ? &dropout : nullptr, keep_scale);
-  GPT2_DISPATCH(dtype, E, {
-    Backward<E> op{{B, T, H, D}, (const E*)dout, (const E*)qkv, (const E*)out, (const float*)lse,
-                   (const int32_t*)segments, (E*)dqkv, (float*)partial, tile, (float)scale};
-    op.run();
-  });
+  Backward{{B, T, H, D}, {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,
+           (const int32_t*)segments, (float*)partial, tile, (float)scale}.run();
 }
 
 }  // namespace GPT2_ISA

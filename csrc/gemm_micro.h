@@ -165,6 +165,14 @@ GPT2_INLINE void transpose(vf (&x)[W]) {
 
 // ---- packing ----
 
+// Elements whose type is known at run time alone. Only packing touches them, so that what works on packed tiles is
+// compiled once for all types.
+struct Elements {
+  addr data;
+  int64_t dtype;
+  Elements operator+(int64_t n) const { return {data + n * (dtype == F32 ? 4 : 2), dtype}; }
+};
+
 // dst[rows][ldd] float32 from src[rows][lds]; columns n..roundup(n, W) become 0.
 template <class T>
 GPT2_INLINE void pack_rows(float* dst, int64_t ldd, const T* src, int64_t lds, int64_t rows, int64_t n) {
@@ -173,6 +181,10 @@ GPT2_INLINE void pack_rows(float* dst, int64_t ldd, const T* src, int64_t lds, i
     for (int64_t d = 0; d < whole; d += W) store(dst + d, load(src + d));
     if (whole < n) store(dst + whole, load_tail(src + whole, n - whole));
   }
+}
+
+GPT2_OUT_OF_LINE void pack_rows(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
+  GPT2_DISPATCH(src.dtype, T, pack_rows(dst, ldd, (const T*)src.data, lds, rows, n));
 }
 
 // The other way: dst[rows][ldd] in its own dtype from scale * src[rows][lds].
@@ -186,9 +198,14 @@ GPT2_INLINE void unpack_rows(T* dst, int64_t ldd, const float* src, int64_t lds,
   }
 }
 
+GPT2_OUT_OF_LINE void unpack_rows(Elements dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t n,
+                                  float scale) {
+  GPT2_DISPATCH(dst.dtype, T, unpack_rows((T*)dst.data, ldd, src, lds, rows, n, scale));
+}
+
 // dst[n][ldd] = transpose of the float32 tile src[rows][lds]; both have room up to multiples of W in each
 // direction. Columns of dst from rows to roundup(rows, W) are what src holds there, or 0 past `rows`.
-GPT2_INLINE void transpose_tile(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t n) {
+GPT2_OUT_OF_LINE void transpose_tile(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t n) {
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t d = 0; d < n; d += W) {
       vf x[W];

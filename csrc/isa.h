@@ -158,9 +158,29 @@ GPT2_OUT_OF_LINE void store(f16* p, vf x) {
 }
 #endif
 
-// The first n < W elements; the rest read as `fill` and are not written.
+// The first n < W elements, n > 0; the rest read as `fill` and are not written.
+#if defined(__AVX512F__)
+GPT2_INLINE __mmask16 lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+
+GPT2_INLINE vf load_tail(const float* p, int64_t n, float fill = 0.0f) {
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), lanes(n), p);
+}
 template <class T>
 GPT2_INLINE vf load_tail(const T* p, int64_t n, float fill = 0.0f) {
+  T buffer[W];
+  _mm256_storeu_si256((__m256i*)buffer, _mm256_maskz_loadu_epi16(lanes(n), p));
+  return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), lanes(n), (__m512)load(buffer));
+}
+GPT2_INLINE void store_tail(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), (__m512)x); }
+template <class T>
+GPT2_INLINE void store_tail(T* p, vf x, int64_t n) {
+  T buffer[W];
+  store(buffer, x);
+  _mm256_mask_storeu_epi16(p, lanes(n), _mm256_loadu_si256((const __m256i*)buffer));
+}
+#else
+template <class T>
+GPT2_OUT_OF_LINE vf load_tail(const T* p, int64_t n, float fill = 0.0f) {
   T buffer[W];
   memset(buffer, 0, sizeof(buffer));
   memcpy(buffer, p, n * sizeof(T));
@@ -169,11 +189,12 @@ GPT2_INLINE vf load_tail(const T* p, int64_t n, float fill = 0.0f) {
   return r;
 }
 template <class T>
-GPT2_INLINE void store_tail(T* p, vf x, int64_t n) {
+GPT2_OUT_OF_LINE void store_tail(T* p, vf x, int64_t n) {
   T buffer[W];
   store(buffer, x);
   memcpy(p, buffer, n * sizeof(T));
 }
+#endif
 
 // Vector load and store of n > 0 elements, all W of them where there are that many.
 template <class T>
@@ -197,14 +218,14 @@ GPT2_INLINE vf rounded(vf x) {
 }
 
 // Sum and maximum over the lanes, in a fixed order.
-GPT2_INLINE float hsum(vf x) {
+GPT2_OUT_OF_LINE float hsum(vf x) {
   float s[W];
   memcpy(s, &x, sizeof(s));
   for (int w = W / 2; w > 0; w /= 2)
     for (int i = 0; i < w; ++i) s[i] += s[i + w];
   return s[0];
 }
-GPT2_INLINE float hmax(vf x) {
+GPT2_OUT_OF_LINE float hmax(vf x) {
   float s[W];
   memcpy(s, &x, sizeof(s));
   for (int w = W / 2; w > 0; w /= 2)

@@ -5,20 +5,20 @@
 namespace gpt2 {
 namespace GPT2_ISA {
 
-template <class Gelu, class TP, class TU, class TY>
-static void forward(const TP* product, const float* bias, TU* u, TY* y, int64_t N, int64_t F) {
+template <class Gelu, class P, class T>
+static void forward(const P* product, const float* bias, T* u, T* y, int64_t N, int64_t F) {
   GPT2_PARALLEL_FOR(i, N) {
     for (int64_t c = 0; c < F; c += W) {
       int64_t n = F - c, o = i * F + c;
-      vf v = rounded<TU>(load_n(product + o, n) + load_n(bias + c, n));
+      vf v = rounded<T>(load_n(product + o, n) + load_n(bias + c, n));
       if (u) store_n(u + o, v, n);
       store_n(y + o, Gelu::value(v), n);
     }
   }
 }
 
-template <class Gelu, class TG, class TU, class TO>
-static void backward(const TG* dy, const TU* u, TO* du, float* partial, int64_t chunks, int64_t N, int64_t F) {
+template <class Gelu, class P, class T>
+static void backward(const T* dy, const T* u, P* du, float* partial, int64_t chunks, int64_t N, int64_t F) {
   int64_t rows = (N + chunks - 1) / chunks;
   GPT2_PARALLEL_FOR(k, chunks) {
     float* dbias = partial + k * F;
@@ -35,20 +35,33 @@ static void backward(const TG* dy, const TU* u, TO* du, float* partial, int64_t 
   }
 }
 
+// `body` with P bound to the element type of the product and T to that of the rest.
+#define GPT2_PRODUCT_DISPATCH(product_dtype, P, dtype, T, ...) \
+  do { \
+    if ((product_dtype) == BF16) { \
+      using P = bf16; \
+      using T = bf16; \
+      __VA_ARGS__; \
+    } else { \
+      using P = float; \
+      GPT2_DISPATCH(dtype, T, __VA_ARGS__); \
+    } \
+  } while (0)
+
 void bias_gelu_forward(addr product, addr bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype,
-                       int64_t u_dtype, int64_t y_dtype, bool erf) {
-  GPT2_DISPATCH(product_dtype, TP, GPT2_DISPATCH(u_dtype, TU, GPT2_DISPATCH(y_dtype, TY, {
-    auto run = erf ? forward<ErfGelu, TP, TU, TY> : forward<TanhGelu, TP, TU, TY>;
-    run((const TP*)product, (const float*)bias, (TU*)u, (TY*)y, N, F);
-  })));
+                       int64_t dtype, bool erf) {
+  GPT2_PRODUCT_DISPATCH(product_dtype, P, dtype, T, {
+    auto run = erf ? forward<ErfGelu, P, T> : forward<TanhGelu, P, T>;
+    run((const P*)product, (const float*)bias, (T*)u, (T*)y, N, F);
+  });
 }
 
 void bias_gelu_backward(addr dy, addr u, addr du, addr partial, int64_t chunks, addr dbias, int64_t N,
-                        int64_t F, int64_t dy_dtype, int64_t u_dtype, int64_t du_dtype, bool erf) {
-  GPT2_DISPATCH(dy_dtype, TG, GPT2_DISPATCH(u_dtype, TU, GPT2_DISPATCH(du_dtype, TO, {
-    auto run = erf ? backward<ErfGelu, TG, TU, TO> : backward<TanhGelu, TG, TU, TO>;
-    run((const TG*)dy, (const TU*)u, (TO*)du, (float*)partial, chunks, N, F);
-  })));
+                        int64_t F, int64_t product_dtype, int64_t dtype, bool erf) {
+  GPT2_PRODUCT_DISPATCH(product_dtype, P, dtype, T, {
+    auto run = erf ? backward<ErfGelu, P, T> : backward<TanhGelu, P, T>;
+    run((const T*)dy, (const T*)u, (P*)du, (float*)partial, chunks, N, F);
+  });
   sum_partials((const float*)partial, chunks, F, (float*)dbias, F);
 }
 

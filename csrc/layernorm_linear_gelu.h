@@ -1,5 +1,6 @@
-// Kernels of layernorm_linear_gelu.cpp, for kernels.h. Each tensor has its own dtype, so that a float32 product
-// can feed low-precision tensors, and they a float32 product, with no pass between.
+// Kernels of layernorm_linear_gelu.cpp, for kernels.h. product and du are product_dtype: float32 or, where
+// dtype is that too, bfloat16. u, y and dy are dtype. So a float32 product can feed low-precision tensors, and they
+// a float32 product, with no pass between.
 //
 // forward: product [N, F] -> u = product + bias (0: not stored; may be `product` itself), y = gelu(u) (may be
 // `product` too). backward: du = dy * gelu'(u) (may be dy or u), dbias [F] float32, the sum of du over rows as
@@ -10,7 +11,7 @@
 #define GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
   KERNEL(bias_gelu_forward, \
          (addr product, addr bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype, \
-          int64_t u_dtype, int64_t y_dtype, bool erf)) \
+          int64_t dtype, bool erf)) \
   KERNEL(bias_gelu_backward, \
          (addr dy, addr u, addr du, addr partial, int64_t chunks, addr dbias, int64_t N, int64_t F, \
-          int64_t dy_dtype, int64_t u_dtype, int64_t du_dtype, bool erf))
+          int64_t product_dtype, int64_t dtype, bool erf))

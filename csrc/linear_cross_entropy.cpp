@@ -43,19 +43,19 @@ GPT2_INLINE float exp_sum(T* x, float m, int64_t V) {
   return hsum(sum[0] + sum[1]);
 }
 
-template <class TL, class TD>
-static void rows(TL* logits, const int64_t* labels, float* losses, float* lse, TD* dlogits,
+template <class T>
+static void rows(T* logits, const int64_t* labels, float* losses, float* lse, T* dlogits,
                  const float* row_scale, int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index) {
   GPT2_PARALLEL_FOR(i, n) {
-    TL* x = logits + i * V;
-    TD* dx = dlogits ? dlogits + i * V : nullptr;
+    T* x = logits + i * V;
+    T* dx = dlogits ? dlogits + i * V : nullptr;
     int64_t label = labels[i];
     if (label == ignore_index) {
       losses[i] = lse[i] = 0.0f;
-      if (dx) memset(dx, 0, V * sizeof(TD));
+      if (dx) memset(dx, 0, V * sizeof(T));
       continue;
     }
-    constexpr bool STORE = is_float((const TL*)nullptr);
+    constexpr bool STORE = is_float((const T*)nullptr);
     float target = load_tail(x + label, 1)[0];
     float m = row_max(x, V);
     float sum = dx ? exp_sum<STORE>(x, m, V) : exp_sum<false>(x, m, V);
@@ -74,12 +74,11 @@ static void rows(TL* logits, const int64_t* labels, float* losses, float* lse, T
 }
 
 void softmax_xent(addr logits, addr labels, addr losses, addr lse, addr dlogits, addr row_scale,
-                  int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index, int64_t logits_dtype,
-                  int64_t dlogits_dtype) {
-  GPT2_DISPATCH(logits_dtype, TL, GPT2_DISPATCH(dlogits_dtype, TD, {
-    rows((TL*)logits, (const int64_t*)labels, (float*)losses, (float*)lse, (TD*)dlogits,
-         (const float*)row_scale, scale_stride, n, V, ignore_index);
-  }));
+                  int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index, int64_t dtype) {
+  GPT2_DISPATCH(dtype, T, {
+    rows((T*)logits, (const int64_t*)labels, (float*)losses, (float*)lse, (T*)dlogits, (const float*)row_scale,
+         scale_stride, n, V, ignore_index);
+  });
 }
 
 }  // namespace GPT2_ISA

@@ -97,10 +97,9 @@ def _bias_gelu(product_NF: Tensor, bias: Tensor, dtype: torch.dtype, save: bool,
     reuse = product_NF.dtype == dtype
     u = (product_NF if reuse else torch.empty_like(product_NF, dtype=dtype)) if save else None
     y = product_NF if reuse and not save else torch.empty_like(product_NF, dtype=dtype)
-    code = DTYPE_CODES[dtype]
     dispatch.extension().bias_gelu_forward(
         address(product_NF), address(bias), address(u), address(y),
-        n_rows, width, DTYPE_CODES[product_NF.dtype], code, code, erf,
+        n_rows, width, DTYPE_CODES[product_NF.dtype], DTYPE_CODES[dtype], erf,
     )  # fmt: skip
     return y, product_NF.new_empty(0, dtype=dtype) if u is None else u
 
@@ -126,7 +125,7 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype, erf: bool) ->
     dbias = u.new_empty(width, dtype=torch.float32)
     dispatch.extension().bias_gelu_backward(
         address(dy), address(u), address(du), address(partial), chunks, address(dbias),
-        n_rows, width, DTYPE_CODES[dy.dtype], DTYPE_CODES[u.dtype], DTYPE_CODES[dtype], erf,
+        n_rows, width, DTYPE_CODES[dtype], DTYPE_CODES[u.dtype], erf,
     )  # fmt: skip
     return du, dbias
 

@@ -65,10 +65,10 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
 
 def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_grad):
     """losses of a chunk and, in place of its logits, dlogits."""
-    lse, code = torch.empty_like(losses), DTYPE_CODES[logits.dtype]
+    lse = torch.empty_like(losses)
     dispatch.extension().softmax_xent(
         address(logits), address(labels), address(losses), address(lse), address(logits if write_grad else None),
-        address(row_scale), 0 if row_scale.numel() == 1 else 1, *logits.shape, ignore_index, code, code,
+        address(row_scale), 0 if row_scale.numel() == 1 else 1, *logits.shape, ignore_index, DTYPE_CODES[logits.dtype],
     )  # fmt: skip
 
 

@@ -83,8 +83,7 @@ def _select(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 def _label(name: str, dtype: str) -> str:
     """How a row is called: peers in bfloat16 are float32 models under autocast."""
-    ours = name.startswith(("gpt2_fast", "reference"))
-    return f"{name} {dtype if ours or dtype == 'float32' else 'bf16 autocast'}"
+    return f"{name} {'bf16 autocast' if train_report.numbers(name, dtype) == 'autocast' else dtype}"
 
 
 def _rate(options: argparse.Namespace, result: dict) -> float:

@@ -9,8 +9,11 @@ from benchmarks.mfu import conventions
 from benchmarks.programs import SIZES
 from gpt2_fast import GPT2Config
 
-# A loss may differ from the truth's by this part of it.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
+# How far a loss may be from the truth's, as part of it: the first, of the same weights, so of the forward pass alone;
+# and the later ones, of gradients and updates too. In float32 and under autocast both stay below a tenth of that in
+# 124M's first steps. bfloat16 weights take an update only when it has grown to half of their last place, so their
+# losses run ahead and behind; a mask left out is beyond each, from the first loss on.
+TOLERANCE = {"float32": (1e-5, 1e-4), "autocast": (5e-4, 1e-2), "bfloat16": (5e-4, 5e-2)}
 # The truth, and what ratios are to: the first of these that ran, in float32 if any did.
 TRUTH = ("reference", "transformers-eager-attention", "transformers", "nanogpt")
 BASE = ("transformers", "transformers-eager-attention", "nanogpt", "reference")
@@ -28,6 +31,11 @@ def complete(record: dict) -> None:
     )
 
 
+def numbers(name: str, dtype: str) -> str:
+    """How a program computes: "float32", "bfloat16" weights, or peers' float32 weights under "autocast"."""
+    return dtype if dtype == "float32" or name.startswith(("gpt2_fast", "reference")) else "autocast"
+
+
 def _first(rows: Sequence[dict], names: Sequence[str]) -> dict:
     """The row of the first of `names` that is there, in float32 if any is; without any of them the first row."""
     rank = lambda row: (row["dtype"] != "float32", names.index(row["name"]))
@@ -41,7 +49,8 @@ def judge(rows: Sequence[dict]) -> None:
         pairs = zip(row["losses"], truth["losses"], strict=True)
         errors = [abs(loss - true) / abs(true) for loss, true in pairs]
         row["loss_error"] = max(errors) if all(e == e for e in errors) else float("inf")
-        row["losses_agree"] = row["loss_error"] <= TOLERANCE[row["dtype"]]
+        first, later = TOLERANCE[numbers(row["name"], row["dtype"])]
+        row["losses_agree"] = errors[0] <= first and row["loss_error"] <= later
         row["losses_to"] = truth["program"]
 
 

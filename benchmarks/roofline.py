@@ -145,8 +145,9 @@ def measured_section(ops: Path, train: Path | None) -> str:
     record = json.loads(ops.read_text())
     size = Size(**{k: v for k, v in record["size"].items() if k != "name"})
     rates = ", ".join(f"{k} {1e3 * v:,.0f} GFLOP/s" for k, v in record["product_tflop_per_second"].items())
-    parts = [f"From `results/{ops.name}` ({record['machine']['device']}, {record['machine']['threads']} thread(s), torch "
-             f"{record['machine']['versions']['torch']}; `{record['command']}`; seconds: {record['seconds']}): a copy of 1 GiB moves "
+    host, versions = record["machine"], record["machine"]["versions"]
+    parts = [f"From `results/{ops.name}` ({host['device']}, {host['threads']} thread(s), torch {versions['torch']}; "
+             f"`{record['command']}`; seconds: {record['seconds']}): a copy of 1 GiB moves "
              f"{record['copy_gb_per_second']:.1f} GB/s; a {size.product}-cube product: {rates}."]  # fmt: skip
     whole = dict(_steps(train, record["machine"]["threads"])) if train else {}
     for dtype in dict.fromkeys(row["dtype"] for row in record["rows"]):

@@ -146,6 +146,8 @@ def _llama(folder: Path, dtype: str, device: str) -> Generate:
         options.n_batch = max(512, B * T)
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.no_perf = True
+        if dtype == "float32":  # by default its cache is float16
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
         context = llama_cpp.llama_init_from_model(model, options)
         ticks.times[0] = time.perf_counter()  # nobody else allocates a cache in its prefill's time
         found = [decode(context, ids.numpy(), 0)]

@@ -33,17 +33,18 @@ def test_smoke_size(tmp_path, capsys):
 
 def test_tokens_that_differ_are_counted_and_named():
     """The comparison that withholds a speed: up to each row's first difference, over the length both have."""
-    reference = {"1": [[1, 2, 3, 4]], "8": [[5, 6, 7], [8, 9, 10]]}
-    assert generate._same(reference, reference) == (10, 10)
-    assert generate._same({"1": [[1, 2, 9, 4]], "8": [[5, 6], [0, 9, 10]]}, reference) == (4, 9)
+    reference = {"1": [[1, 2, 3, 4, 5]], "8": [[5, 6, 7], [8, 9, 10]]}
+    other = {"1": [[1, 2, 3, 4, 0]], "8": [[5, 6], [8, 0, 10]]}
+    assert list(generate._same(reference, reference).values()) == [11, 11, 3, 3]
+    assert list(generate._same(other, reference).values()) == [7, 10, 2, 3]
     measured = {"rounds": [1.0]}
     make = lambda name, tokens: {
         "program": name, "tokens": tokens, "decode": {"1": dict(measured)}, "prefill": dict(measured)
     }  # fmt: skip
-    other = {"1": [[1, 2, 3, 4]], "8": [[5, 6, 7], [8, 0, 10]]}
-    rows = [make("transformers float32", reference), make("a float32", other), make("b int8", other)]
+    wrong = {"1": [[1, 2, 3, 0, 5]], "8": [[5, 6, 7], [0, 9, 10]]}
+    rows = [make("transformers float32", reference), make("a float32", other), make("b int8", wrong)]
     generate._compare(rows)
-    assert [row["wrong"] for row in rows] == [False, True, False]
+    assert [row["wrong"] for row in rows] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.sampling import row_uniforms
+from gpt2_fast.sampling import Sampler, Sampling, row_uniforms
+from gpt2_fast.text_stream import StopStrings
 from gpt2_fast.tokenizer import get_tokenizer
 
 
@@ -133,6 +134,28 @@ def test_stream_ends_in_front_of_a_stop_string():
     assert stream("one two", ["two three"])[1].text == "one two"
     with pytest.raises(ValueError, match="a stop string is empty"):
         TextStream(get_tokenizer(), [""])
+
+
+def test_stop_strings_end_with_the_newest_token():
+    """Not where the string was there before; and a character that takes several tokens counts when it is whole."""
+    encode = get_tokenizer().encode
+    stops = StopStrings(get_tokenizer(), ["cat sat", "🙂"])
+    assert stops.ends(encode("The cat sat"))
+    assert not stops.ends(encode("The cat sat on"))
+    assert not stops.ends(encode("The cat"))
+    ids = encode("x🙂")
+    assert [stops.ends(ids[:n]) for n in range(1, len(ids) + 1)] == [False] * (len(ids) - 1) + [True]
+
+
+def test_penalty_counts_tokens_and_not_padding():
+    prompts = torch.tensor([[0, 0, 5], [1, 2, 2]])
+    said = lambda seen: [row.nonzero().flatten().tolist() for row in seen]
+    start = lambda counted: Sampler.start(Sampling(repetition_penalty=2.0), prompts, 6, 4, counted=counted)
+    assert said(start(None).seen) == [[0, 5], [1, 2]]
+    sampler = start(torch.tensor([[False, False, True], [True, True, True]]))
+    assert said(sampler.seen) == [[5], [1, 2]]
+    sampler.observe(torch.tensor([4, 1]))
+    assert said(sampler.seen) == [[4, 5], [1, 2]]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -125,6 +126,33 @@ def test_a_failing_nvcc_does_not_fail_the_build(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout
     assert "NVRTC will compile" in done.stdout
     assert not fatbin.exists()
+
+
+def test_a_compiler_without_avx512bf16_builds_the_rest(tmp_path, monkeypatch):
+    """g++ 9, for one. Where the set is built, only the sources that gain from it are, and the table knows which."""
+    pytest.importorskip("pybind11", reason="pybind11 is a build dependency, not installed here")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("other processors have one instruction set")
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    base, own = setup["PARTIAL"]["avx512bf16"]
+    text = setup["ninja_file"](tmp_path, tmp_path / "_C.so", tmp_path / "embedding.fatbin")
+    assert {Path(o).stem for o in re.findall(r"build (\S+\.avx512bf16)\.o:", text)} == {*own, "table"}
+    assert f"-DGPT2_BASE_ISA={base} '-DGPT2_OWN_KERNELS(KERNEL)=GPT2_{own[0].upper()}_KERNELS(KERNEL)" in text
+    compiler = tmp_path / "old"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    text = setup["ninja_file"](tmp_path, tmp_path / "_C.so", tmp_path / "embedding.fatbin")
+    assert "avx512bf16" not in text.lower()
+    assert "attention.avx512.o" in text
+
+
+def test_kernels_check_their_arguments():
+    first_outside = dispatch.extension().embedding_first_outside
+    with pytest.raises(TypeError, match=r"embedding_first_outside\(addr ids, .*\) takes 4 arguments, not 1"):
+        first_outside(1)
+    with pytest.raises(TypeError, match="float"):
+        first_outside(0, 0, 1.5, 0)
 
 
 @needs_nvrtc

@@ -94,7 +94,7 @@ def llmc_bytes(state, version, config=CONFIG):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("start", "over"), itertools.product(NAMES, NAMES))
+@pytest.mark.parametrize(("start", "over"), list(itertools.product(NAMES, NAMES)))
 def test_there_and_back_in_every_direction(tmp_path, start, over, dtype):
     state = random_state(dtype=dtype)
     source = write_source(tmp_path, start, state)

@@ -172,7 +172,7 @@ def test_generator_is_used(models):
         ({"attention_mask": torch.ones(1, 5)}, r"attention_mask is \(1, 5\) and input_ids \(1, 6\)"),
         ({"attention_mask": torch.zeros(1, 6)}, "padding after a token"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_refusals_are_one_line(models, options, message):
     with pytest.raises(ValueError, match=message) as error:

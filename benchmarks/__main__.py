@@ -3,14 +3,8 @@
 import importlib
 import sys
 
-COMMANDS = (
-    "train",
-    "generate",
-    "ops",
-    "roofline",
-    "tune",
-    "profile_step",
-)  # each a module of this package with a main(argv)
+# Each is a module of this package with a main(argv).
+COMMANDS = ("train", "generate", "quantisation", "ops", "roofline", "tune", "profile_step")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

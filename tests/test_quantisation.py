@@ -1,0 +1,47 @@
+"""The benchmark of what packed weights cost in perplexity."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import quantisation
+from gpt2_fast import GPT2Config, GPT2LMHeadModel
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+def test_perplexities_are_the_models_own(folder, tmp_path, capsys):
+    (text := tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out.json"
+    options = ["--text", str(text), "--context", "16", "--windows", "3", "--json", str(out)]
+    assert quantisation.main([str(folder), *options]) == 0
+    assert "45 tokens scored, 3 windows of 16" in capsys.readouterr().out
+    measured = json.loads(out.read_text())
+
+    windows = quantisation.cut_windows(TEXT, 16, 3)
+    model = GPT2LMHeadModel.from_pretrained(folder, impl="reference", dtype=torch.float64)
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss.item()
+    assert math.log(measured["float32"]) == pytest.approx(loss, rel=1e-5)
+    for weights in ("bfloat16", "int8"):
+        assert measured[weights] != measured["float32"]
+        assert math.log(measured[weights]) == pytest.approx(loss, rel=0.05)
+
+
+def test_text_too_short_is_one_line(folder, tmp_path, capsys):
+    (text := tmp_path / "text.txt").write_text("short")
+    with pytest.raises(SystemExit) as ended:
+        quantisation.main([str(folder), "--text", str(text)])
+    assert ended.value.code == 1
+    assert "--text has 1 tokens and a window 128" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_same_bits_on_any_number_of_threads(isa, threads, weights):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
     """The second row of a padded batch whose prefill takes more than one chunk, and the same tokens one by one."""
-    B, T, start = 5, CHUNK // 4 + 1, 7
+    B, T, start = CHUNK // 24 + 2, 25, 7
     packed, tokens = (
         PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
         torch.randint(301, (B, T)),

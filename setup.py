@@ -27,7 +27,7 @@ CSRC = ROOT / "csrc"
 # In the order in which they are compiled: what takes longest first.
 ONCE = ["bindings", "cuda_driver", "dispatch"]
 KERNELS = ["add_layernorm", "attention", "attention_decode", "decode_step", "embedding", "layernorm_linear_gelu",
-           "linear_cross_entropy", "adamw", "table"]  # fmt: skip
+           "linear", "linear_cross_entropy", "adamw", "table"]  # fmt: skip
 X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
     "avx2": "-mavx2 -mfma -mf16c",
@@ -35,7 +35,12 @@ X86_ISAS = {
 }
 X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 # An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
-PARTIAL = {"avx512bf16": ("avx512", ["add_layernorm", "layernorm_linear_gelu", "decode_step", "linear_cross_entropy"])}
+PARTIAL = {
+    "avx512bf16": (
+        "avx512",
+        ["add_layernorm", "layernorm_linear_gelu", "decode_step", "linear", "linear_cross_entropy"],
+    )
+}
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["80", "90", "100"]
 

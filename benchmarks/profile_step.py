@@ -2,7 +2,8 @@
 
 A floor is what the op's bytes or FLOPs, as `cost()` of its room counts them, would take at the rate of a copy or of
 a large product measured in the same process (see ops/harness.py). An op's time is everything inside its call;
-"products" is the part of it that the vendor's library spends. The gap is what is above the floor: the largest first.
+"products" is the part of it that matrix products take, the own or the vendor's. The gap is what is above the floor: the
+largest first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from gpt2_fast.ops import (
     linear_cross_entropy,
 )
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_addmm_activation", "mkldnn::_linear_pointwise")
+VENDOR = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_addmm_activation", "mkldnn::_linear_pointwise")
+PRODUCTS = (linear.PROFILED, *VENDOR)
 Shapes = Sequence[Sequence[int]]
 
 

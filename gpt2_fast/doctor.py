@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from gpt2_fast.ops import dispatch
-from gpt2_fast.ops.linear import cpu_policy
+from gpt2_fast.ops.cpu_policy import MIN_ROWS, cpu_policy
 
 PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
 
@@ -46,7 +46,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "versions", ", ".join(f"{name} {version(name)}" for name in ("gpt2_fast", *PACKAGES))
     native = "native" if policy.native_bfloat16 else "widened to float32"
-    yield "CPU products", f"float32 by {policy.float32}, bfloat16 {native} ({policy.reason})"
+    by = f"own (of {MIN_ROWS} rows or more, else {policy.float32})" if policy.own else policy.float32
+    yield "CPU products", f"{by}, bfloat16 {native} ({policy.reason})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)

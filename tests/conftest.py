@@ -52,3 +52,16 @@ def isa(request):
         pytest.skip(f"this processor or build has no {request.param}")
     yield request.param
     extension.set_isa(before)
+
+
+@pytest.fixture
+def use_policy(monkeypatch):
+    """Lets the products run as on another processor: a function of a CpuPolicy. The own product then takes any size."""
+    from gpt2_fast.ops import layernorm_linear_gelu, linear, linear_cross_entropy
+
+    def use(policy):
+        for room in (layernorm_linear_gelu, linear, linear_cross_entropy):
+            monkeypatch.setattr(room, "cpu_policy", lambda: policy)
+        monkeypatch.setattr(linear, "MIN_ROWS", 1)
+
+    return use

@@ -56,7 +56,9 @@ def test_linear_without_a_bias_gradient(monkeypatch):
     inputs = [torch.randn(5, 8), torch.randn(8, 3), torch.randn(3)]
     objects = _objects(linear_room.linear, linear_room.linear_reference, inputs)
     original = linear_room._Linear.backward
-    monkeypatch.setattr(linear_room._Linear, "backward", staticmethod(lambda ctx, dy: (*original(ctx, dy)[:2], None)))
+    monkeypatch.setattr(
+        linear_room._Linear, "backward", staticmethod(lambda ctx, dy: (*original(ctx, dy)[:2], None, None))
+    )
     objects()
 
 

@@ -21,6 +21,7 @@ import os
 import torch
 
 from gpt2_fast import sources
+from gpt2_fast.ops.cpu_policy import cpu_policy
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"cuda": ("cuda", "reference"), "cpu": ("cpp", "reference")},
@@ -31,7 +32,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
     "linear_cross_entropy": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-    "linear": {"cuda": ("aten", "reference"), "cpu": ("aten", "reference")},
+    "linear": {"cuda": ("aten", "reference"), "cpu": ("cpp", "aten", "reference")},
 }
 
 # Triton is in no row of a CPU: its interpreter is a test instrument, so it runs there only when asked for by name.
@@ -76,6 +77,13 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     )
 
 
+def _slower(op: str, impl: str) -> str | None:
+    """Why an implementation that could run is not the first choice on this processor; None when it is."""
+    if (op, impl) == ("linear", "cpp") and not cpu_policy().own:
+        return f"{cpu_policy().float32}'s products are known to be fast on this processor, ours are not measured there"
+    return None
+
+
 def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation of `op` that runs for tensors on `device` of `dtype`.
 
@@ -100,8 +108,7 @@ def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -
 def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
     accepted = implementations(op, device_type)
     if impl == "auto":
-        return next(name for name in TABLE[op].get(device_type, ("reference",))
-                    if unavailable(name, device_type, dtype) is None)  # fmt: skip
+        return explain(op, torch.device(device_type), dtype)[0]
     if impl not in accepted:
         raise ValueError(f"{op}: no implementation {impl!r} on {device_type}; choose auto, {', '.join(accepted)}")
     reason = unavailable(impl, device_type, dtype)
@@ -114,7 +121,7 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, lis
     """What ``impl="auto"`` chooses, and for each implementation before it why it was passed over."""
     passed = []
     for name in TABLE[op].get(device.type, ("reference",)):
-        reason = unavailable(name, device.type, dtype)
+        reason = unavailable(name, device.type, dtype) or _slower(op, name)
         if reason is None:
             return name, passed
         passed.append((name, reason))

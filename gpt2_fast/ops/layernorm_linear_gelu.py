@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm_reference
+from gpt2_fast.ops.cpu_policy import cpu_policy
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
-from gpt2_fast.ops.linear import cpu_policy, empty_gradient, product, weight_gradient
+from gpt2_fast.ops.linear import empty_gradient, gelu_product, product, takes_own_product, weight_gradient
 
 OP = "layernorm_linear_gelu"
 # transformers' names of GELU, and F.gelu's `approximate`: GPT-2's tanh by two names, and GELU itself, by erf.
@@ -109,9 +110,12 @@ def _forward_cpp(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, 
     n, h, mean, rstd = torch.ops.gpt2_fast.add_layernorm(
         x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, wide, "cpp"
     )
-    product_NF = product(n.view(-1, n.shape[-1]), weight.to(wide))
-    y, u = _bias_gelu(product_NF, bias.float(), weight.dtype, save, erf)
-    shape = (*x.shape[:-1], weight.shape[1])
+    n_NC, shape = n.view(-1, n.shape[-1]), (*x.shape[:-1], weight.shape[1])
+    if takes_own_product(n_NC, weight):
+        y, u = gelu_product(n_NC, weight, bias, weight.dtype, save, erf)
+        u = y.new_empty(0) if u is None else u
+    else:
+        y, u = _bias_gelu(product(n_NC, weight.to(wide)), bias.float(), weight.dtype, save, erf)
     return y.view(shape), h, n if save else n.new_empty(0), u.view(shape) if save else u, mean, rstd
 
 
@@ -134,7 +138,7 @@ def _backward_cpp(
     dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
 ):
     du, dbias = _bias_gelu_backward(dy, u, n.dtype, erf)
-    dn = product(du, weight.to(n.dtype).t()).view(h.shape)
+    dn = product(du, weight.t()).view(h.shape)
     dweight = weight_gradient(n.view(-1, n.shape[-1]), du, weight)
     dx, dresidual, dln_weight, dln_bias = torch.ops.gpt2_fast.add_layernorm_backward(
         dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, "cpp"

@@ -1,98 +1,124 @@
-"""y = x @ weight + bias with GPT-2's Conv1D weight [in, out], by the vendor library that is fastest here.
+"""y = x @ weight + bias with GPT-2's Conv1D weight [in, out].
 
     dx = dy @ weight^T          dweight = x^T @ dy          dbias = sum over rows of dy
 
-On a GPU this is cuBLAS. On a CPU the best choice differs between processors, so `cpu_policy` makes
-it from the processor's name and features, never from a timing: the same machine always gives the same bits.
-
-* float32: MKL on Intel, oneDNN on AMD.
-* bfloat16: native products where the processor has them at twice the float32 rate (AMX, or AVX-512 BF16 on
-  AMD); elsewhere both sides are widened to float32, multiplied there and the result is rounded once.
-* float16: always widened.
+On a GPU this is cuBLAS. On a CPU it is this package's own product or a vendor's, whichever `cpu_policy` names for the
+processor. The own one reads either side transposed, and in a lower precision, without a pass that copies it first; it
+adds to what is there (`add_product`), and takes GELU before it stores (`gelu_product`).
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import platform
-from dataclasses import dataclass
+import threading
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.cpu_policy import MIN_ROWS, cpu_policy
+from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
 
 OP = "linear"
+PROFILED = "gpt2_fast.product"  # the own product's name in a profile
+STORE, ADD, TANH_GELU, ERF_GELU = range(4)  # csrc/linear.h
 
 
-@dataclass(frozen=True)
-class CpuPolicy:
-    """How products run on this CPU: the float32 library, whether bfloat16 is native, and why."""
+class _Workspace(threading.local):
+    """Each thread's memory for packed operands, kept from one product to the next: fresh pages cost more."""
 
-    float32: str
-    native_bfloat16: bool
-    reason: str
+    buffer: Tensor | None = None
 
-
-def _cpu_vendor_and_flags() -> tuple[str, frozenset[str]]:
-    vendor, flags = platform.machine(), frozenset()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key.strip() == "vendor_id":
-                    vendor = value.strip()
-                elif key.strip() in ("flags", "Features"):
-                    flags = frozenset(value.split())
-                    break
-    except OSError:
-        pass
-    return vendor, flags
+    def take(self, nbytes: int) -> Tensor:
+        if self.buffer is None or self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self.buffer
 
 
-@functools.cache
-def cpu_policy() -> CpuPolicy:
-    """The policy for this processor; GPT2_FAST_GEMM=mkl or onednn overrides the float32 library."""
-    vendor, flags = _cpu_vendor_and_flags()
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    library = "onednn" if has_onednn and (vendor == "AuthenticAMD" or not torch.backends.mkl.is_available()) else "mkl"
-    chosen = os.environ.get("GPT2_FAST_GEMM")
-    if chosen is not None:
-        if chosen not in ("mkl", "onednn"):
-            raise ValueError(f"GPT2_FAST_GEMM is {chosen!r}; set it to mkl or onednn, or unset it")
-        library = chosen
-    amx, avx512_bf16 = "amx_bf16" in flags, "avx512_bf16" in flags
-    native = amx or (avx512_bf16 and vendor == "AuthenticAMD")
-    why = "AMX" if amx else "AVX-512 BF16" if native else "no bfloat16 products faster than float32"
-    return CpuPolicy(library, native, f"{vendor}, {why}")
+_workspace = _Workspace()
 
 
-def _float32_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _unit_stride(matrix: Tensor) -> Tensor:
+    """The matrix, copied where neither of its strides is 1."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish: int, u: Tensor | None = None) -> None:
+    """csrc/linear.cpp: out [M, N], contiguous, from a [M, K] @ b [K, N] + bias as `finish` says."""
+    (M, K), N = a.shape, b.shape[1]
+    if 0 in (M, N, K):
+        raise ValueError(f"{OP}: a product of {tuple(a.shape)} and {tuple(b.shape)} has no element")
+    a, b, bias = _unit_stride(a), _unit_stride(b), None if bias is None else bias.float()
+    pairs = a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16
+    nbytes, extension = torch.empty(1, dtype=torch.int64), dispatch.extension()
+    extension.linear_workspace(M, N, K, pairs, address(nbytes))
+    with record_function(PROFILED):
+        extension.linear_product(
+            address(a), DTYPE_CODES[a.dtype], *a.stride(), address(b), DTYPE_CODES[b.dtype], *b.stride(),
+            address(bias), address(out), address(u), DTYPE_CODES[out.dtype], finish, M, N, K, pairs,
+            address(_workspace.take(int(nbytes))), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if cpu_policy().float32 == "onednn" and a.shape[0] > 1:
         # Computes a @ w^T for w [N, K]; a transposed view of b is what it wants.
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """a [M, K] @ b [K, N] (+ bias [N]) by the fastest vendor product; either side may be a transposed view.
-
-    Args:
-        a, b, bias: one dtype and device.
-        out_dtype: a's unless given; float32 keeps what a widened product has before rounding.
-    """
-    out_dtype = out_dtype or a.dtype
-    if a.device.type != "cpu":
-        result = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-    elif a.dtype == torch.float32:
-        result = _float32_product(a, b, bias)
-    elif a.dtype == torch.bfloat16 and cpu_policy().native_bfloat16:
+def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    native = a.device.type != "cpu" or (a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16)
+    if native:
         result = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
     else:
-        result = _float32_product(a.float(), b.float(), None if bias is None else bias.float())
+        result = _vendor_float32(a.float(), b.float(), None if bias is None else bias.float())
     return result.to(out_dtype)
+
+
+def takes_own_product(a: Tensor, b: Tensor) -> bool:
+    """Whether a @ b is this package's own product where nobody asks for one or the other."""
+    own = a.device.type == "cpu" and cpu_policy().own and dispatch.unavailable("cpp", "cpu", a.dtype) is None
+    return own and a.shape[0] >= MIN_ROWS and b.numel() > 0
+
+
+def product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, impl: str = "auto"
+) -> Tensor:
+    """a [M, K] @ b [K, N] (+ bias [N]); either side may be a transposed view.
+
+    Args:
+        a, b, bias: on one device, and on a GPU of one dtype.
+        out_dtype: a's unless given; float32 keeps what a widened product has before rounding.
+        impl: "cpp", the own product, "aten", the vendor's, or "auto", by `cpu_policy`.
+    """
+    out_dtype = out_dtype or a.dtype
+    if (impl == "cpp" and 0 not in (*a.shape, *b.shape)) or (impl == "auto" and takes_own_product(a, b)):
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+        _own_product(a, b, bias, out, STORE)
+        return out
+    return _vendor_product(a, b, bias, out_dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [M, N], float32 and contiguous, += a [M, K] @ b [K, N]."""
+    if takes_own_product(a, b):
+        _own_product(a, b, None, total, ADD)
+    elif a.dtype == torch.float32 and (a.device.type != "cpu" or cpu_policy().float32 == "mkl"):
+        total.addmm_(a, b)
+    else:
+        total += _vendor_product(a, b, None, a.dtype)
+
+
+def gelu_product(
+    a: Tensor, b: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, erf: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y = gelu(u), and u = a @ b + bias where `save` asks for it, both [M, N] in `dtype`: the own product alone."""
+    y = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    u = torch.empty_like(y) if save else None
+    _own_product(a, b, bias, y, ERF_GELU if erf else TANH_GELU, u)
+    return y, u
 
 
 def _is_transposed(weight: Tensor) -> bool:
@@ -107,11 +133,11 @@ def empty_gradient(weight: Tensor) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
     """x [N, in]^T @ dy [N, out] in weight's dtype, laid out as weight is, so that autograd need not copy it."""
     if _is_transposed(weight):
-        return product(dy.t(), x, out_dtype=weight.dtype).t()
-    return product(x.t(), dy, out_dtype=weight.dtype)
+        return product(dy.t(), x, out_dtype=weight.dtype, impl=impl).t()
+    return product(x.t(), dy, out_dtype=weight.dtype, impl=impl)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,20 +146,20 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return y if bias is None else y + bias
 
 
-define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+define("linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor")
 define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias,"
+    " str impl) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
 @torch.library.register_fake("gpt2_fast::linear")
-def _(x, weight, bias):
+def _(x, weight, bias, impl):
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
 @torch.library.register_fake("gpt2_fast::linear_backward")
-def _(dy, x, weight, need_dx, need_dweight, need_dbias):
+def _(dy, x, weight, need_dx, need_dweight, need_dbias, impl):
     return (
         x.new_empty(x.shape if need_dx else 0),
         empty_gradient(weight) if need_dweight else weight.new_empty(0),
@@ -142,32 +168,33 @@ def _(dy, x, weight, need_dx, need_dweight, need_dbias):
 
 
 @torch.library.impl("gpt2_fast::linear", ("CPU", "CUDA"))
-def _(x, weight, bias):
-    y = product(x.reshape(-1, x.shape[-1]), weight, bias)
+def _(x, weight, bias, impl):
+    y = product(x.reshape(-1, x.shape[-1]), weight, bias, impl=impl)
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
 @torch.library.impl("gpt2_fast::linear_backward", ("CPU", "CUDA"))
-def _(dy, x, weight, need_dx, need_dweight, need_dbias):
+def _(dy, x, weight, need_dx, need_dweight, need_dbias, impl):
     dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = product(dy_NO, weight.t()).view(x.shape) if need_dx else x.new_empty(0)
-    dweight = weight_gradient(x_NI, dy_NO, weight) if need_dweight else weight.new_empty(0)
+    dx = product(dy_NO, weight.t(), impl=impl).view(x.shape) if need_dx else x.new_empty(0)
+    dweight = weight_gradient(x_NI, dy_NO, weight, impl) if need_dweight else weight.new_empty(0)
     dbias = dy_NO.sum(0) if need_dbias else dy.new_empty(0)
     return dx, dweight, dbias
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, impl):
         ctx.save_for_backward(x, weight)
-        return torch.ops.gpt2_fast.linear(x, weight, bias)
+        ctx.impl = impl
+        return torch.ops.gpt2_fast.linear(x, weight, bias, impl)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        gradients = torch.ops.gpt2_fast.linear_backward(dy, x, weight, *need)
-        return tuple(g if needed else None for g, needed in zip(gradients, need, strict=True))
+        need = ctx.needs_input_grad[:3]
+        gradients = torch.ops.gpt2_fast.linear_backward(dy, x, weight, *need, ctx.impl)
+        return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -189,9 +216,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{OP}: {name} is {t.dtype} on {t.device} and x {x.dtype} on {x.device}; they must match")
-    if dispatch.choose(OP, impl, x.device, x.dtype) == "reference":
+    chosen = dispatch.choose(OP, impl, x.device, x.dtype)
+    if chosen == "reference":
         return linear_reference(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    return _Linear.apply(x, weight, bias, "auto" if impl == "auto" else chosen)
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

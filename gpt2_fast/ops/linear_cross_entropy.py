@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.cpu_policy import cpu_policy
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
-from gpt2_fast.ops.linear import cpu_policy, product
+from gpt2_fast.ops.linear import add_product, product
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -100,16 +101,6 @@ def chunk_rows(device_type: str, vocabulary: int, itemsize: int) -> int:
     return max(1, CHUNK_BYTES[device_type] // (vocabulary * itemsize))
 
 
-def _accumulate_dweight(dweight: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-    """dweight [V, C] float32 += dlogits^T @ x; the first chunk writes it, so nothing has to be zero before."""
-    if dlogits.dtype == torch.float32 and (dlogits.device.type != "cpu" or cpu_policy().float32 == "mkl"):
-        dweight.addmm_(dlogits.t(), x, beta=0 if first else 1)
-    elif first:
-        dweight.copy_(product(dlogits.t(), x))
-    else:
-        dweight += product(dlogits.t(), x)
-
-
 @torch.library.impl("gpt2_fast::linear_cross_entropy", ("CPU", "CUDA"))
 def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
     _check_labels(labels, ignore_index, weight.shape[0])
@@ -121,9 +112,7 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
     rows = chunk_rows(x.device.type, vocabulary, x.element_size())
     losses = x.new_empty(n_rows, dtype=torch.float32)
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dweight = weight.new_empty(0)
-    if need_dweight:
-        dweight = (torch.empty_like if n_rows else torch.zeros_like)(weight, dtype=torch.float32)
+    dweight = torch.zeros_like(weight) if need_dweight and not n_rows else weight.new_empty(0)
     for start in range(0, n_rows, rows):
         chunk = slice(start, min(start + rows, n_rows))
         logits = product(x[chunk], weight.t())
@@ -131,8 +120,13 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
         _SOFTMAX_XENT[impl](logits, labels[chunk], losses[chunk], scale, ignore_index, need_dx or need_dweight)
         if need_dx:
             dx[chunk] = product(logits, weight)
-        if need_dweight:
-            _accumulate_dweight(dweight, logits, x[chunk], first=start == 0)
+        if (
+            need_dweight and start == 0
+        ):  # the first writes, so nothing has to be zero before; a single one rounds as well
+            dweight = product(logits.t(), x[chunk], out_dtype=dtype if rows >= n_rows else torch.float32)
+        elif need_dweight:
+            add_product(dweight, logits.t(), x[chunk])
+        del logits  # before the next chunk's are made
     return losses, dx.to(dtype), dweight.to(dtype)
 
 

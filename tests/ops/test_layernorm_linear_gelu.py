@@ -8,7 +8,8 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
 from gpt2_fast import config
-from gpt2_fast.ops import linear, philox
+from gpt2_fast.ops import philox
+from gpt2_fast.ops.cpu_policy import CpuPolicy
 from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.layernorm_linear_gelu import (
     ACTIVATIONS,
@@ -57,14 +58,14 @@ def test_every_instruction_set(isa, dtype):
         _check(inputs, options, dtype, "cpp")
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
 @pytest.mark.parametrize("native", [False, True])
-def test_bfloat16_products_native_or_widened(monkeypatch, native):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_processors_products(use_policy, native, own, dtype):
     """The tensors between the passes have the dtype in which the product runs, whichever that is."""
-    policy = linear.CpuPolicy("mkl", native, "a test")
-    monkeypatch.setattr("gpt2_fast.ops.layernorm_linear_gelu.cpu_policy", lambda: policy)
-    monkeypatch.setattr(linear, "cpu_policy", lambda: policy)
-    for *inputs, options in samples("cpu", torch.bfloat16):
-        _check(inputs, options, torch.bfloat16, "cpp")
+    use_policy(CpuPolicy("mkl", native, "a test", own))
+    for *inputs, options in samples("cpu", dtype):
+        _check(inputs, options, dtype, "cpp")
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])

@@ -1,37 +1,118 @@
-"""linear: vendor products against float64, values and gradients."""
+"""linear: the own and the vendor's products against float64, values and gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import DTYPES, assert_same_bits, check_op, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import linear as room
-from gpt2_fast.ops.linear import CpuPolicy, linear, linear_reference, samples
+from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.cpu_policy import CpuPolicy, cpu_policy
+from gpt2_fast.ops.linear import add_product, gelu_product, linear, linear_reference, product, samples
+
+OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
+POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]
+# (M, N, K): one number; less than a tile; tiles and what is left over; two blocks of inputs; two of rows and of inputs.
+SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (1600, 49, 1601)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradients(dtype):
+@pytest.mark.parametrize("impl", dispatch.implementations("linear", DEVICE)[:-1])
+def test_values_and_gradients(impl, dtype):
     for inputs in samples(DEVICE, dtype):
-        check_op(lambda *t: linear(*t, impl="aten"), linear_reference, inputs, dtype, f"{dtype}")
+        check_op(lambda *t: linear(*t, impl=impl), linear_reference, inputs, dtype, f"{impl} {dtype}")
 
 
-@pytest.mark.parametrize("policy", [CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")], ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_policy_is_right(policy, dtype, monkeypatch):
+def test_every_policy_is_right(policy, dtype, use_policy):
     """What another processor would choose is right on this one too."""
-    monkeypatch.setattr(room, "cpu_policy", lambda: policy)
+    use_policy(policy)
     for inputs in samples("cpu", dtype):
-        check_op(lambda *t: linear(*t, impl="aten"), linear_reference, inputs, dtype, f"{policy} {dtype}")
+        check_op(linear, linear_reference, inputs, dtype, f"{policy} {dtype}")
 
 
 def test_policy_override(monkeypatch):
+    choose = cpu_policy.__wrapped__
     monkeypatch.setenv("GPT2_FAST_GEMM", "onednn")
-    assert room.cpu_policy.__wrapped__().float32 == "onednn"
+    assert (choose().float32, choose().own) == ("onednn", False)
+    monkeypatch.setenv("GPT2_FAST_GEMM", "cpp")
+    assert choose().own
     monkeypatch.setenv("GPT2_FAST_GEMM", "blas")
-    with pytest.raises(ValueError, match="'blas'; set it to mkl or onednn"):
-        room.cpu_policy.__wrapped__()
+    with pytest.raises(ValueError, match="'blas'; set it to cpp, onednn, mkl, or unset it"):
+        choose()
+
+
+def _matrix(rows, columns, dtype, transposed):
+    matrix = torch.randn(columns, rows).t() if transposed else torch.randn(rows, columns)
+    return matrix.to(dtype)
+
+
+@pytest.mark.parametrize("policy", OWN, ids=["widened", "native"])
+@pytest.mark.parametrize("layout", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_product(isa, dtype, layout, policy, use_policy):
+    """Every layout of both sides, whole and partial tiles, several blocks; sums as exact as eager float32's."""
+    use_policy(policy)
+    for M, N, K in SIZES[: 6 if isa.startswith("avx512") else 5]:
+        a, b = _matrix(M, K, dtype, layout[0]), _matrix(K, N, dtype, layout[1])
+        bias = torch.randn(N).to(dtype)
+        actual = product(a, b, bias, torch.float32, impl="cpp")
+        eager, truth = a.float() @ b.float() + bias.float(), a.double() @ b.double() + bias.double()
+        assert_as_exact(actual, eager, truth, f"{M} x {N} x {K}")
+
+
+def test_own_product_takes_two_dtypes_and_any_strides(use_policy):
+    use_policy(OWN[1])
+    a, b = torch.randn(40, 3, 30)[:, 1], torch.randn(60, 90)[::2, ::2].bfloat16()
+    actual, truth = product(a, b, impl="cpp"), a.double() @ b.double()
+    assert_as_exact(actual, a @ b.float(), truth, "float32 by bfloat16")
+    assert actual.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", [*OWN, CpuPolicy("onednn", False, ""), CpuPolicy("mkl", False, "")], ids=str)
+def test_sum_of_products(policy, use_policy):
+    use_policy(policy)
+    for M, N, K in SIZES[:5]:
+        total, a, b = torch.randn(M, N), torch.randn(M, K), torch.randn(K, N)
+        truth, eager = total.double() + a.double() @ b.double(), total + a @ b
+        add_product(total, a, b)
+        assert_as_exact(total, eager, truth, f"{M} x {N} x {K}")
+
+
+@pytest.mark.parametrize("erf", [False, True], ids=["tanh", "erf"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_with_gelu(isa, dtype, erf, use_policy):
+    """u is rounded once, and y is GELU of u as it was rounded; nothing else is written without u."""
+    use_policy(OWN[1])
+    gelu = lambda u: torch.nn.functional.gelu(u, approximate="none" if erf else "tanh")
+    for M, N, K in SIZES[:5]:
+        a, b, bias = (torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
+        y, u = gelu_product(a, b, bias, dtype, True, erf)
+        assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", dtype)
+        assert_as_exact(y, gelu(u), gelu(u.double()), "y", dtype)
+        alone, nothing = gelu_product(a, b, bias, dtype, False, erf)
+        assert_same_bits([alone], [y])
+        assert nothing is None
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["widened", "native"])
+def test_own_product_gives_the_same_bits_on_any_number_of_threads(pairs, threads, use_policy):
+    use_policy(OWN[pairs])
+    runs, (M, N, K) = [], (201, 290, 1700)
+    a, b = torch.randn(M, K).bfloat16(), torch.randn(N, K).t().bfloat16()
+    for n in (1, 2, 3, 6):
+        threads(n)
+        runs.append(product(a, b, None, torch.float32, impl="cpp"))
+    for other in runs[1:]:
+        assert_same_bits(runs[:1], [other])
+
+
+def test_products_of_nothing(use_policy):
+    use_policy(OWN[1])
+    assert product(torch.empty(0, 3), torch.empty(3, 2)).shape == (0, 2)
+    assert torch.equal(product(torch.empty(40, 0), torch.empty(0, 2), impl="cpp"), torch.zeros(40, 2))
 
 
 def test_strided_inputs():
@@ -39,10 +120,10 @@ def test_strided_inputs():
     check_op(linear, linear_reference, [x, weight, torch.randn(33)], torch.float32)
 
 
-@pytest.mark.parametrize("library", ["mkl", "onednn"])
-def test_weight_of_nn_linear(library, monkeypatch):
+@pytest.mark.parametrize("library", ["cpp", "mkl", "onednn"])
+def test_weight_of_nn_linear(library, use_policy):
     """Its gradient is laid out as nn.Linear stores it, and autograd keeps that memory."""
-    monkeypatch.setattr(room, "cpu_policy", lambda: CpuPolicy(library, False, ""))
+    use_policy(CpuPolicy("mkl" if library == "cpp" else library, False, "", own=library == "cpp"))
     stored, seen = torch.randn(33, 48, requires_grad=True), []
     stored.register_hook(lambda g: seen.append(g.data_ptr()))
     linear(torch.randn(6, 4, 48), stored.t()).sum().backward()
@@ -76,9 +157,9 @@ def test_same_bits_twice():
 
 def test_operator_contract():
     x, weight, dy = torch.randn(2, 3, 8), torch.randn(8, 5), torch.randn(2, 3, 5)
-    torch.library.opcheck(torch.ops.gpt2_fast.linear.default, (x, weight, torch.randn(5)))
+    torch.library.opcheck(torch.ops.gpt2_fast.linear.default, (x, weight, torch.randn(5), "auto"))
     for layout in (weight, weight.t().contiguous().t()):
-        torch.library.opcheck(torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, True, True, True))
+        torch.library.opcheck(torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, True, True, True, "auto"))
 
 
 def test_compiles_whole():

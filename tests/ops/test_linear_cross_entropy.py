@@ -7,8 +7,8 @@ import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import linear
 from gpt2_fast.ops import linear_cross_entropy as room
+from gpt2_fast.ops.cpu_policy import CpuPolicy
 from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, samples
 
@@ -57,14 +57,13 @@ def test_every_instruction_set(isa, dtype):
         _check(x, weight, labels, options, dtype, "cpp")
 
 
-@pytest.mark.parametrize("policy", [("onednn", False), ("mkl", True)], ids=["onednn", "native bfloat16"])
-def test_other_processors_products(monkeypatch, policy, chunks):
-    policy = linear.CpuPolicy(*policy, "a test")
-    monkeypatch.setattr(room, "cpu_policy", lambda: policy)
-    monkeypatch.setattr(linear, "cpu_policy", lambda: policy)
-    dtype = torch.bfloat16 if policy.native_bfloat16 else torch.float32
-    for x, weight, labels, options in samples("cpu", dtype):
-        _check(x, weight, labels, options, dtype, "cpp")
+@pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
+@pytest.mark.parametrize(("vendor", "native"), [("onednn", False), ("mkl", True)], ids=["onednn", "native bfloat16"])
+def test_other_processors_products(use_policy, vendor, native, own, chunks):
+    use_policy(CpuPolicy(vendor, native, "a test", own))
+    for dtype in (torch.float32, torch.bfloat16):
+        for x, weight, labels, options in samples("cpu", dtype):
+            _check(x, weight, labels, options, dtype, "cpp")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

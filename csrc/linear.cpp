@@ -1,0 +1,291 @@
+// C = A @ B + bias for products of many rows: the training step's and a prefill's.
+//
+// B is copied into panels (linear_pack.h), a block at a time. So is A, unless its inputs lie next to each other in the
+// dtype that the tile multiplies: then it is read where it lies, but for what does not fill a tile or a pair. A tile of C
+// (8 x 48 with AVX-512) stays in registers over CHAIN steps; what follows the sum (bias, GELU, rounding) happens before
+// it is stored. Once in panels, products reach 97% of the processor's multiply-adds: what counts is to move less.
+//
+// After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication") and BLIS, with longer panels: one
+// of B comes from the second-level cache as fast as the tile takes it, so it need not fit the first.
+//
+// An output's sum runs over its inputs in order, CHAIN steps at a time, whatever the number of threads.
+#include "gelu.h"
+#include "kernels.h"
+#include "linear_pack.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+namespace {
+
+constexpr int64_t CHAIN = 384;         // steps that are added up one after another; then their sums are
+constexpr int64_t MAX_DEPTH = 1536;    // steps of a block
+constexpr int64_t CACHED = 192 << 10;  // units (4 bytes) of A that stay in the second-level cache
+constexpr int64_t PACKED_A = 2 << 20, PACKED_B = 512 << 10;  // units that are packed at a time
+constexpr int64_t AHEAD_A = 64, AHEAD_B = 16;                // steps that are fetched before their use
+
+// n cut into equal blocks of at most `most`, each a multiple of `step`.
+GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
+  most = most < step ? step : most;
+  return round_up(ceil_div(n, ceil_div(n, most)), step);
+}
+
+// ---- the tile ----
+
+// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, whose units are `next_row` and `next_step` apart, and
+// a panel of B. Every third row has an address of its own: those between are one and two strides on.
+template <int G, bool IN_PLACE>
+__attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int64_t next_row, const float* b, bool add,
+                                             float* sums) {
+  const char* third[(TILE_M + 2) / 3];
+  for (int i = 0; i < (TILE_M + 2) / 3; ++i) third[i] = (const char*)a + 3 * i * next_row;
+  vf sum[TILE_M][TILE_V];
+#pragma GCC unroll 32
+  for (int i = 0; i < TILE_M * TILE_V; ++i) sum[i / TILE_V][i % TILE_V] = vf{};
+  for (int64_t s = 0; s < steps; ++s) {
+    if (!IN_PLACE) __builtin_prefetch(a + AHEAD_A * TILE_M);  // half of it was packed, and is held, by another core
+    vf column[TILE_V];
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_V; ++v) {
+      column[v] = load(b + v * W);
+      __builtin_prefetch(b + AHEAD_B * TILE_N + v * W);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_M; ++r) {
+      const vf x = splat(IN_PLACE ? *(const float*)(third[r / 3] + r % 3 * next_row) : a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < TILE_V; ++v) {
+#if defined(__AVX512BF16__)
+        // The intrinsic makes g++ 12 copy its accumulators.
+        if (G == 2)
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sum[r][v]) : "v"(column[v]), "v"(x));
+        else
+#endif
+          sum[r][v] += x * column[v];
+      }
+    }
+    a += TILE_M;
+    b += TILE_N;
+    if (IN_PLACE)
+#pragma GCC unroll 4
+      for (int i = 0; i < (TILE_M + 2) / 3; ++i) third[i] += sizeof(float);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < TILE_M; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_V; ++v) {
+      float* to = sums + r * TILE_N + v * W;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+struct Result {
+  char *c, *u;
+  const float* bias;
+  int64_t dtype, stride, finish;
+};
+
+template <class Gelu, class T>
+GPT2_INLINE void finish_vector(const Result& to, T* c, T* u, vf x, int64_t n) {
+  if (to.finish == FINISH_ADD) x += load_n(c, n);
+  if (to.finish >= FINISH_TANH_GELU) {
+    x = rounded<T>(x);
+    if (u) store_n(u, x, n);
+    x = Gelu::value(x);
+  }
+  store_n(c, x, n);
+}
+
+// The sums of a tile at (row, column) of C, rows x columns of it, and what becomes of them.
+template <class Gelu, class T>
+__attribute__((noinline)) void finish_rows(const Result& to, const float* sums, int64_t row, int64_t column,
+                                           int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += W) {
+      const int64_t n = columns - i, at = (row + r) * to.stride + column + i;
+      vf x = load(sums + r * TILE_N + i);
+      if (to.bias) x += load_n(to.bias + column + i, n);
+      finish_vector<Gelu>(to, (T*)to.c + at, to.u ? (T*)to.u + at : nullptr, x, n);
+    }
+}
+
+void finish_tile(const Result& to, const float* sums, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+  GPT2_DISPATCH(to.dtype, T, {
+    auto run = to.finish == FINISH_ERF_GELU ? finish_rows<ErfGelu, T> : finish_rows<TanhGelu, T>;
+    run(to, sums, row, column, rows, columns);
+  });
+}
+
+// ---- the product ----
+
+// How a product is cut: blocks of `rows` x `columns` x `depth` steps; and what the workspace holds, in units.
+struct Plan {
+  int64_t steps, depth, rows, columns, packed_a, packed_b, last_inputs, partial;
+
+  Plan(int64_t M, int64_t N, int64_t K, int64_t group) {
+    steps = ceil_div(K, group);
+    depth = block_of(steps, MAX_DEPTH, 1);
+    rows = block_of(M, PACKED_A / depth, TILE_N);  // A is packed in panels of TILE_M, but TILE_N at a time
+    columns = block_of(N, PACKED_B / depth, TILE_N);
+    packed_a = rows * depth;
+    packed_b = columns * depth;
+    last_inputs = round_up(M, TILE_N);
+    partial = depth < steps ? round_up(M, TILE_M) * round_up(N, TILE_N) : 0;
+  }
+};
+
+// Part of C, and of the sums in it.
+struct Block {
+  int64_t row, column, step, steps;
+  bool first, last;  // of the steps
+};
+
+// One thread's view of a product.
+struct Product {
+  Plan plan;
+  Operand a, b;
+  Result to;
+  int64_t M, N, K, group, thread, threads;
+  float *packed_a, *packed_b, *last_inputs, *partial;
+
+  static void meet() {
+#pragma omp barrier
+  }
+
+  bool in_place() const { return a.step == 1 && a.dtype == (group == 2 ? BF16 : F32); }
+
+  // A grid of threads over a block of `panels_m` x `panels_n` tiles: as even as can be, then more along the columns.
+  int64_t threads_along_columns(int64_t panels_m, int64_t panels_n) const {
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t n = 1; n <= threads; ++n) {
+      if (threads % n) continue;
+      const int64_t tiles = ceil_div(panels_m, threads / n) * ceil_div(panels_n, n);
+      if (tiles <= least) least = tiles, best = n;
+    }
+    return best;
+  }
+
+  // The sums of a tile at (row, column) of a block.
+  void sum_tile(const Block& block, int64_t row, int64_t column, float* sums) const {
+    const float* at_b = packed_b + column * block.steps;
+    const int64_t at_row = block.row + row;
+    if (!in_place() || at_row + TILE_M > M) {
+      const float* at_a = packed_a + (in_place() ? 0 : row * block.steps);
+      for (int64_t s = 0; s < block.steps; s += CHAIN) {
+        auto run = group == 2 ? multiply_tile<2, false> : multiply_tile<1, false>;
+        run(smaller(CHAIN, block.steps - s), at_a + s * TILE_M, 0, at_b + s * TILE_N, s > 0, sums);
+      }
+      return;
+    }
+    const bool half = block.last && K % group;  // the last step is half a pair, and is packed
+    const int64_t steps = block.steps - half, stride = a.lane * 4 / group;
+    const float* at_a = (const float*)(a.data + at_row * stride) + block.step;
+    for (int64_t s = 0; s < steps; s += CHAIN) {
+      auto run = group == 2 ? multiply_tile<2, true> : multiply_tile<1, true>;
+      run(smaller(CHAIN, steps - s), at_a + s, stride, at_b + s * TILE_N, s > 0, sums);
+    }
+    if (half) multiply_tile<2, false>(1, last_inputs + at_row, 0, at_b + steps * TILE_N, steps > 0, sums);
+  }
+
+  // A tile's sums, added to those of the blocks of steps before, and what becomes of them.
+  void tile(const Block& block, int64_t row, int64_t column) const {
+    const int64_t at_row = block.row + row, at_column = block.column + column;
+    const int64_t rows = smaller(TILE_M, M - at_row), columns = smaller(TILE_N, N - at_column);
+    if (block.last)
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_prefetch(to.c + ((at_row + r) * N + at_column) * (to.dtype == F32 ? 4 : 2), 1);
+    alignas(64) float sums[TILE_M * TILE_N];
+    sum_tile(block, row, column, sums);
+    if (!block.first || !block.last) {
+      float* held = partial + at_row * round_up(N, TILE_N) + at_column * TILE_M;
+      for (int64_t i = 0; i < TILE_M * TILE_N; i += W) {
+        const vf x = block.first ? load(sums + i) : load(held + i) + load(sums + i);
+        store(block.last ? sums + i : held + i, x);
+      }
+    }
+    if (block.last) finish_tile(to, sums, at_row, at_column, rows, columns);
+  }
+
+  // This thread's tiles: those of the rows that stay in its cache, panel of B after panel.
+  void tiles(const Block& block) const {
+    const int64_t panels_m = ceil_div(smaller(plan.rows, M - block.row), TILE_M);
+    const int64_t panels_n = ceil_div(smaller(plan.columns, N - block.column), TILE_N);
+    const int64_t along = threads_along_columns(panels_m, panels_n), others = threads / along;
+    const int64_t i = thread / along, j = thread % along;
+    const int64_t end_m = panels_m * (i + 1) / others, end_n = panels_n * (j + 1) / along;
+    const int64_t held = CACHED / block.steps / TILE_M > 0 ? CACHED / block.steps / TILE_M : 1;
+    for (int64_t m0 = panels_m * i / others; m0 < end_m; m0 += held)
+      for (int64_t n = panels_n * j / along; n < end_n; ++n)
+        for (int64_t m = m0; m < m0 + held && m < end_m; ++m) tile(block, m * TILE_M, n * TILE_N);
+  }
+
+  // What of A is not read where it lies.
+  void pack_a(const Block& block, int64_t first, int64_t count) const {
+    const Panels panels{packed_a, TILE_M, block.steps};
+    if (!in_place()) {
+      pack(a, group, block.row, smaller(plan.rows, M - block.row), first, count, panels, thread, threads);
+      return;
+    }
+    pack(a, group, M / TILE_M * TILE_M, M % TILE_M, first, count, panels, thread, threads);
+    if (block.last && K % group) pack(a, group, 0, M, K - 1, 1, {last_inputs, TILE_M, 1}, thread, threads);
+  }
+
+  void run() const {
+    Block block{};
+    for (; block.step < plan.steps; block.step += plan.depth) {
+      block.steps = smaller(plan.depth, plan.steps - block.step);
+      block.first = block.step == 0, block.last = block.step + block.steps == plan.steps;
+      const int64_t first = block.step * group, count = smaller(block.steps * group, K - first);
+      const Panels panels{packed_b, TILE_N, block.steps};
+      for (block.row = 0; block.row < M; block.row += plan.rows) {
+        pack_a(block, first, count);
+        for (block.column = 0; block.column < N; block.column += plan.columns) {
+          if (block.row == 0 || plan.columns < N)  // a single block of columns stays packed for all rows
+            pack(b, group, block.column, smaller(plan.columns, N - block.column), first, count, panels, thread, threads);
+          meet();
+          tiles(block);
+          meet();
+        }
+      }
+    }
+  }
+};
+
+int64_t group_of(bool pairs) {
+#if defined(__AVX512BF16__)
+  return pairs ? 2 : 1;
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, addr bytes) {
+  const Plan plan(M, N, K, group_of(pairs));
+  const int64_t units = plan.packed_a + plan.packed_b + plan.last_inputs + plan.partial;
+  *(int64_t*)bytes = units * (int64_t)sizeof(float);
+}
+
+void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, int64_t b_dtype, int64_t b_k,
+                    int64_t b_n, addr bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, int64_t N,
+                    int64_t K, bool pairs, addr workspace, int64_t threads) {
+  const int64_t group = group_of(pairs);
+  const Plan plan(M, N, K, group);
+  float *packed_a = (float*)workspace, *packed_b = packed_a + plan.packed_a;
+  float *last_inputs = packed_b + plan.packed_b, *partial = last_inputs + plan.last_inputs;
+#pragma omp parallel num_threads((int)threads)
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+#else
+    const int64_t thread = 0, count = 1;
+#endif
+    const Product product{plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k},
+                          {(char*)c, (char*)u, (const float*)bias, c_dtype, N, finish}, M, N, K, group, thread, count,
+                          packed_a, packed_b, last_inputs, partial};
+    product.run();
+  }
+}
+
+}  // namespace GPT2_ISA
+}  // namespace gpt2

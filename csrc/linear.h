@@ -1,0 +1,22 @@
+// Kernels of linear.cpp, for kernels.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace gpt2 {
+
+// What becomes of sum + bias: stored; added to what C holds; or stored in u, where there is one, and GELU of it in C.
+enum Finish : int64_t { FINISH_STORE = 0, FINISH_ADD = 1, FINISH_TANH_GELU = 2, FINISH_ERF_GELU = 3 };
+
+}  // namespace gpt2
+
+// C [M, N] = A [M, K] @ B [K, N] + bias. A and B in any dtypes, by their strides in elements, one of each two 1; bias
+// float32 [N] or null; C and u with rows N apart, in c_dtype. pairs: both sides are bfloat16, and are multiplied as they
+// are, two inputs at a time, where the instruction set has it; otherwise everything is widened to float32. workspace: as
+// many bytes as linear_workspace puts into the int64 at `bytes`, aligned to 64. M, N and K are at least 1.
+// Any number of threads gives the same bits.
+#define GPT2_LINEAR_KERNELS(KERNEL) \
+  KERNEL(linear_product, (addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, int64_t b_dtype, int64_t b_k, \
+                          int64_t b_n, addr bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, \
+                          int64_t N, int64_t K, bool pairs, addr workspace, int64_t threads)) \
+  KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, addr bytes))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gpt2_fast.ops import dispatch
 from gpt2_fast.ops.dispatch import address
 from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
-from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, PackedMatrix, padded, round_up
+from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded, round_up
 
 OP = "decode_step"
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
@@ -57,11 +57,12 @@ class PackedModel:
         self.impl = dispatch.choose(OP, impl, device, torch.float32)
         self.config, self.weights, self.dtype = model.config, weights, dtype
         self.cache_dtype = CACHE_DTYPES[weights]
-        self.wte = PackedMatrix(transformer.wte.weight, weights)
+        memory = HugePages()
+        self.layers = [_PackedLayer(block, weights, memory) for block in transformer.h]
+        self.wte = PackedMatrix(transformer.wte.weight, weights, memory=memory)
         tied = model.lm_head.weight is transformer.wte.weight
-        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head.weight, weights)
+        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head.weight, weights, memory=memory)
         self.wpe = transformer.wpe.weight.detach().to(torch.float32, copy=True).contiguous()
-        self.layers = [_PackedLayer(block, weights) for block in transformer.h]
         self.ln_f = _parameters(transformer.ln_f)
         self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
         self._table = torch.tensor(self._entries())
@@ -102,11 +103,11 @@ class PackedModel:
 
 
 class _PackedLayer:
-    def __init__(self, block: nn.Module, weights: str):
+    def __init__(self, block: nn.Module, weights: str, memory: HugePages):
         self.scale = block.attn.scale
         self.ln_1, self.ln_2 = _parameters(block.ln_1), _parameters(block.ln_2)
         linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.matrices = [PackedMatrix(linear.weight_io.t(), weights, linear.bias) for linear in linears]
+        self.matrices = [PackedMatrix(linear.weight_io.t(), weights, linear.bias, memory=memory) for linear in linears]
 
     def table(self) -> list[int]:
         """DecodeLayer of csrc/decode_step.h."""

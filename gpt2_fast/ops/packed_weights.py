@@ -12,6 +12,10 @@ int8       4   q + 128 in uint8 with q = round(w / scale) in [-127, 127], one fl
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +38,33 @@ def padded(vector: Tensor | None) -> Tensor | None:
     return F.pad(vector.detach().float(), (0, round_up(len(vector), PANEL) - len(vector))).clone()
 
 
+class HugePages:
+    """Memory for tensors that are read from end to end, on pages of 2 MiB where the system gives them.
+
+    With pages of 4 KiB a thread that streams weights misses its translation cache every 64 lines. A part is taken from
+    the system when the one before is full; what nobody has written of it is no memory yet.
+    """
+
+    PART = 64 << 20
+    ALIGNMENT = 64
+
+    def __init__(self):
+        self._part, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor, which keeps its part alive."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._used + nbytes > self._part.numel():
+            memory = mmap.mmap(-1, round_up(max(nbytes, self.PART), 2 << 20))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            self._part, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+        taken = self._part[self._used : self._used + nbytes].view(dtype).view(shape)
+        self._used += round_up(nbytes, self.ALIGNMENT)
+        return taken
+
+
 class PackedMatrix:
     """A matrix [N, K], and the bias [N] of its product, for y = x @ matrix^T + bias.
 
@@ -41,12 +72,13 @@ class PackedMatrix:
         matrix: [N, K], any floating dtype and strides.
         weights: "float32", "bfloat16" or "int8".
         bias: [N], kept in float32.
+        memory: where the panels go.
 
     Attributes:
         panels: as above. scale, bias: float32, zero up to a multiple of 16, or None.
     """
 
-    def __init__(self, matrix: Tensor, weights: str, bias: Tensor | None = None):
+    def __init__(self, matrix: Tensor, weights: str, bias: Tensor | None = None, *, memory: HugePages):
         self.shape, self.weights = matrix.shape, weights
         self.bias = padded(bias)
         self.scale = None
@@ -58,7 +90,7 @@ class PackedMatrix:
             self.scale = padded(scale)
         elif weights == "bfloat16":
             matrix = matrix.bfloat16()
-        self.panels = _to_panels(matrix, GROUPS[weights], 128 if weights == "int8" else 0)
+        self.panels = _to_panels(matrix, GROUPS[weights], 128 if weights == "int8" else 0, memory)
 
     def table(self) -> list[int]:
         """DecodeMatrix of csrc/decode_step.h."""
@@ -75,7 +107,8 @@ class PackedMatrix:
         return matrix if self.scale is None else (matrix - 128) * self.scale[:N].to(dtype).unsqueeze(1)
 
 
-def _to_panels(matrix: Tensor, group: int, zero: int) -> Tensor:
+def _to_panels(matrix: Tensor, group: int, zero: int, memory: HugePages) -> Tensor:
     N, K = matrix.shape
     matrix = F.pad(matrix, (0, round_up(K, group) - K, 0, round_up(N, PANEL) - N), value=zero)
-    return matrix.view(-1, PANEL, matrix.shape[1] // group, group).transpose(1, 2).contiguous()
+    panels = matrix.view(-1, PANEL, matrix.shape[1] // group, group).transpose(1, 2)
+    return memory.empty(panels.shape, panels.dtype).copy_(panels)

@@ -10,7 +10,7 @@ from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, samples
-from gpt2_fast.ops.packed_weights import PackedMatrix
+from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
 
 WEIGHTS = ["float32", "bfloat16", "int8"]
 
@@ -114,7 +114,7 @@ def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
 def test_int8_rounds_each_row_by_its_own_scale():
     matrix = torch.randn(21, 10) * torch.logspace(-3, 3, 21).unsqueeze(1)
     matrix[4] = 0
-    meant = PackedMatrix(matrix, "int8").dequantised(torch.float64)
+    meant = PackedMatrix(matrix, "int8", memory=HugePages()).dequantised(torch.float64)
     step = matrix.abs().amax(1, keepdim=True).double() / 127
     assert ((meant - matrix).abs() <= 0.5001 * step).all()
     assert (meant.abs().amax(1) - matrix.abs().amax(1)).abs().max() <= 1e-6 * matrix.abs().max()

@@ -150,10 +150,11 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
 }
 #endif
 
-// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for.
+// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for; of a few rows one, as memory gives
+// a single stream more than four.
 template <class A>
 constexpr int panels_of(int rows) {
-  return 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;
+  return rows <= 4 ? 1 : 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;
 }
 
 // `count` panels side by side, R rows.

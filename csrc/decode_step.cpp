@@ -2,7 +2,8 @@
 //
 // Threads share each product by its columns, so that every one streams its own part of the weights, and everything
 // else by rows or heads; between these the region meets at a barrier. An output's sum runs over its inputs in order,
-// in one thread, whatever the number of threads and of rows.
+// in one thread, whatever the number of threads and of rows. Of the last layer, what comes after its keys and values is
+// computed for the newest rows alone.
 #include "decode_panels.h"
 #include "gelu.h"
 #include "kernels.h"
@@ -129,13 +130,14 @@ struct Worker {
       const __m512i lo = _mm512_sub_epi32(q, _mm512_slli_epi32(hi, 7));
       hi_sum = _mm512_add_epi32(hi_sum, hi);
       lo_sum = _mm512_add_epi32(lo_sum, lo);
-      int32_t hi_quads[4], lo_quads[4];
-      _mm_storeu_si128((__m128i*)hi_quads, _mm512_cvtepi32_epi8(hi));
-      _mm_storeu_si128((__m128i*)lo_quads, _mm512_cvtepi32_epi8(lo));
-      for (int i = 0; i < 4; ++i, to += pitch) {
-        memcpy(to, hi_quads + i, 4);
-        memcpy(to + 4, lo_quads + i, 4);
-      }
+      // Four times a quad of hi and the same of lo.
+      const __m128i hi_quads = _mm512_cvtepi32_epi8(hi), lo_quads = _mm512_cvtepi32_epi8(lo);
+      const __m128i first = _mm_unpacklo_epi32(hi_quads, lo_quads), second = _mm_unpackhi_epi32(hi_quads, lo_quads);
+      _mm_storel_pd((double*)to, (__m128d)first);
+      _mm_storeh_pd((double*)(to + pitch), (__m128d)first);
+      _mm_storel_pd((double*)(to + 2 * pitch), (__m128d)second);
+      _mm_storeh_pd((double*)(to + 3 * pitch), (__m128d)second);
+      to += 4 * pitch;
     }
     c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
     c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
@@ -217,9 +219,9 @@ struct Worker {
         store_n(out + r * C16() + d, load(sums + r * HEAD_MAX + d) * inverse[r], D - d);
   }
 
-  // Stores the keys and values of a segment for one head, then attends to them.
+  // Stores the keys and values of a segment for one head, then attends to them from its rows `from` on.
   template <class E>
-  void attend_segment(Segment s, const int32_t* sequences, const int32_t* positions, int64_t head,
+  void attend_segment(Segment s, int64_t from, const int32_t* sequences, const int32_t* positions, int64_t head,
                       int64_t layer) const {
     const int64_t D = m.D, C = m.C, stride = round_up(3 * C, 16), G = GROUP_OF<E>, S = S16();
     const int64_t slot = (layer * c.B + sequences[s.begin]) * m.H + head;
@@ -233,13 +235,14 @@ struct Worker {
         put(const_cast<E&>(element<E>(values, S, d, positions[r])), row[2 * C + d]);
       }
     }
-    for (int64_t r = s.begin; r < s.end; r += ROWS)
+    for (int64_t r = from; r < s.end; r += ROWS)
       attend_tile<E>(qkv + r * stride, positions[r], s.end - r < ROWS ? s.end - r : ROWS, keys, values,
                      m.constants[layer], c.y + r * C16() + head * D);
   }
 
-  // y = attention of the rows of qkv, whose keys and values the cache takes first.
-  void attend(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t layer) const {
+  // y = attention of the rows of qkv, whose keys and values the cache takes first. In the last layer only the newest
+  // rows of sequences are needed further on.
+  void attend(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t rest, int64_t layer) const {
     int64_t segments = 0, task = 0;
     for (int64_t r = 0; r < rows; ++r) segments += r == 0 || sequences[r] != sequences[r - 1];
     const int64_t begin = first(segments * m.H), end = last(segments * m.H);
@@ -247,22 +250,48 @@ struct Worker {
       while (s.end < rows && sequences[s.end] == sequences[s.begin]) ++s.end;
       for (int64_t head = 0; head < m.H; ++head, ++task) {
         if (task < begin || task >= end) continue;
+        const int64_t from = layer + 1 < m.L ? s.begin : newest(sequences, s.end - 1, rest) ? s.end - 1 : s.end;
         if (m.weights == DECODE_F32)
-          attend_segment<float>(s, sequences, positions, head, layer);
+          attend_segment<float>(s, from, sequences, positions, head, layer);
         else
-          attend_segment<bf16>(s, sequences, positions, head, layer);
+          attend_segment<bf16>(s, from, sequences, positions, head, layer);
       }
     }
   }
 
-  void layer(const DecodeLayer& l, int64_t index, const int32_t* sequences, const int32_t* positions,
-             int64_t rows) const {
+  // Whether row r, of the `rest` that are not yet done, is the last of its sequence.
+  static bool newest(const int32_t* sequences, int64_t r, int64_t rest) {
+    return r + 1 == rest || sequences[r + 1] != sequences[r];
+  }
+
+  // Moves the newest rows of h and y to the front, in order; returns how many there are.
+  int64_t gather(const int32_t* sequences, int64_t rows, int64_t rest) const {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!newest(sequences, r, rest)) continue;
+      if (thread == 0 && r != count) {
+        memcpy(c.h + count * C16(), c.h + r * C16(), C16() * sizeof(float));
+        memcpy(c.y + count * C16(), c.y + r * C16(), C16() * sizeof(float));
+      }
+      ++count;
+    }
+    return count;
+  }
+
+  // Rows of a chunk through one layer, `rest` being all that are not yet done; returns how many h has afterwards: the
+  // last layer keeps the newest of each sequence alone.
+  int64_t layer(const DecodeLayer& l, int64_t index, const int32_t* sequences, const int32_t* positions, int64_t rows,
+                int64_t rest) const {
     const int64_t C = m.C, F = m.F, QKV16 = round_up(3 * C, 16);
     layernorm(c.h, l.ln_1_weight, l.ln_1_bias, rows);
     meet();
     product(c.y, C16(), l.c_attn, 3 * C, C, rows, STORE, c.qkv, QKV16, QKV16);
     meet();
-    attend(sequences, positions, rows, index);
+    attend(sequences, positions, rows, rest, index);
+    if (index + 1 == m.L) {
+      meet();
+      rows = gather(sequences, rows, rest);
+    }
     hand_over(c.y, C16(), rows);
     product(c.y, C16(), l.attn_proj, C, C, rows, ADD, c.h, C16(), C16());
     meet();
@@ -272,6 +301,7 @@ struct Worker {
     hand_over(c.f, F16(), rows);
     product(c.f, F16(), l.mlp_proj, C, F, rows, ADD, c.h, C16(), C16());
     meet();
+    return rows;
   }
 
   void run(const int64_t* tokens, const int32_t* sequences, const int32_t* positions, int64_t rows,
@@ -279,10 +309,14 @@ struct Worker {
     for (int64_t begin = 0; begin < rows; begin += c.chunk) {
       const int64_t n = rows - begin < c.chunk ? rows - begin : c.chunk;
       embed(tokens + begin, positions + begin, n);
-      for (int64_t i = 0; i < m.L; ++i) layer(m.layers[i], i, sequences + begin, positions + begin, n);
-      for (int64_t r = first(n); r < last(n); ++r)
-        if (begin + r + 1 == rows || sequences[begin + r + 1] != sequences[begin + r])
-          memcpy(c.newest + sequences[begin + r] * C16(), c.h + r * C16(), C16() * sizeof(float));
+      int64_t kept = n;
+      for (int64_t i = 0; i < m.L; ++i)
+        kept = layer(m.layers[i], i, sequences + begin, positions + begin, kept, rows - begin);
+      for (int64_t r = 0, i = 0; i < kept; ++r) {
+        if (!newest(sequences + begin, r, rows - begin)) continue;
+        if (thread == 0) memcpy(c.newest + sequences[begin + r] * C16(), c.h + i * C16(), C16() * sizeof(float));
+        ++i;
+      }
       meet();
     }
     for (int64_t begin = 0; begin < c.B; begin += c.chunk) {

@@ -157,8 +157,9 @@ class PackedCache:
             self.keys, self.values = (torch.zeros(*heads, n_positions, D, dtype=packed.dtype) for _ in range(2))
             return
         S, group = round_up(n_positions, PANEL), GROUPS["float32" if packed.weights == "float32" else "bfloat16"]
-        self.keys = torch.zeros(*heads, S, round_up(D, group), dtype=packed.cache_dtype)
-        self.values = torch.zeros(*heads, S, round_up(D, PANEL), dtype=packed.cache_dtype)
+        memory = HugePages()
+        self.keys = memory.zeros((*heads, S, round_up(D, group)), packed.cache_dtype)
+        self.values = memory.zeros((*heads, S, round_up(D, PANEL)), packed.cache_dtype)
         self._allocate(config, S)
 
     def _allocate(self, config, S: int) -> None:

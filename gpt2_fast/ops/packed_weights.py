@@ -39,7 +39,7 @@ def padded(vector: Tensor | None) -> Tensor | None:
 
 
 class HugePages:
-    """Memory for tensors that are read from end to end, on pages of 2 MiB where the system gives them.
+    """Memory for tensors that are read from end to end, zero at first, on pages of 2 MiB where the system gives them.
 
     With pages of 4 KiB a thread that streams weights misses its translation cache every 64 lines. A part is taken from
     the system when the one before is full; what nobody has written of it is no memory yet.
@@ -51,11 +51,13 @@ class HugePages:
     def __init__(self):
         self._part, self._used = torch.empty(0, dtype=torch.uint8), 0
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor, which keeps its part alive."""
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of zeros, which keeps its part alive."""
         nbytes = math.prod(shape) * dtype.itemsize
         if self._used + nbytes > self._part.numel():
-            memory = mmap.mmap(-1, round_up(max(nbytes, self.PART), 2 << 20))
+            # Private, since shared memory gets no such pages.
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            memory = mmap.mmap(-1, round_up(max(nbytes, self.PART), 2 << 20), **private)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
                     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -111,4 +113,4 @@ def _to_panels(matrix: Tensor, group: int, zero: int, memory: HugePages) -> Tens
     N, K = matrix.shape
     matrix = F.pad(matrix, (0, round_up(K, group) - K, 0, round_up(N, PANEL) - N), value=zero)
     panels = matrix.view(-1, PANEL, matrix.shape[1] // group, group).transpose(1, 2)
-    return memory.empty(panels.shape, panels.dtype).copy_(panels)
+    return memory.zeros(panels.shape, panels.dtype).copy_(panels)

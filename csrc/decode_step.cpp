@@ -31,12 +31,6 @@ GPT2_INLINE float value(bf16 x) {
   return f;
 }
 GPT2_INLINE float value(uint8_t x) { return (float)((int)x - 128); }
-GPT2_INLINE void put(float& to, float x) { to = x; }
-GPT2_INLINE void put(bf16& to, float x) {
-  bf16 buffer[W];
-  store(buffer, splat(x));
-  to = buffer[0];
-}
 
 // What a finished sum becomes: out = sum + bias, out = gelu(sum + bias) by tanh or erf, or out += sum + bias.
 enum Finish { STORE, TANH_GELU, ERF_GELU, ADD };
@@ -230,9 +224,14 @@ struct Worker {
     const float* qkv = c.qkv + head * D;
     for (int64_t r = s.begin; r < s.end; ++r) {
       const float* row = qkv + r * stride;
+      E key[HEAD_MAX], value[HEAD_MAX];
+      for (int64_t d = 0; d < D; d += W) {
+        store(key + d, load_n(row + C + d, D - d));
+        store(value + d, load_n(row + 2 * C + d, D - d));
+      }
       for (int64_t d = 0; d < D; ++d) {
-        put(const_cast<E&>(element<E>(keys, D, positions[r], d)), row[C + d]);
-        put(const_cast<E&>(element<E>(values, S, d, positions[r])), row[2 * C + d]);
+        const_cast<E&>(element<E>(keys, D, positions[r], d)) = key[d];
+        const_cast<E&>(element<E>(values, S, d, positions[r])) = value[d];
       }
     }
     for (int64_t r = from; r < s.end; r += ROWS)

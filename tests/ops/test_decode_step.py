@@ -97,7 +97,7 @@ def test_same_bits_on_any_number_of_threads(isa, threads, weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
-    """The second row of a padded batch whose prefill takes more than one chunk, and the same tokens one by one."""
+    """Rows of a padded batch whose prefill takes more than one chunk, and the same tokens one by one."""
     B, T, start = CHUNK // 24 + 2, 25, 7
     packed, tokens = (
         PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
@@ -107,8 +107,24 @@ def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
     starts = torch.zeros(B, dtype=torch.int32)
     starts[1] = start
     batch = _run(packed, tokens, starts, T - 1)
-    alone = _run(packed, tokens[1:2, start:], prompt=1)
-    assert_same_bits([batch[:, 1]], [alone[-2:, 0]], weights)
+    for row in (1, CHUNK // 24, B - 1):  # the padded one, the one that two chunks share, the last
+        alone = _run(packed, tokens[row : row + 1, starts[row] :], prompt=1)
+        assert_same_bits([batch[:, row]], [alone[-2:, 0]], f"{weights}, row {row}")
+
+
+def test_memory_on_huge_pages(monkeypatch):
+    """Zeros that share no element, aligned, across parts, and alive as long as one of them is."""
+    monkeypatch.setattr(HugePages, "PART", 4096)
+    memory = HugePages()
+    shapes = [((3, 5), torch.float32), ((7,), torch.bfloat16), ((1 << 21, 2), torch.uint8), ((2, 2), torch.float32)]
+    taken = [memory.zeros(shape, dtype) for shape, dtype in shapes]
+    del memory
+    for i, (t, (shape, dtype)) in enumerate(zip(taken, shapes, strict=True)):
+        assert (tuple(t.shape), t.dtype, t.data_ptr() % 64) == (shape, dtype, 0)
+        assert not t.any()
+        t.fill_(i + 1)
+    for i, t in enumerate(taken):
+        assert (t == i + 1).all()
 
 
 def test_int8_rounds_each_row_by_its_own_scale():

@@ -8,8 +8,8 @@ Backward, then that of add_layernorm from dn:
 
 Saved for backward: h, u, the row statistics, and on the CPU n. torch keeps h, n, u and the dropout mask, and
 takes seven passes around the product where there are two here. Triton normalises the tiles inside its product,
-so n is never written there. On a CPU the product is the vendor's, n is float32 wherever that product is (see
-`linear.cpu_policy`), and the rounding to a lower precision happens in the passes that read and write anyway.
+so n is never written there. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before
+it stores where it is this package's own (see `linear`); around the vendor's, the pass that adds the bias does both.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Rows are taken a chunk at a time: the chunk's logits, the loss, dlogits in the s
 products, so what lives is one chunk and dweight (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel,
 arXiv:2410.10989). For "mean" and "sum" the gradients are therefore made in the forward pass, where scale_i is
 known but for the upstream gradient, one number that multiplies them in backward. For "none" scale_i is the upstream
-gradient itself: backward makes the chunks of logits again. dweight is added up in float32.
+gradient itself: backward makes the chunks of logits again. dweight of several chunks is added up in float32.
 
 torch keeps logits, their log-softmax and its gradient whole: three times N * V numbers.
 """

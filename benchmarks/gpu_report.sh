@@ -7,7 +7,8 @@
 # Nothing is downloaded: it works with the Python packages that are there, and says first what is missing.
 # Without a GPU the same stages run on the CPU in a smoke size, which is how this script is tested.
 #
-# Environment: PYTHON (.venv's, else python3), OUT (out/gpu-report), LIMIT seconds a stage (540), TESTS (tests).
+# Environment: PYTHON (.venv's, else python3), OUT (out/gpu-report), LIMIT seconds a stage (540), TESTS (tests),
+# JOBS files of tests at a time (1; 8 with a GPU).
 # shellcheck disable=SC2329  # stages are called by name
 set -uo pipefail
 
@@ -96,21 +97,22 @@ stage_check() {
 # By file, so that a run that is cut off goes on where it was; one process each, so that a crash stays its own.
 stage_tests() {
   has pytest || skip "pytest is not installed"
-  local file name failed=0
   mkdir -p "$OUT/tests"
-  while read -r file; do
-    name=$OUT/tests/$(basename "$file" .py)
-    [[ -e $name.done ]] && continue
-    echo "$file"
-    "$PYTHON" -m pytest -p no:cacheprovider "$file" > "$name.log" 2>&1
-    case $? in
-      0 | 5) touch "$name.done" ;;
-      *) failed=$((failed + 1)) ;;
-    esac
-    tail -1 "$name.log"
-  done < <(find "$TESTS" -name 'test_*.py' | sort)
-  echo "files of tests that failed: $failed"
-  return $((failed > 0))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+  find "$TESTS" -name 'test_*.py' | sort | xargs -P "$JOBS" -I{} bash "$0" --run-tests {}
+  grep -h '^FAILED\|^ERROR' "$OUT"/tests/*.log
+  ! grep -L -e ' passed' "$OUT"/tests/*.log | grep -q . && ! grep -q '^FAILED\|^ERROR' "$OUT"/tests/*.log
+}
+
+run_tests() { # one file
+  local name
+  name=$OUT/tests/$(basename "$1" .py)
+  [[ -e $name.done ]] && return
+  "$PYTHON" -m pytest -p no:cacheprovider "$1" > "$name.log" 2>&1
+  case $? in
+    0 | 5) touch "$name.done" ;;
+  esac
+  echo "$1: $(tail -1 "$name.log")"
 }
 
 whole_steps() {
@@ -170,6 +172,12 @@ pack() {
   tar czf "$OUT.tar.gz" -C "$(dirname "$OUT")" --exclude stand-ins "$(basename "$OUT")" && echo "$OUT.tar.gz"
 }
 
+export JOBS=${JOBS:-$(gpu && echo 8 || echo 1)}
+
+if [[ ${1:-} == --run-tests ]]; then
+  run_tests "$2"
+  exit 0
+fi
 if [[ ${1:-} == --run ]]; then # one stage, in a process of its own that a time limit can end
   "stage_$2"
   exit

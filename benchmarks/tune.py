@@ -152,7 +152,7 @@ def _gpu_target(op: str, row: dict):
     shape, base = row.get("shape", {}), SIZES["cuda"]
     width = shape.get("width", base.n_embd)
     heads = max(1, width // shape["head_dim"]) if "head_dim" in shape else base.n_head
-    rows = 1 if shape.get("rows") == "flat" else base.B
+    rows = 1 if row["kernel"] == "matmul" else base.B  # the product of few rows
     size = Size(rows, 32 if rows == 1 else base.T, heads, width, product=base.product)
     dtype = torch.float32 if row.get("itemsize", 2) == 4 else torch.bfloat16
     case = getattr(module, name)(size, dtype, "cuda")

@@ -4,10 +4,13 @@
     by erf:   gate(u) = (1 + erf(u / sqrt(2))) / 2
     by tanh:  gate(u) = sigmoid(2 z),    z = sqrt(2 / pi) * (u + 0.044715 u^3)      [= (1 + tanh z) / 2]
 
-Forward is two launches: one over the rows (h, mean, rstd: `add_layernorm.statistics`), and a matmul that
-normalises the tiles of h as it loads them, so the normalised rows are never written. Saved for backward: h,
-u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, two vendor products
-(the normalised rows are recomputed for one of them), and the LayerNorm backward that add_layernorm has.
+Many rows: LayerNorm in one pass, the vendor's product with its bias, GELU in one pass. Few rows (decoding), where
+launches are what counts: the row statistics, and a product that normalises the tiles of h as it loads them. For many
+rows that kernel is slower: normalising in registers keeps the tiles from going to shared memory asynchronously
+(benchmarks/NOTES.md has the measurement).
+
+Saved for backward: h, u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, two
+vendor products (the normalised rows are recomputed for one of them), and the LayerNorm backward that add_layernorm has.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from .bias import reduce_partials
 from .interpreter import cast, dot
 
 OP = "layernorm_linear_gelu"
-FLAT_ROWS = 64  # up to so many rows (decoding) the matmul has tiles of its own
+FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU
 INTERPRETER_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 GROUP_M = 8
 
@@ -111,6 +114,19 @@ def matmul_kernel(
 
 
 @triton.jit
+def gelu_forward_kernel(
+    u_ptr,  # [numel]
+    y_ptr,  # [numel]
+    numel,
+    ERF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, cast(u * gelu_gate(u, ERF), y_ptr.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
 def gelu_backward_kernel(
     dy_ptr,  # [N, F]
     u_ptr,  # [N, F]
@@ -136,8 +152,8 @@ def gelu_backward_kernel(
     tl.store(partial_ptr + tl.program_id(1) * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
 
 
-def _config(arch: int, itemsize: int, rows: str) -> dict[str, int]:
-    return INTERPRETER_CONFIG if arch == INTERPRETER else tuning.config(OP, "matmul", arch, itemsize, rows=rows)
+def _config(arch: int, itemsize: int) -> dict[str, int]:
+    return INTERPRETER_CONFIG if arch == INTERPRETER else tuning.config(OP, "matmul", arch, itemsize)
 
 
 def forward(
@@ -156,23 +172,34 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, residual [N, C] (or None), weight [C, F], bias [F] -> y [N, F], h, u [N, F], mean, rstd float32 [N].
 
-    The product is taken in `dtype`, which y and u have. Without a residual h is x and None stands for it.
+    The product is taken in `dtype`, which y and u have. Without a residual h is x and None stands for it. weight may be
+    a transposed view.
     """
+    if x.shape[0] > FEW_ROWS:
+        n, h, mean, rstd = add_layernorm.forward(
+            x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype
+        )
+        u = torch.addmm(bias.to(dtype), n, weight.to(dtype))
+        return gelu_forward(u, erf), h, u, mean, rstd
     h, mean, rstd = add_layernorm.statistics(x, residual, eps, dropout_p, rng, site)
-    (rows, channels), features = x.shape, weight.shape[1]
-    y = torch.empty((rows, features), dtype=dtype, device=x.device)
+    y, u = _few_rows(x if h is None else h, mean, rstd, ln_weight, ln_bias, weight.to(dtype), bias, erf)
+    return y, h, u, mean, rstd
+
+
+def _few_rows(h, mean, rstd, ln_weight, ln_bias, weight, bias, erf) -> tuple[torch.Tensor, torch.Tensor]:
+    (rows, channels), features = h.shape, weight.shape[1]
+    y = torch.empty((rows, features), dtype=weight.dtype, device=h.device)
     u = torch.empty_like(y)
     if rows:
-        config = _config(config_arch(x.device), dtype.itemsize, "flat" if rows <= FLAT_ROWS else "tall")
+        config = _config(config_arch(h.device), weight.element_size())
         tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"])
-        source = x if h is None else h
         matmul_kernel[(tiles,)](
-            source,
+            h,
             mean,
             rstd,
             ln_weight,
             ln_bias,
-            weight.to(dtype),
+            weight.contiguous(),  # it reads [C, F] alone: nn.Linear's is copied
             bias,
             y,
             u,
@@ -184,7 +211,16 @@ def forward(
             **config,
             **LAUNCH_OPTIONS,
         )
-    return y, h, u, mean, rstd
+    return y, u
+
+
+def gelu_forward(u: torch.Tensor, erf: bool) -> torch.Tensor:
+    """gelu(u), u contiguous of any shape."""
+    y = torch.empty_like(u)
+    config = tuning.config(OP, "gelu_forward", config_arch(u.device))
+    grid = (triton.cdiv(u.numel(), config["BLOCK"]),)
+    gelu_forward_kernel[grid](u, y, u.numel(), ERF=erf, **config, **LAUNCH_OPTIONS)
+    return y
 
 
 def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,10 +284,18 @@ def aot_specs() -> list[AotSpec]:
     pairs = [("fp32", "fp32", 4), ("bf16", "bf16", 2), ("fp16", "fp16", 2), ("bf16", "fp32", 2)]
     specs = []
     for arch, erf in itertools.product(ARCHS, (False, True)):
-        for rows, (dtype, stream, size) in itertools.product(("tall", "flat"), pairs):
-            specs.append(_matmul_spec(arch, rows, _config(arch, size, rows), dtype, stream, erf))
+        specs += [_matmul_spec(arch, _config(arch, size), dtype, stream, erf) for dtype, stream, size in pairs]
+        specs += [_gelu_forward_spec(arch, dtype, erf) for dtype in TRITON_DTYPE.values()]
         specs += [_gelu_backward_spec(arch, dtype, erf) for dtype in TRITON_DTYPE.values()]
     return specs
+
+
+def _gelu_forward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
+    config = dict(tuning.config(OP, "gelu_forward", arch))
+    warps = config.pop("num_warps")
+    types = {"u_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "numel": "i32"}
+    name = f"gelu_forward {dtype}{' erf' * erf}"
+    return make_spec(gelu_forward_kernel, name, types, {**config, "ERF": erf}, warps, archs=(arch,))
 
 
 def _gelu_backward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
@@ -267,7 +311,7 @@ def _gelu_backward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
     return make_spec(gelu_backward_kernel, name, types, constexprs, warps, archs=(arch,), unaligned=("N",))
 
 
-def _matmul_spec(arch: int, rows: str, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
+def _matmul_spec(arch: int, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
     types = {
         **dict.fromkeys(("h_ptr", "ln_weight_ptr", "ln_bias_ptr", "bias_ptr"), f"*{stream}"),
         **dict.fromkeys(("weight_ptr", "y_ptr", "u_ptr"), f"*{dtype}"),
@@ -277,7 +321,7 @@ def _matmul_spec(arch: int, rows: str, config: dict[str, int], dtype: str, strea
     constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return make_spec(
         matmul_kernel,
-        f"layernorm_linear_gelu {rows} {dtype} h={stream}{' erf' * erf}",
+        f"layernorm_linear_gelu few rows {dtype} h={stream}{' erf' * erf}",
         types,
         {**constexprs, "C": 768, "ERF": erf, "GROUP_M": GROUP_M},
         num_warps=config["num_warps"],

@@ -153,9 +153,8 @@ def _rows(t: Tensor | None) -> Tensor | None:
 def _forward_triton(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save):
     from gpt2_fast.kernels import layernorm_linear_gelu as kernel
 
-    # Its product reads [C, F] alone: nn.Linear's weight is copied, one pass over it.
     y, h, u, mean, rstd = kernel.forward(
-        _rows(x), _rows(residual), ln_weight, ln_bias, weight.contiguous(), bias, eps, dropout_p, rng, site, erf,
+        _rows(x), _rows(residual), ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf,
         weight.dtype,
     )  # fmt: skip
     shape = (*x.shape[:-1], weight.shape[1])

@@ -69,6 +69,8 @@ def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if a.device.type == "cuda" and out_dtype != a.dtype and bias is None:
+        return torch.mm(a, b, out_dtype)
     native = a.device.type != "cpu" or (a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16)
     if native:
         result = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
@@ -107,6 +109,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         _own_product(a, b, None, total, ADD)
     elif a.dtype == torch.float32 and (a.device.type != "cpu" or cpu_policy().float32 == "mkl"):
         total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, torch.float32, out=total)  # no rounding before the addition, and no pass for it
     else:
         total += _vendor_product(a, b, None, a.dtype)
 

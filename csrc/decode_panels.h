@@ -81,7 +81,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-          for (int v = 0; v < PV; ++v) sum[r][p][v] += x * weight[p][v];
+          for (int v = 0; v < PV; ++v) sum[r][p][v] = multiply_add(x, weight[p][v], sum[r][p][v]);
       }
     }
     w += LINE;

@@ -26,6 +26,8 @@ PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy
 
 
 def version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build (+cu130), which the metadata need not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

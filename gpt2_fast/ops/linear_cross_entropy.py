@@ -165,11 +165,12 @@ def _gain(scale: Tensor) -> Tensor:
     return torch.exp2(torch.log2((1.0 / scale).clamp(1.0, 128.0)).floor())
 
 
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """In float32 for float16: GradScaler's first factor, 65536, is beyond it."""
     if gradient.dtype == torch.float16:
         return (gradient.float() * factor).to(gradient.dtype)
-    return gradient * factor.to(gradient.dtype)
+    factor = factor.to(gradient.dtype)
+    return gradient.mul_(factor) if in_place else gradient * factor
 
 
 class _Reduced(torch.autograd.Function):
@@ -208,7 +209,7 @@ class _Reduced(torch.autograd.Function):
         # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
         scaled = ctx.traced or dloss.device.type != "cpu" or float(factor) != 1.0
         dx, dweight = (
-            (_times(g, factor) if scaled else g) if needed else None
+            (_times(g, factor, in_place=not ctx.traced) if scaled else g) if needed else None  # no second V x C numbers
             for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
         )
         return dx, dweight, *(None,) * 4

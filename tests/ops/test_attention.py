@@ -119,13 +119,14 @@ def test_documents_do_not_see_each_other(impl):
 def test_dropout_drops_the_reference_mask(impl):
     """With V the identity and equal scores, a row of the output is the row of kept weights."""
     T = D = 48 if impl == "triton" and INTERPRETED else 80
-    rng, p, site = torch.tensor([-987654321012345], device=DEVICE), 0.3, 11
-    qkv = torch.zeros(2, T, 3, 2, D, device=DEVICE)
-    qkv[:, :, 2] = torch.eye(T, device=DEVICE)[None, :, None]
+    device = "cpu" if impl == "cpp" else DEVICE
+    rng, p, site = torch.tensor([-987654321012345], device=device), 0.3, 11
+    qkv = torch.zeros(2, T, 3, 2, D, device=device)
+    qkv[:, :, 2] = torch.eye(T, device=device)[None, :, None]
     out = attention(qkv, dropout_p=p, rng=rng, site=site, impl=impl)  # (B, query, H, key)
     keep = keep_mask(2, T, 2, p, rng, site).tril()
     assert torch.equal(out.permute(0, 2, 1, 3) != 0, keep)
-    weights = keep / (1 - p) / torch.arange(1, T + 1, device=DEVICE)[:, None]
+    weights = keep / (1 - p) / torch.arange(1, T + 1, device=device)[:, None]
     torch.testing.assert_close(out.permute(0, 2, 1, 3), weights.float())
 
 
@@ -194,16 +195,17 @@ def test_segments_encoding():
 # ---- decoding ----
 
 
-def _cache(B, H, S, D, dtype):
+def _cache(B, H, S, D, dtype, device=DEVICE):
     q, k, v = torch.randn(B, H, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
-    return [t.to(DEVICE, dtype) for t in (q, k, v)]
+    return [t.to(device, dtype) for t in (q, k, v)]
 
 
 def _check_decode(B, H, S, D, dtype, impl):
-    tensors = _cache(B, H, S, D, dtype)
+    device = "cpu" if impl == "cpp" else DEVICE
+    tensors = _cache(B, H, S, D, dtype, device)
     options = {
-        "starts": torch.tensor([0, S // 3, S][:B], dtype=torch.int32, device=DEVICE),
-        "lengths": torch.tensor([S, max(S - 1, 1), S][:B], dtype=torch.int32, device=DEVICE),
+        "starts": torch.tensor([0, S // 3, S][:B], dtype=torch.int32, device=device),
+        "lengths": torch.tensor([S, max(S - 1, 1), S][:B], dtype=torch.int32, device=device),
     }
     truth = attention_decode_reference(*(t.double() for t in tensors), **options)
     eager = attention_decode_reference(*tensors, **options)

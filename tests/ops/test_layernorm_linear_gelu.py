@@ -235,4 +235,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="residual is None; dropout acts on"):
         layernorm_linear_gelu(x, None, *rest, dropout_p=0.1, rng=torch.tensor([5], device=DEVICE))
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
-        layernorm_linear_gelu(*[t.double() for t in (x, residual, *rest)], impl="cpp")
+        layernorm_linear_gelu(*[t.double() for t in (x, residual, *rest)], impl=IMPLS[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -146,12 +150,13 @@ def test_only_the_gradients_that_are_wanted(impl, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(frozen, x), torch.autograd.grad(expected, x))
 
 
-def test_weight_keeps_the_gradient_it_is_given():
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_weight_keeps_the_gradient_it_is_given(upstream):
     """weight.grad is the buffer that the forward pass filled, not a copy of V x C numbers."""
     x, weight, labels = _inputs()
     loss = linear_cross_entropy(x, weight, labels)
     address = loss.grad_fn.gradients[1].data_ptr()
-    loss.backward()
+    loss.backward(torch.tensor(upstream, device=DEVICE))
     assert weight.grad.data_ptr() == address
 
 
@@ -226,13 +231,31 @@ def test_a_chunk_is_all_of_the_logits_that_exists():
     assert room.chunk_rows("cpu", 1 << 30, 4) == 1
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "reference"] if DEVICE == "cpu" else [])
+@pytest.mark.parametrize("impl", ["cpp", "triton", "reference"] if DEVICE == "cpu" else ["cpp", "reference"])
 @pytest.mark.parametrize("label", [50, -1, -(2**40)])
 def test_label_outside_the_vocabulary_is_named(impl, label):
-    x, weight, labels = _inputs()
+    x, weight, labels = (t.cpu() for t in _inputs())
     labels[6] = label
     with pytest.raises(IndexError, match=rf"label {label} at position 6 is outside the vocabulary of 50"):
         linear_cross_entropy(x, weight, labels, impl=impl)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU the label is named: the test above")
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_label_outside_the_vocabulary_stops_a_gpu(impl):
+    """At the latest when the loss is read. In a process of its own, as the GPU takes no more work from that one."""
+    program = f"""
+import torch
+from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+x, weight = torch.randn(9, 20, device="cuda"), torch.randn(50, 20, device="cuda")
+labels = torch.full((9,), 50, device="cuda")
+try:
+    print(linear_cross_entropy(x, weight, labels, impl="{impl}").item())
+except RuntimeError as error:
+    print("stopped:", str(error).splitlines()[0], flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert re.search("^stopped: .*assert", done.stdout, re.MULTILINE), done.stdout + done.stderr
 
 
 def test_bad_input_is_named():
@@ -250,4 +273,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"num_items is the denominator of reduction='mean', not of 'sum'"):
         linear_cross_entropy(x, weight, labels, reduction="sum", num_items=3)
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
-        linear_cross_entropy(x.double(), weight.double(), labels, impl="cpp")
+        linear_cross_entropy(x.double(), weight.double(), labels, impl=IMPLS[0])

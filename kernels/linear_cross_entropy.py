@@ -18,6 +18,9 @@ from . import tuning
 from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .interpreter import cast
 
+# Tiles under way, without which a row waits for each of its tiles: the pipeliner leaves loops without products alone
+# unless it is told.
+STAGES = tl.constexpr(3)
 INTERPRETER_CONFIG = {"BLOCK_V": 64, "num_warps": 4}  # small, so that a test's row crosses tiles
 
 
@@ -54,7 +57,7 @@ def softmax_xent_kernel(
     top = tl.max(x, axis=0)
     sums = tl.exp(x - tl.where(top == float("-inf"), 0.0, top))
     whole = end // BLOCK_V * BLOCK_V
-    for at in tl.range(BLOCK_V, whole, BLOCK_V):
+    for at in tl.range(BLOCK_V, whole, BLOCK_V, num_stages=STAGES):
         x = tl.load(tiles + at + cols).to(tl.float32)
         top, sums = _add_tile(x, top, sums)
     if whole > 0 and whole < end:
@@ -74,7 +77,7 @@ def softmax_xent_kernel(
         x = tl.load(tiles + cols, mask=first, other=0.0).to(tl.float32)
         grad = _gradient(x, cols, top, inverse, at_label, scale, valid)
         tl.store(tiles + cols, cast(grad, logits_ptr.dtype.element_ty), mask=first)
-        for at in tl.range(BLOCK_V, whole, BLOCK_V):
+        for at in tl.range(BLOCK_V, whole, BLOCK_V, num_stages=STAGES):
             x = tl.load(tiles + at + cols).to(tl.float32)
             grad = _gradient(x, at + cols, top, inverse, at_label, scale, valid)
             tl.store(tiles + at + cols, cast(grad, logits_ptr.dtype.element_ty))

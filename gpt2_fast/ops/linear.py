@@ -182,8 +182,17 @@ def _(dy, x, weight, need_dx, need_dweight, need_dbias, impl):
     dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = product(dy_NO, weight.t(), impl=impl).view(x.shape) if need_dx else x.new_empty(0)
     dweight = weight_gradient(x_NI, dy_NO, weight, impl) if need_dweight else weight.new_empty(0)
-    dbias = dy_NO.sum(0) if need_dbias else dy.new_empty(0)
+    dbias = _bias_gradient(dy_NO) if need_dbias else dy.new_empty(0)
     return dx, dweight, dbias
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    """dy [N, out] summed over its rows; on a GPU by Triton's kernel, which is faster than torch's sum."""
+    if dy.device.type == "cuda" and dispatch.unavailable("triton", "cuda", dy.dtype) is None:
+        from gpt2_fast.kernels.bias import column_sum
+
+        return column_sum(dy.contiguous()).to(dy.dtype)
+    return dy.sum(0)
 
 
 class _Linear(torch.autograd.Function):

@@ -49,7 +49,7 @@ def candidates(op: str, row: dict) -> list[dict[str, int]]:
             choices[name] = [value, *(v for v in (value // 2, value * 2) if v >= low)]
         elif name == "num_warps":
             choices[name] = [value, *(v for v in (value // 2, value * 2) if 1 <= v <= 16)]
-        elif name == "num_stages":
+        elif name in ("num_stages", "STAGES"):
             choices[name] = [value, *(v for v in (value - 1, value + 1) if 1 <= v <= 5)]
         else:
             choices[name] = [value]

@@ -97,6 +97,7 @@ def backward_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles under way
     DROPOUT: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK_C)
@@ -106,7 +107,7 @@ def backward_kernel(
         key_lo, key_hi = load_key(rng_ptr)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         mask = (rows[:, None] < N) & in_row[None, :]
         offsets = rows[:, None].to(tl.int64) * C + cols[None, :]
@@ -326,7 +327,7 @@ def _specs_alone(channels: int, arch: int, row: str, stream: str) -> list[AotSpe
 
 def _spec(kernel, name: str, types: dict[str, str], channels: int, arch: int, dropout: bool | None) -> AotSpec:
     tile, _ = _tile(channels, arch, "backward" if kernel is backward_kernel else "forward")
-    constexprs = {key: tile[key] for key in ("C", "BLOCK_C", "ROWS")}
+    constexprs = {key: tile[key] for key in ("C", "BLOCK_C", "ROWS", "STAGES") if key in tile}
     if dropout is not None:
         constexprs["DROPOUT"] = dropout
     loose = ("N", "threshold", "site")

@@ -139,7 +139,9 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
         elif need_dweight:
             add_product(dweight, logits.t(), x[chunk])
         del logits  # before the next chunk's are made
-    return losses, dx.to(dtype), dweight[:vocabulary].to(dtype)
+    if need_dweight:
+        dweight.resize_(vocabulary, x.shape[1])  # no view: who is handed it may add to it
+    return losses, dx.to(dtype), dweight.to(dtype)
 
 
 def _total(losses: Tensor, scale: Tensor) -> Tensor:

@@ -174,9 +174,9 @@ def _steps(path: Path, threads: int) -> Iterator[tuple[str, float]]:
 def sections() -> dict[str, str]:
     """Every table as it should stand now; the measured one only where there are results."""
     parts = {"floors cpu": floors(SIZES["cpu"], 4, None), "floors h100": floors(SIZES["cuda"], 2, H100)}
-    ops = newest("*-ops-gpt2-b4-t256-*.json")
-    if ops is not None:
-        parts["measured cpu"] = measured_section(ops, newest("*-train-gpt2-b4-t256-*.json"))
+    for name, ops, train in (("measured cpu", "b4-t256", "b4-t256"), ("measured gpu", "b16-t1024", "b16-t1024")):
+        if (found := newest(f"*-ops-gpt2-{ops}-*.json")) is not None:
+            parts[name] = measured_section(found, newest(f"*-train-gpt2-{train}-*.json"))
     return parts
 
 

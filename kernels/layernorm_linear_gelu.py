@@ -176,9 +176,7 @@ def forward(
     a transposed view.
     """
     if x.shape[0] > FEW_ROWS:
-        n, h, mean, rstd = add_layernorm.forward(
-            x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype
-        )
+        n, h, mean, rstd = add_layernorm.forward(x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype)
         u = torch.addmm(bias.to(dtype), n, weight.to(dtype))
         return gelu_forward(u, erf), h, u, mean, rstd
     h, mean, rstd = add_layernorm.statistics(x, residual, eps, dropout_p, rng, site)

@@ -71,10 +71,10 @@ def test_logits():
     from gpt2_fast.kernels.linear_cross_entropy import softmax_xent_
 
     rows, vocabulary = LIMIT // 50304 + 100, 50257
-    logits = _randn(rows, 50304)[:, :vocabulary]
+    padded = _randn(rows, 50304)
+    logits, end = padded[:, :vocabulary], padded[-50:].clone()[:, :vocabulary]
     labels = torch.randint(vocabulary, (rows,), device=DEVICE)
     scale = torch.full((1,), 3.0, device=DEVICE)
-    end = logits[-50:].clone()
     found = []
     for part, target in ((logits, labels), (end, labels[-50:])):
         losses, lse = torch.empty(2, part.shape[0], device=DEVICE).unbind()

@@ -129,7 +129,8 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
         chunk = slice(start, min(start + rows, n_rows))
         logits = product(x[chunk], weight.t())
         scale = row_scale if row_scale.numel() == 1 else row_scale[chunk]
-        _SOFTMAX_XENT[impl](logits[:, :vocabulary], labels[chunk], losses[chunk], scale, ignore_index, need_dx or need_dweight)
+        of_words = logits[:, :vocabulary]
+        _SOFTMAX_XENT[impl](of_words, labels[chunk], losses[chunk], scale, ignore_index, need_dx or need_dweight)
         if need_dx:
             dx[chunk] = product(logits, weight)
         if (

@@ -67,7 +67,7 @@ def costs(config: GPT2Config, setting: Setting) -> dict[str, Callable[[Shapes], 
         **both("attention", lambda s: attention.cost(*s[0][:2], *s[0][3:], size),
                lambda s: attention.cost(*s[1][:2], *s[1][3:], size)),
         **both("layernorm_linear_gelu", lambda s: layernorm_linear_gelu.cost(_rows(s[0]), *s[4], size),
-               lambda s: layernorm_linear_gelu.cost(_rows(s[0]), *s[9], size)),
+               lambda s: layernorm_linear_gelu.cost(_rows(s[0]), *s[8], size)),
         "linear_cross_entropy": head,
         "adamw": lambda s: adamw.cost(num_params(config), size)["forward"],
     }  # fmt: skip

@@ -59,6 +59,15 @@ GPT2_INLINE float centred_squares(const TH* h, float mean, int64_t C) {
   return hsum(sum[0] + sum[1]);
 }
 
+template <class TH, class TY>
+GPT2_INLINE void normalize_row(const TH* h, const float* weight, const float* bias, TY* y, float m, float r,
+                               int64_t C) {
+  for (int64_t c = 0; c < C; c += W) {
+    int64_t n = C - c;
+    store_n(y + c, (load_n(h + c, n) - m) * r * load_n(weight + c, n) + load_n(bias + c, n), n);
+  }
+}
+
 template <class TX, class TH, class TY>
 static void forward(const TX* x, const TH* residual, const float* weight, const float* bias, TY* y, TH* h,
                     float* mean, float* rstd, int64_t N, int64_t C, double eps, const Dropout& d) {
@@ -70,12 +79,14 @@ static void forward(const TX* x, const TH* residual, const float* weight, const 
     float r = (float)(1.0 / sqrt((double)centred_squares(row, m, C) / (double)C + eps));
     mean[i] = m;
     rstd[i] = r;
-    TY* out = y + i * C;
-    for (int64_t c = 0; c < C; c += W) {
-      int64_t n = C - c;
-      store_n(out + c, (load_n(row + c, n) - m) * r * load_n(weight + c, n) + load_n(bias + c, n), n);
-    }
+    normalize_row(row, weight, bias, y + i * C, m, r, C);
   }
+}
+
+template <class TH, class TY>
+static void normalize(const TH* h, const float* weight, const float* bias, const float* mean, const float* rstd, TY* y,
+                      int64_t N, int64_t C) {
+  GPT2_PARALLEL_FOR(i, N) { normalize_row(h + i * C, weight, bias, y + i * C, mean[i], rstd[i], C); }
 }
 
 // With g = weight * dy and xhat = (h - mean) * rstd:
@@ -154,6 +165,14 @@ void add_layernorm_forward(addr x, addr residual, addr weight, addr bias, addr y
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
     forward<TX, TH, TY>((const TX*)x, (const TH*)residual, (const float*)weight, (const float*)bias, (TY*)y, (TH*)h,
         (float*)mean, (float*)rstd, N, C, eps, d);
+  });
+}
+
+void add_layernorm_normalize(addr h, addr weight, addr bias, addr mean, addr rstd, addr y, int64_t N, int64_t C,
+                             int64_t h_dtype, int64_t y_dtype) {
+  GPT2_LAYERNORM_DISPATCH(h_dtype, h_dtype, y_dtype, {
+    normalize((const TH*)(const TX*)h, (const float*)weight, (const float*)bias, (const float*)mean, (const float*)rstd, (TY*)y,
+              N, C);
   });
 }
 

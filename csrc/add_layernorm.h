@@ -5,6 +5,7 @@
 // low-precision type; or x and h that type, and y that type or float32.
 // residual 0: h is x itself (x_dtype == h_dtype), h and dx are not written and nothing is dropped.
 // Dropout is on where rng is not 0: threshold and scale as in philox_simd.h.
+// normalize: y again, from what forward saved, to the bit.
 // Backward: dh 0 for none; dx 0 where the caller reuses dresidual. partial [chunks, 2, C] float32 is scratch:
 // `chunks` is a function of the shape alone, so the sums do not depend on the number of threads.
 #pragma once
@@ -17,4 +18,7 @@
   KERNEL(add_layernorm_backward, \
          (addr dy, addr dh, addr h, addr weight, addr mean, addr rstd, addr dx, addr dresidual, addr partial, \
           int64_t chunks, addr dweight, addr dbias, int64_t N, int64_t C, int64_t x_dtype, int64_t h_dtype, \
-          int64_t y_dtype, addr rng, int64_t threshold, double scale, int64_t site))
+          int64_t y_dtype, addr rng, int64_t threshold, double scale, int64_t site)) \
+  KERNEL(add_layernorm_normalize, \
+         (addr h, addr weight, addr bias, addr mean, addr rstd, addr y, int64_t N, int64_t C, int64_t h_dtype, \
+          int64_t y_dtype))

@@ -17,6 +17,13 @@ static void forward(const P* product, const float* bias, T* u, T* y, int64_t N, 
   }
 }
 
+template <class Gelu, class T>
+static void gelu_rows(const T* u, T* y, int64_t N, int64_t F) {
+  GPT2_PARALLEL_FOR(i, N) {
+    for (int64_t c = 0; c < F; c += W) store_n(y + i * F + c, Gelu::value(load_n(u + i * F + c, F - c)), F - c);
+  }
+}
+
 template <class Gelu, class P, class T>
 static void backward(const T* dy, const T* u, P* du, float* partial, int64_t chunks, int64_t N, int64_t F) {
   int64_t rows = (N + chunks - 1) / chunks;
@@ -63,6 +70,13 @@ void bias_gelu_backward(addr dy, addr u, addr du, addr partial, int64_t chunks, 
     run((const T*)dy, (const T*)u, (P*)du, (float*)partial, chunks, N, F);
   });
   sum_partials((const float*)partial, chunks, F, (float*)dbias, F);
+}
+
+void gelu(addr u, addr y, int64_t N, int64_t F, int64_t dtype, bool erf) {
+  GPT2_DISPATCH(dtype, T, {
+    auto run = erf ? gelu_rows<ErfGelu, T> : gelu_rows<TanhGelu, T>;
+    run((const T*)u, (T*)y, N, F);
+  });
 }
 
 }  // namespace GPT2_ISA

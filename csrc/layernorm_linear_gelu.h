@@ -5,6 +5,7 @@
 // forward: product [N, F] -> u = product + bias (0: not stored; may be `product` itself), y = gelu(u) (may be
 // `product` too). backward: du = dy * gelu'(u) (may be dy or u), dbias [F] float32, the sum of du over rows as
 // float32 numbers; partial [chunks, F] float32 is scratch, with `chunks` a function of the shape alone.
+// gelu: y = gelu(u) [N, F], both dtype: the bits that forward gave for that u.
 // erf: GELU itself; otherwise its approximation by tanh.
 #pragma once
 
@@ -14,4 +15,5 @@
           int64_t dtype, bool erf)) \
   KERNEL(bias_gelu_backward, \
          (addr dy, addr u, addr du, addr partial, int64_t chunks, addr dbias, int64_t N, int64_t F, \
-          int64_t product_dtype, int64_t dtype, bool erf))
+          int64_t product_dtype, int64_t dtype, bool erf)) \
+  KERNEL(gelu, (addr u, addr y, int64_t N, int64_t F, int64_t dtype, bool erf))

@@ -9,6 +9,14 @@ import sys
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 
+_retains = False
+
+
+def retains() -> bool:
+    """Whether `retain_memory` was called, and took effect."""
+    return _retains
+
+
 def retain_memory() -> bool:
     """Lets this process keep the memory that tensors on the CPU free, for the tensors that come next.
 
@@ -25,4 +33,6 @@ def retain_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     settings = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
-    return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
+    global _retains
+    _retains = all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
+    return _retains

@@ -27,7 +27,7 @@ from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention, attention_decode, segments_from
 from gpt2_fast.ops.embedding import embedding
-from gpt2_fast.ops.layernorm_linear_gelu import layernorm_linear_gelu
+from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS, layernorm_linear_gelu
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -103,11 +103,12 @@ class GPT2Block(nn.Module):
         dropout = {"dropout_p": self.resid_pdrop if self.training else 0.0, "rng": rng, "eps": self.eps}
         site = 3 * self.layer_idx
         a = self.attn(y, segments, rng, cache, impl)
-        f, h = layernorm_linear_gelu(
+        f, h, u = layernorm_linear_gelu(
             a, h, self.ln_2.weight, self.ln_2.bias, self.mlp.c_fc.weight_io, self.mlp.c_fc.bias,
-            **dropout, site=site + 2, activation=self.activation, impl=impl("layernorm_linear_gelu"),
+            **dropout, site=site + 2, activation=self.activation, return_u=True, impl=impl("layernorm_linear_gelu"),
         )  # fmt: skip
-        m = linear(f, self.mlp.c_proj.weight_io, self.mlp.c_proj.bias, impl=impl("linear"))
+        m = linear(f, self.mlp.c_proj.weight_io, self.mlp.c_proj.bias, gelu_of=u,
+                   approximate=ACTIVATIONS[self.activation], impl=impl("linear"))  # fmt: skip
         return add_layernorm(m, h, next_ln.weight, next_ln.bias, **dropout, site=site + 3, impl=impl("add_layernorm"))
 
 

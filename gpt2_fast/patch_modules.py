@@ -80,8 +80,8 @@ def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
     return add_layernorm(h, None, ln.weight, ln.bias, eps=ln.eps)[0]
 
 
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x) if foreign(module, Conv1D) else linear(x, module.weight, module.bias)
+def _project(module: nn.Module, x: Tensor, gelu_of: Tensor | None = None) -> Tensor:
+    return module(x) if foreign(module, Conv1D) else linear(x, module.weight, module.bias, gelu_of=gelu_of)
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -153,17 +153,18 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         if foreign(ln, nn.LayerNorm):
             h = h + (self.attn.resid_dropout(a) if p > 0.0 else a)
             return h + mlp(ln(h))
+        u = None
         if mlp_fused(self) is None:
-            f, h = layernorm_linear_gelu(
-                a, h, ln.weight, ln.bias, mlp.c_fc.weight, mlp.c_fc.bias, eps=ln.eps, **dropout
+            f, h, u = layernorm_linear_gelu(
+                a, h, ln.weight, ln.bias, mlp.c_fc.weight, mlp.c_fc.bias, eps=ln.eps, **dropout, return_u=True
             )
         else:
             y, h = add_layernorm(a, h, ln.weight, ln.bias, eps=ln.eps, **dropout)
             if foreign(mlp, modeling_gpt2.GPT2MLP):
                 return h + mlp(y)
-            u = _project(mlp.c_fc, y)
-            f = mlp.act(u) if foreign(mlp.act, *TANH_GELUS) else F.gelu(u, approximate="tanh")
-        m = _project(mlp.c_proj, f)
+            f = _project(mlp.c_fc, y)
+            f = mlp.act(f) if foreign(mlp.act, *TANH_GELUS) else F.gelu(f, approximate="tanh")
+        m = _project(mlp.c_proj, f, gelu_of=u)
         return h + mlp.dropout(m) if foreign(mlp.dropout, nn.Dropout) else _drop_add(m, h, _rate(mlp.dropout), key, ln)
 
 

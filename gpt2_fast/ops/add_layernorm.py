@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch, philox
+from gpt2_fast.ops import buffers, dispatch, philox
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
 
@@ -83,12 +83,14 @@ def _(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
 
 
 def _forward_cpp(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype):
-    y, h, mean, rstd = _empty_forward(x, residual, y_dtype)
-    n_embd = x.shape[-1]
+    n_embd, n_rows = x.shape[-1], x.numel() // x.shape[-1]
+    y = buffers.empty(x, x.shape, y_dtype)
+    h = x.new_empty(0) if residual is None else buffers.empty(residual, x.shape, residual.dtype)
+    mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
     dispatch.extension().add_layernorm_forward(
         address(x), address(residual), address(weight), address(bias),
         address(y), address(None if residual is None else h), address(mean), address(rstd),
-        x.numel() // n_embd, n_embd, eps,
+        n_rows, n_embd, eps,
         DTYPE_CODES[x.dtype], DTYPE_CODES[x.dtype if residual is None else residual.dtype], DTYPE_CODES[y_dtype],
         *philox.arguments(dropout_p, rng, site),
     )  # fmt: skip
@@ -96,8 +98,11 @@ def _forward_cpp(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype):
 
 
 def _backward_cpp(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual):
-    dx, dresidual, dweight, dbias = _empty_backward(dy, h, dropout_p, x_dtype, has_residual)
     n_embd = h.shape[-1]
+    separate = has_residual and (dropout_p > 0.0 or x_dtype != h.dtype)
+    dx = buffers.empty(h, h.shape, x_dtype) if separate else h.new_empty(0, dtype=x_dtype)
+    dresidual = buffers.empty(h, h.shape, h.dtype)
+    dweight, dbias = (h.new_empty(n_embd, dtype=torch.float32) for _ in range(2))
     n_rows = h.numel() // n_embd
     chunks = min(n_rows, PARTIAL_CHUNKS)
     partial = h.new_empty(chunks, 2, n_embd, dtype=torch.float32)
@@ -109,6 +114,20 @@ def _backward_cpp(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, 
         *philox.arguments(dropout_p, rng, site),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
+
+
+def normalized(h: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
+    """y again, [..., C] in `dtype`, to the bits of the C++ forward, from what it saved: h and float32 [N] statistics.
+
+    weight, bias: [C]. All on the CPU and contiguous.
+    """
+    y, n_embd = buffers.empty(h, h.shape, dtype), h.shape[-1]
+    weight, bias = weight.float(), bias.float()
+    dispatch.extension().add_layernorm_normalize(
+        address(h), address(weight), address(bias), address(mean), address(rstd), address(y),
+        h.numel() // n_embd, n_embd, DTYPE_CODES[h.dtype], DTYPE_CODES[dtype],
+    )  # fmt: skip
+    return y
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch, philox
+from gpt2_fast.ops import buffers, dispatch, philox
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
 
@@ -129,7 +129,7 @@ def _(q, k_cache, v_cache, starts, lengths, scale, impl):
 
 def _forward_cpp(qkv, scale, segments, dropout_p, rng, site):
     B, T, _, H, D = qkv.shape
-    out, lse = _empty_forward(qkv, segments, scale, dropout_p, rng, site, "cpp")
+    out, lse = buffers.empty(qkv, (B, T, H, D), qkv.dtype), qkv.new_empty(B, H, T, dtype=torch.float32)
     dispatch.extension().attention_forward(
         address(qkv), address(out), address(lse), address(segments), B, T, H, D, scale, DTYPE_CODES[qkv.dtype],
         *philox.arguments(dropout_p, rng, site),
@@ -139,7 +139,7 @@ def _forward_cpp(qkv, scale, segments, dropout_p, rng, site):
 
 def _backward_cpp(dout, qkv, out, lse, scale, segments, dropout_p, rng, site):
     B, T, _, H, D = qkv.shape
-    dqkv, partial = torch.empty_like(qkv), None
+    dqkv, partial = buffers.empty(qkv, qkv.shape, qkv.dtype), None
     groups = -(-T // KEY_GROUP)
     heads = B * H
     if groups > 1 and heads < 2 * torch.get_num_threads():

@@ -6,10 +6,13 @@ Backward, then that of add_layernorm from dn:
 
     du = dy * gelu'(u)     dbias = sum over rows of du     dweight = n^T @ du     dn = du @ weight^T
 
-Saved for backward: h, u, the row statistics, and on the CPU n. torch keeps h, n, u and the dropout mask, and
+Saved for backward: h, u and the row statistics; n is made again. torch keeps h, n, u, y and the dropout mask, and
 takes seven passes around the product where there are two here. Triton normalises the tiles inside its product,
 so n is never written there. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before
 it stores where it is this package's own (see `linear`); around the vendor's, the pass that adds the bias does both.
+
+The product after this one would keep y, as large as u. With `return_u` u comes out beside y, for `linear` to keep in
+its place (`gelu_of`): no more memory, for one pass over it in backward.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch, philox
-from gpt2_fast.ops.add_layernorm import add_layernorm_reference
+from gpt2_fast.ops import buffers, dispatch, philox
+from gpt2_fast.ops.add_layernorm import add_layernorm_reference, normalized
 from gpt2_fast.ops.cpu_policy import cpu_policy
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
@@ -52,15 +55,15 @@ def layernorm_linear_gelu_reference(
     return F.gelu(n.to(weight.dtype) @ weight + bias, approximate=ACTIVATIONS[activation]), h
 
 
-# erf: GELU itself, else by tanh. save: keep n and u for backward. An output that is not needed (h without a residual,
-# n and u) is empty.
+# erf: GELU itself, else by tanh. save: keep u for backward. An output that is not needed (h without a residual, u) is
+# empty.
 define(
     "layernorm_linear_gelu(Tensor x, Tensor? residual, Tensor ln_weight, Tensor ln_bias, Tensor weight, Tensor bias,"
     " float eps, float dropout_p, Tensor? rng, int site, bool erf, bool save, str impl)"
-    " -> (Tensor y, Tensor h, Tensor n, Tensor u, Tensor mean, Tensor rstd)"
+    " -> (Tensor y, Tensor h, Tensor u, Tensor mean, Tensor rstd)"
 )
 define(
-    "layernorm_linear_gelu_backward(Tensor dy, Tensor? dh, Tensor h, Tensor n, Tensor u, Tensor mean, Tensor rstd,"
+    "layernorm_linear_gelu_backward(Tensor dy, Tensor? dh, Tensor h, Tensor u, Tensor mean, Tensor rstd,"
     " Tensor ln_weight, Tensor ln_bias, Tensor weight, float dropout_p, Tensor? rng, int site, bool erf,"
     " ScalarType x_dtype, bool has_residual, str impl)"
     " -> (Tensor dx, Tensor dresidual, Tensor dln_weight, Tensor dln_bias, Tensor dweight, Tensor dbias)"
@@ -77,14 +80,13 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, save, impl):
     y = weight.new_empty(*x.shape[:-1], weight.shape[1])
     h = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    n = x.new_empty(x.shape if save and impl == "cpp" else 0, dtype=_product_dtype(weight.dtype))
     u = y.new_empty(y.shape if save else 0)
     stats = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return y, h, n, u, stats, torch.empty_like(stats)
+    return y, h, u, stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("gpt2_fast::layernorm_linear_gelu_backward")
-def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
+def _(dy, dh, h, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
     separate = has_residual and (dropout_p > 0.0 or x_dtype != h.dtype)
     dx = torch.empty_like(h, dtype=x_dtype) if separate else h.new_empty(0, dtype=x_dtype)
     dln = h.new_empty(h.shape[-1], dtype=torch.float32)
@@ -116,7 +118,7 @@ def _forward_cpp(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, 
         u = y.new_empty(0) if u is None else u
     else:
         y, u = _bias_gelu(product(n_NC, weight.to(wide)), bias.float(), weight.dtype, save, erf)
-    return y.view(shape), h, n if save else n.new_empty(0), u.view(shape) if save else u, mean, rstd
+    return y.view(shape), h, u.view(shape) if save else u, mean, rstd
 
 
 def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype, erf: bool) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype, erf: bool) ->
     width = u.shape[-1]
     n_rows = u.numel() // width
     chunks = max(1, min(n_rows, PARTIAL_CHUNKS))
-    du = u.new_empty(n_rows, width, dtype=dtype)
+    du = buffers.empty(u, (n_rows, width), dtype)
     partial = u.new_empty(chunks, width, dtype=torch.float32)
     dbias = u.new_empty(width, dtype=torch.float32)
     dispatch.extension().bias_gelu_backward(
@@ -135,11 +137,14 @@ def _bias_gelu_backward(dy: Tensor, u: Tensor, dtype: torch.dtype, erf: bool) ->
 
 
 def _backward_cpp(
-    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
+    dy, dh, h, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
 ):
-    du, dbias = _bias_gelu_backward(dy, u, n.dtype, erf)
+    wide = _product_dtype(weight.dtype)
+    du, dbias = _bias_gelu_backward(dy, u, wide, erf)
+    n_NC = normalized(h, ln_weight, ln_bias, mean, rstd, wide).view(-1, h.shape[-1])
+    dweight = weight_gradient(n_NC, du, weight)
+    del n_NC  # before dn, which is as large
     dn = product(du, weight.t()).view(h.shape)
-    dweight = weight_gradient(n.view(-1, n.shape[-1]), du, weight)
     dx, dresidual, dln_weight, dln_bias = torch.ops.gpt2_fast.add_layernorm_backward(
         dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, "cpp"
     )
@@ -159,12 +164,11 @@ def _forward_triton(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_
     )  # fmt: skip
     shape = (*x.shape[:-1], weight.shape[1])
     h = x.new_empty(0) if residual is None else h.view(x.shape)
-    n = x.new_empty(0, dtype=_product_dtype(weight.dtype))
-    return y.view(shape), h, n, u.view(shape) if save else u.new_empty(0), mean, rstd
+    return y.view(shape), h, u.view(shape) if save else u.new_empty(0), mean, rstd
 
 
 def _backward_triton(
-    dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
+    dy, dh, h, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual
 ):
     from gpt2_fast.kernels import layernorm_linear_gelu as kernel
 
@@ -190,10 +194,10 @@ def _(x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, 
 
 
 @torch.library.impl("gpt2_fast::layernorm_linear_gelu_backward", ("CPU", "CUDA"))
-def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
+def _(dy, dh, h, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl):
     dy, dh = dy.contiguous(), None if dh is None else dh.to(h.dtype).contiguous()
     return _BACKWARD[impl](
-        dy, dh, h, n, u, mean, rstd, ln_weight.contiguous(), ln_bias.contiguous(), weight,
+        dy, dh, h, u, mean, rstd, ln_weight.contiguous(), ln_bias.contiguous(), weight,
         dropout_p, rng, site, erf, x_dtype, has_residual,
     )  # fmt: skip
 
@@ -201,21 +205,22 @@ def _(dy, dh, h, n, u, mean, rstd, ln_weight, ln_bias, weight, dropout_p, rng, s
 class _LayerNormLinearGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, impl):
-        y, h, n, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(
+        y, h, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(
             x, residual, ln_weight, ln_bias, weight, bias, eps, dropout_p, rng, site, erf, True, impl
         )
         saved_h = x.contiguous() if residual is None else h
-        ctx.save_for_backward(saved_h, n, u, mean, rstd, ln_weight, ln_bias, weight, rng)
+        ctx.mark_non_differentiable(u)
+        ctx.save_for_backward(saved_h, u, mean, rstd, ln_weight, ln_bias, weight, rng)
         ctx.options = (dropout_p, site, erf, x.dtype, residual is not None, bias.dtype, impl)
         ctx.set_materialize_grads(False)
-        return y, h
+        return y, h, u
 
     @staticmethod
-    def backward(ctx, dy, dh):
-        h, n, u, mean, rstd, ln_weight, ln_bias, weight, rng = ctx.saved_tensors
+    def backward(ctx, dy, dh, _):
+        h, u, mean, rstd, ln_weight, ln_bias, weight, rng = ctx.saved_tensors
         dropout_p, site, erf, x_dtype, has_residual, bias_dtype, impl = ctx.options
         dx, dresidual, dln_weight, dln_bias, dweight, dbias = torch.ops.gpt2_fast.layernorm_linear_gelu_backward(
-            torch.zeros_like(u) if dy is None else dy, dh if has_residual else None, h, n, u, mean, rstd,
+            torch.zeros_like(u) if dy is None else dy, dh if has_residual else None, h, u, mean, rstd,
             ln_weight, ln_bias, weight, dropout_p, rng, site, erf, x_dtype, has_residual, impl,
         )  # fmt: skip
         dx = dx if dx.numel() else dresidual
@@ -261,8 +266,9 @@ def layernorm_linear_gelu(
     rng: Tensor | None = None,
     site: int = 0,
     activation: str = "gelu_new",
+    return_u: bool = False,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]:
     """Dropout, residual add, LayerNorm, matrix product, bias and GELU.
 
     Args:
@@ -274,11 +280,13 @@ def layernorm_linear_gelu(
         eps: added to the variance.
         dropout_p, rng, site: dropout of x before the add, as in `add_layernorm`.
         activation: one of ACTIVATIONS: "gelu_new" or "gelu_pytorch_tanh", GPT-2's tanh form, or "gelu", by erf.
+        return_u: for the `linear` that y goes to, return u besides, where remaking y from it is worth the time.
         impl: see `gpt2_fast.ops.dispatch`.
 
     Returns:
         y [..., F] in weight's dtype (autocast's inside `torch.autocast`), and h [..., C] = residual + dropout(x) in
-        residual's dtype; h is x when there is no residual.
+        residual's dtype; h is x when there is no residual. With return_u, also u [..., F] in y's dtype, without a
+        gradient; None where it is not kept, and on a GPU, where memory is seldom what a step waits for.
 
     Raises:
         ValueError: shapes, dtypes, devices, dropout_p or an activation that do not fit.
@@ -294,17 +302,20 @@ def layernorm_linear_gelu(
             raise ValueError(f"{OP}: {name} is {t.dtype} and x {dtype}; they must match")
     name = dispatch.choose(OP, impl, x.device, x.dtype)
     if name == "reference":
-        return layernorm_linear_gelu_reference(
+        y, h = layernorm_linear_gelu_reference(
             x, residual, ln_weight, ln_bias, weight, bias,
             eps=eps, dropout_p=dropout_p, rng=rng, site=site, activation=activation,
         )  # fmt: skip
+        return (y, h, None) if return_u else (y, h)
     erf = ACTIVATIONS[activation] == "none"
     tensors = (x, residual, ln_weight, ln_bias, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, h = _LayerNormLinearGelu.apply(*tensors, eps, dropout_p, rng, site, erf, name)
+        y, h, u = _LayerNormLinearGelu.apply(*tensors, eps, dropout_p, rng, site, erf, name)
     else:
+        u = None
         y, h, *_ = torch.ops.gpt2_fast.layernorm_linear_gelu(*tensors, eps, dropout_p, rng, site, erf, False, name)
-    return y, x if residual is None else h
+    h = x if residual is None else h
+    return (y, h, u if name == "cpp" else None) if return_u else (y, h)
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

@@ -5,6 +5,8 @@
 On a GPU this is cuBLAS. On a CPU it is this package's own product or a vendor's, whichever `cpu_policy` names for the
 processor. The own one reads either side transposed, and in a lower precision, without a pass that copies it first; it
 adds to what is there (`add_product`), and takes GELU before it stores (`gelu_product`).
+
+Saved for backward: x, or instead of it, where x = gelu(u) and u is kept anyway, u: x is one pass over it away.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from __future__ import annotations
 import threading
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpt2_fast.ops import dispatch
+from gpt2_fast.ops import buffers, dispatch
 from gpt2_fast.ops.cpu_policy import MIN_ROWS, cpu_policy
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
@@ -97,7 +100,8 @@ def product(
     """
     out_dtype = out_dtype or a.dtype
     if (impl == "cpp" and 0 not in (*a.shape, *b.shape)) or (impl == "auto" and takes_own_product(a, b)):
-        out = a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+        shape = (a.shape[0], b.shape[1])
+        out = buffers.empty(a, shape, out_dtype)
         _own_product(a, b, bias, out, STORE)
         return out
     return _vendor_product(a, b, bias, out_dtype)
@@ -119,10 +123,20 @@ def gelu_product(
     a: Tensor, b: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, erf: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y = gelu(u), and u = a @ b + bias where `save` asks for it, both [M, N] in `dtype`: the own product alone."""
-    y = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    u = torch.empty_like(y) if save else None
+    shape = (a.shape[0], b.shape[1])
+    y = buffers.empty(a, shape, dtype)
+    u = buffers.empty(a, shape, dtype) if save else None
     _own_product(a, b, bias, y, ERF_GELU if erf else TANH_GELU, u)
     return y, u
+
+
+def gelu(u: Tensor, approximate: str) -> Tensor:
+    """F.gelu(u [N, F], approximate), in u's dtype; by the C++ kernels to the bits that `gelu_product` gave for u."""
+    if u.device.type != "cpu" or dispatch.unavailable("cpp", "cpu", u.dtype) is not None:
+        return F.gelu(u, approximate=approximate)
+    u, y = u.contiguous(), buffers.empty(u, u.shape, u.dtype)
+    dispatch.extension().gelu(address(u), address(y), *u.shape, DTYPE_CODES[u.dtype], approximate == "none")
+    return y
 
 
 def _is_transposed(weight: Tensor) -> bool:
@@ -151,8 +165,9 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 define("linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor")
+# gelu: x is what GELU has to be taken of, with this `approximate` of F.gelu.
 define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias,"
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, str? gelu, bool need_dx, bool need_dweight, bool need_dbias,"
     " str impl) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
@@ -163,7 +178,7 @@ def _(x, weight, bias, impl):
 
 
 @torch.library.register_fake("gpt2_fast::linear_backward")
-def _(dy, x, weight, need_dx, need_dweight, need_dbias, impl):
+def _(dy, x, weight, gelu, need_dx, need_dweight, need_dbias, impl):
     return (
         x.new_empty(x.shape if need_dx else 0),
         empty_gradient(weight) if need_dweight else weight.new_empty(0),
@@ -178,10 +193,12 @@ def _(x, weight, bias, impl):
 
 
 @torch.library.impl("gpt2_fast::linear_backward", ("CPU", "CUDA"))
-def _(dy, x, weight, need_dx, need_dweight, need_dbias, impl):
+def _(dy, x, weight, approximate, need_dx, need_dweight, need_dbias, impl):
     dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = weight.new_empty(0)
+    if need_dweight:  # before dx, so that it and a remade x are not in memory together
+        dweight = weight_gradient(x_NI if approximate is None else gelu(x_NI, approximate), dy_NO, weight, impl)
     dx = product(dy_NO, weight.t(), impl=impl).view(x.shape) if need_dx else x.new_empty(0)
-    dweight = weight_gradient(x_NI, dy_NO, weight, impl) if need_dweight else weight.new_empty(0)
     dbias = _bias_gradient(dy_NO) if need_dbias else dy.new_empty(0)
     return dx, dweight, dbias
 
@@ -197,22 +214,33 @@ def _bias_gradient(dy: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, impl):
-        ctx.save_for_backward(x, weight)
-        ctx.impl = impl
+    def forward(ctx, x, weight, bias, u, approximate, impl):
+        ctx.save_for_backward(x if u is None else u, weight)
+        ctx.options = (None if u is None else approximate, impl)
         return torch.ops.gpt2_fast.linear(x, weight, bias, impl)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
-        gradients = torch.ops.gpt2_fast.linear_backward(dy, x, weight, *need, ctx.impl)
-        return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), None
+        approximate, impl = ctx.options
+        gradients = torch.ops.gpt2_fast.linear_backward(dy, x, weight, approximate, *need, impl)
+        return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu_of: Tensor | None = None,
+    approximate: str = "tanh",
+    impl: str = "auto",
+) -> Tensor:
     """x [..., in] @ weight [in, out] + bias [out] -> [..., out]. nn.Linear's weight [out, in] goes in as weight.t().
 
+    gelu_of: u, if x is F.gelu(u, approximate=approximate), of x's shape and dtype. It is kept for backward in the
+    place of x, so where something else keeps it anyway x takes no memory; the gradient is still that of x.
     Inside `torch.autocast` everything is cast to autocast's dtype first, as for F.linear.
 
     Raises:
@@ -223,8 +251,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         raise ValueError(f"{OP}: x ends in {x.shape[-1]} and weight is {tuple(weight.shape)}; it must be [in, out]")
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"{OP}: bias is {tuple(bias.shape)}; weight gives {weight.shape[1]} outputs")
+    if gelu_of is not None and (gelu_of.shape, gelu_of.dtype, gelu_of.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(f"{OP}: gelu_of is {gelu_of.dtype} {tuple(gelu_of.shape)}; x is gelu of it, so it must match")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+        gelu_of = gelu_of if x.dtype == dtype else None  # a cast of x is no longer gelu of it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
@@ -232,7 +263,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     chosen = dispatch.choose(OP, impl, x.device, x.dtype)
     if chosen == "reference":
         return linear_reference(x, weight, bias)
-    return _Linear.apply(x, weight, bias, "auto" if impl == "auto" else chosen)
+    return _Linear.apply(x, weight, bias, gelu_of, approximate, "auto" if impl == "auto" else chosen)
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

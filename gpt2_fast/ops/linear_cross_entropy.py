@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch
+from gpt2_fast.ops import buffers, dispatch
 from gpt2_fast.ops.cpu_policy import cpu_policy
 from gpt2_fast.ops.dispatch import DTYPE_CODES, address
 from gpt2_fast.ops.library import define
@@ -123,7 +123,7 @@ def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
     weight = _aligned(weight)
     rows = chunk_rows(x.device.type, vocabulary, x.element_size())
     losses = x.new_empty(n_rows, dtype=torch.float32)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dx = buffers.empty(x, x.shape, x.dtype) if need_dx else x.new_empty(0)
     dweight = torch.zeros_like(weight) if need_dweight and not n_rows else weight.new_empty(0)
     for start in range(0, n_rows, rows):
         chunk = slice(start, min(start + rows, n_rows))

@@ -9,6 +9,8 @@ from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evalua
 
 from gpt2_fast import config
 from gpt2_fast.ops import philox
+from gpt2_fast.ops.add_layernorm import normalized
+from gpt2_fast.ops.add_layernorm import samples as ln_samples
 from gpt2_fast.ops.cpu_policy import CpuPolicy
 from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.layernorm_linear_gelu import (
@@ -19,6 +21,7 @@ from gpt2_fast.ops.layernorm_linear_gelu import (
     layernorm_linear_gelu_reference,
     samples,
 )
+from gpt2_fast.ops.linear import linear
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 
@@ -158,6 +161,48 @@ def test_weight_of_nn_linear(impl, dtype):
     assert stored.grad.data_ptr() == seen[0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_kept_for_backward(dtype):
+    """h, u and two float32 numbers a row: neither the normalised rows nor y, nor x of the product after it."""
+    N, C, width, parameters = 33, 96, 384, set()
+    saved = {}
+
+    def pack(t):
+        if t.data_ptr() not in parameters:
+            saved[t.data_ptr()] = t.nbytes
+        return t
+
+    inputs = [t.to(dtype).requires_grad_() for t in _inputs(N, C, width)]
+    project = torch.randn(width, C).to(dtype).requires_grad_()
+    parameters |= {t.data_ptr() for t in (*inputs[2:], project)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, h, u = layernorm_linear_gelu(*inputs, return_u=True, impl="cpp")
+        m = linear(y, project, gelu_of=u)
+    assert sum(saved.values()) == dtype.itemsize * N * (C + width) + 8 * N
+    assert y.data_ptr() not in saved
+    assert not u.requires_grad
+    (m.float().square().mean() + h.float().mean()).backward()
+    assert all(t.grad.isfinite().all() and t.grad.any() for t in (*inputs, project))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalised_rows_again_are_the_same_bits(isa, dtype):
+    for x, residual, weight, bias, options in ln_samples("cpu", dtype):
+        n, h, mean, rstd = torch.ops.gpt2_fast.add_layernorm(
+            x, residual, weight, bias, 1e-5, options["dropout_p"], options["rng"], options["site"], dtype, "cpp"
+        )
+        h = x if residual is None else h
+        assert_same_bits([normalized(h, weight, bias, mean, rstd, dtype)], [n])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_u_only_where_it_is_worth_the_time(impl):
+    inputs = [t.requires_grad_() for t in _inputs()]
+    assert (layernorm_linear_gelu(*inputs, return_u=True, impl=impl)[2] is None) == (impl != "cpp")
+    with torch.no_grad():
+        assert layernorm_linear_gelu(*inputs, return_u=True, impl=impl)[2] is None
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_saved_when_no_gradient_is_wanted(impl):
     inputs = _inputs()
@@ -196,10 +241,10 @@ def test_operator_contract(transposed):
     rng = torch.tensor([5])
     arguments = (x, residual, ln_weight, ln_bias, weight, bias, 1e-5, 0.1, rng, 1, transposed, True, "cpp")
     torch.library.opcheck(torch.ops.gpt2_fast.layernorm_linear_gelu.default, arguments)
-    y, h, n, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(*arguments)
+    y, h, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(*arguments)
     torch.library.opcheck(
         torch.ops.gpt2_fast.layernorm_linear_gelu_backward.default,
-        (y, x, h, n, u, mean, rstd, ln_weight, ln_bias, weight, 0.1, rng, 1, transposed, torch.float32, True, "cpp"),
+        (y, x, h, u, mean, rstd, ln_weight, ln_bias, weight, 0.1, rng, 1, transposed, torch.float32, True, "cpp"),
     )
 
 

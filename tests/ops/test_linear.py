@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
 from gpt2_fast.ops import dispatch
 from gpt2_fast.ops.cpu_policy import CpuPolicy, cpu_policy
-from gpt2_fast.ops.linear import add_product, gelu_product, linear, linear_reference, product, samples
+from gpt2_fast.ops.linear import add_product, gelu, gelu_product, linear, linear_reference, product, samples
 
 OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
 POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]
@@ -155,11 +158,42 @@ def test_same_bits_twice():
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_is_kept_in_the_place_of_x(isa, dtype, approximate):
+    """The same bits, forward and backward, and x is not among what is saved."""
+    for rows, width in ((1, 1), (3, 20), (65, 97)):
+        u = torch.randn(rows, width).to(dtype)
+        y = gelu(u, approximate)
+        assert_as_exact(y, F.gelu(u, approximate=approximate), F.gelu(u.double(), approximate=approximate), "y", dtype)
+        weight, bias = torch.randn(width, 33).to(dtype), torch.randn(33).to(dtype)
+        inputs, upstream = [y.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], [torch.randn(rows, 33)]
+        plain = evaluate(linear, inputs, upstream)
+        remade = evaluate(partial(linear, gelu_of=u, approximate=approximate), inputs, upstream)
+        assert_same_bits([*plain[0], *plain[1]], [*remade[0], *remade[1]])
+        kept = {t.data_ptr() for t in linear(*inputs, gelu_of=u, approximate=approximate).grad_fn.saved_tensors}
+        assert kept == {u.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("erf", [False, True], ids=["tanh", "erf"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_again_is_the_products_gelu(isa, dtype, erf, use_policy):
+    use_policy(OWN[1])
+    a, b, bias = (torch.randn(shape).to(dtype) for shape in ((65, 40), (40, 97), (97,)))
+    y, u = gelu_product(a, b, bias, dtype, True, erf)
+    assert_same_bits([gelu(u, "none" if erf else "tanh")], [y])
+
+
 def test_operator_contract():
     x, weight, dy = torch.randn(2, 3, 8), torch.randn(8, 5), torch.randn(2, 3, 5)
     torch.library.opcheck(torch.ops.gpt2_fast.linear.default, (x, weight, torch.randn(5), "auto"))
     for layout in (weight, weight.t().contiguous().t()):
-        torch.library.opcheck(torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, True, True, True, "auto"))
+        torch.library.opcheck(
+            torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, "tanh", True, True, True, "auto")
+        )
+        torch.library.opcheck(
+            torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, None, True, True, True, "auto")
+        )
 
 
 def test_compiles_whole():
@@ -176,3 +210,5 @@ def test_bad_input_is_named():
         linear(torch.randn(3, 8), torch.randn(8, 5), torch.randn(4))
     with pytest.raises(ValueError, match="weight is torch.float32 on cpu and x torch.bfloat16"):
         linear(torch.randn(3, 8).bfloat16(), torch.randn(8, 5))
+    with pytest.raises(ValueError, match=r"gelu_of is torch.float32 \(3, 7\); x is gelu of it"):
+        linear(torch.randn(3, 8), torch.randn(8, 5), gelu_of=torch.randn(3, 7))

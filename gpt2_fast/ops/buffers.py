@@ -1,0 +1,105 @@
+"""Memory of activations and gradients on a CPU, kept from step to step in a process that called `retain_memory`.
+
+malloc alone wastes up to a third of a training step's memory: small objects settle between large blocks and keep their
+holes apart, and glibc before 2.38 cannot fill a hole with an aligned block of that very size (it asks for 96 bytes
+more). Here large blocks have a region of addresses of their own. A block goes to the smallest hole that takes it, at
+the lowest address; when its last tensor is gone it joins the holes beside it. Nothing is given back to the system.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+import os
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from gpt2_fast import memory
+
+SMALLEST = 1 << 20  # bytes; malloc has what is smaller
+PAGE = 4096
+
+
+class Region:
+    """`size` bytes of addresses, which become memory page by page when they are first written.
+
+    Raises OSError where the system has no so many.
+    """
+
+    def __init__(self, size: int):
+        # Private, since shared memory gets no large pages.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._memory = mmap.mmap(-1, size, flags=flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.holes = [(0, size)]  # (start, end), by address, no two of them adjacent
+        self._returned: collections.deque[tuple[int, int]] = collections.deque()
+        self._live: dict[int, weakref.ref] = {}
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """An uninitialised contiguous tensor of at least one element; None where no hole takes it."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            self.collect()
+            span = self._carve(-(-nbytes // PAGE) * PAGE)
+        if span is None:
+            return None
+        # The storage holds the array, which dies with it. That is noted without the lock: this thread may hold it.
+        array = (ctypes.c_char * nbytes).from_buffer(self._memory, span[0])
+        self._live[span[0]] = weakref.ref(array, lambda _: self._returned.append(span))
+        storage = torch.frombuffer(array, dtype=dtype).untyped_storage()
+        with torch.inference_mode(False):  # what is saved for backward must be an ordinary tensor
+            # Not a view, which autograd would forbid to be changed in place.
+            return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+    def _carve(self, nbytes: int) -> tuple[int, int] | None:
+        fitting = [(end - start, start, i) for i, (start, end) in enumerate(self.holes) if end - start >= nbytes]
+        if not fitting:
+            return None
+        size, start, i = min(fitting)
+        self.holes[i : i + 1] = [(start + nbytes, start + size)] if size > nbytes else []
+        return start, start + nbytes
+
+    def collect(self) -> None:
+        """Makes holes of the blocks whose tensors are gone."""
+        while self._returned:
+            start, end = self._returned.popleft()
+            del self._live[start]
+            i = bisect.bisect(self.holes, (start, end))
+            if i < len(self.holes) and self.holes[i][0] == end:
+                end = self.holes.pop(i)[1]
+            if i > 0 and self.holes[i - 1][1] == start:
+                i, start = i - 1, self.holes.pop(i - 1)[0]
+            self.holes.insert(i, (start, end))
+
+
+@functools.cache
+def _region() -> Region | None:
+    """As many addresses as the machine has memory; None where they are not to be had, and malloc has it all."""
+    try:
+        return Region(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except OSError:
+        return None
+
+
+def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised and contiguous, on the device of `like`."""
+    if like.device.type != "cpu" or not memory.retains() or math.prod(shape) * dtype.itemsize < SMALLEST:
+        return like.new_empty(shape, dtype=dtype)
+    region = _region()
+    taken = None if region is None else region.take(shape, dtype)
+    if taken is None:
+        return like.new_empty(shape, dtype=dtype)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        taken.fill_(torch.nan)  # as torch.empty does then
+    return taken

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -195,24 +196,30 @@ def main(argv: Sequence[str]) -> int:
         note = lambda label, index, result: ", ".join(
             f"batch {size} {_decode_rate(result, size):,.0f} tokens/s" for size in _sizes(options)
         )
-        results, failures = measure.alternate(chosen, options.rounds, run, note)
+        results, failures = {}, {}
+        for results, failures in measure.alternate(chosen, options.rounds, run, note):
+            if results:
+                path, record = _save(options, base, results, skipped | failures, measure.command_line("generate", argv))
     for name, reason in (skipped | failures).items():
         print(f"not measured: {name}: {reason}")
     if not results:
         sys.exit("no program ran")
+    print(_title(record), measure.text_table(*_cells(record)), path, sep="\n")
+    return int(any(row["wrong"] for row in record["rows"]))
+
+
+def _save(options: argparse.Namespace, base: dict, results: dict, missing: dict, command: str) -> tuple[Path, dict]:
+    """Writes the JSON and the chart of the rounds so far."""
     record = {
-        "command": measure.command_line("generate", argv),
+        "command": command,
         "machine": measure.machine(options.device, *PACKAGES),
-        "setting": {**base, "model": options.model, "rounds": options.rounds},
-        "not_measured": skipped | failures,
+        "setting": {**base, "model": options.model, "rounds": max(map(len, results.values()))},
+        "not_measured": missing,
         "rows": [_row(options, label, runs) for label, runs in results.items()],
     }
     _compare(record["rows"])
-    print(_title(record), measure.text_table(*_cells(record)), sep="\n")
-    path = measure.record_path(
-        options.out, record["machine"]["device"], "generate", options.model, "b" + options.batch_sizes
-    )
+    parts = ("generate", options.model, "b" + options.batch_sizes)
+    path = measure.record_path(options.out, record["machine"]["device"], *parts)
     measure.save_record(path, record)
     measure.save_figure(_chart(record), path.with_suffix(".png"))
-    print(path)
-    return int(any(row["wrong"] for row in record["rows"]))
+    return path, record

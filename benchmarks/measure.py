@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,15 +54,16 @@ def run_worker(
 
 def alternate(
     names: Iterable[str], rounds: int, run: Callable[[str, int], dict], note: Callable[[str, int, dict], str]
-) -> tuple[dict[str, list[dict]], dict[str, str]]:
+) -> Iterator[tuple[dict[str, list[dict]], dict[str, str]]]:
     """Runs every program once a round, in turn, so that a machine that drifts slows all alike.
 
     Args:
         run: (name, round from 0) -> what that process measured; a name for which it raises ProgramFailed is dropped.
         note: (name, round, result) -> the line that tells of it on stderr.
 
-    Returns:
-        The results by name, one a round; and why, by name, of those that failed.
+    Yields:
+        After every round, so that a run that is cut off keeps its whole rounds: the results by name, one a round; and
+        why, by name, of those that failed.
     """
     results: dict[str, list[dict]] = {name: [] for name in names}
     failures: dict[str, str] = {}
@@ -75,7 +76,7 @@ def alternate(
                 del results[name]
                 failures[name] = said = str(error)
             print(f"round {index + 1} of {rounds}: {name}: {said}", file=sys.stderr, flush=True)
-    return results, failures
+        yield results, failures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -90,8 +90,10 @@ def _rate(options: argparse.Namespace, result: dict) -> float:
     return options.batch_size * options.context / statistics.median(result["seconds"])
 
 
-def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[dict], dict[str, str], dict[str, dict]]:
-    """Rows of one setting, why some failed, and by dtype the rate of a large product."""
+def _measure(
+    options: argparse.Namespace, names: Sequence[str]
+) -> Iterator[tuple[list[dict], dict[str, str], dict[str, dict]]]:
+    """After every round: rows of one setting, why some failed, and by dtype the rate of a large product."""
     keys = {_label(name, dtype): (name, dtype) for dtype in options.dtypes for name in names}
     base = {key: getattr(options, key) for key in ("model", "device", "batch_size", "context", "warmup", "steps")}
     with tempfile.TemporaryDirectory() as cache:  # its own, so that the first round's first step compiles
@@ -104,10 +106,9 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[di
             )
 
         products = {dtype: run(dtype, 0) for dtype in options.dtypes}
-        results, failures = measure.alternate(
-            keys, options.rounds, run, lambda label, index, result: f"{_rate(options, result):,.0f} tokens/s"
-        )
-    return [_row(options, label, *keys[label], runs) for label, runs in results.items()], failures, products
+        note = lambda label, index, result: f"{_rate(options, result):,.0f} tokens/s"
+        for results, failures in measure.alternate(keys, options.rounds, run, note):
+            yield [_row(options, label, *keys[label], runs) for label, runs in results.items()], failures, products
 
 
 def _row(options: argparse.Namespace, label: str, name: str, dtype: str, runs: Sequence[dict]) -> dict:
@@ -142,20 +143,13 @@ def _peaks(options: argparse.Namespace, device_name: str, measured: dict[str, di
     return peaks
 
 
-def _one(options: argparse.Namespace, names: list[str], skipped: dict[str, str], command: str) -> bool:
-    """Measures one setting, prints its table and writes its files; whether every program ran and agreed."""
-    rows, failures, products = _measure(options, names)
-    for name, reason in {**skipped, **failures}.items():
-        print(f"{'failed' if name in failures else 'skipped'}: {name}: {reason}")
-    if not rows:
-        return False
+def _record(options: argparse.Namespace, rows, failures, skipped, products, command: str) -> dict:
     host = measure.machine(options.device, "liger-kernel")
+    keys = ("model", "batch_size", "context", "warmup", "steps")
     record = {
         "command": command,
         "machine": host,
-        "setting": {
-            key: getattr(options, key) for key in ("model", "batch_size", "context", "rounds", "warmup", "steps")
-        },
+        "setting": {**{key: getattr(options, key) for key in keys}, "rounds": max(len(row["rounds"]) for row in rows)},
         "memory_is": "torch's allocator, on the GPU" if options.device == "cuda" else "resident set of the process",
         "peaks": _peaks(options, host["device"], products),
         "skipped": skipped,
@@ -163,10 +157,23 @@ def _one(options: argparse.Namespace, names: list[str], skipped: dict[str, str],
         "rows": rows,
     }
     train_report.complete(record)
+    return record
+
+
+def _one(options: argparse.Namespace, names: list[str], skipped: dict[str, str], command: str) -> bool:
+    """Measures one setting, writes its files after every round, and prints its table; whether all ran and agreed."""
+    rows, failures = [], {}
     parts = ("train", options.model, f"b{options.batch_size}", f"t{options.context}")
-    path = measure.record_path(options.out, host["device"], *parts)
-    measure.save_record(path, record)
-    measure.save_figure(train_report.chart(record), path.with_suffix(".png"))
+    for rows, failures, products in _measure(options, names):
+        if rows:
+            record = _record(options, rows, failures, skipped, products, command)
+            path = measure.record_path(options.out, record["machine"]["device"], *parts)
+            measure.save_record(path, record)
+            measure.save_figure(train_report.chart(record), path.with_suffix(".png"))
+    for name, reason in {**skipped, **failures}.items():
+        print(f"{'failed' if name in failures else 'skipped'}: {name}: {reason}")
+    if not rows:
+        return False
     print(f"{train_report.text(record)}\n{path}\n", flush=True)
     return not failures and all(row["losses_agree"] for row in rows)
 

@@ -171,9 +171,30 @@ def test_a_worker_that_fails_is_told_in_one_line_and_left_out():
             raise measure.ProgramFailed("out of memory")
         return {"name": name}
 
-    results, failures = measure.alternate(["good", "bad"], 2, run, lambda *_: "")
-    assert results == {"good": [{"name": "good"}] * 2}
-    assert failures == {"bad": "out of memory"}
+    rounds = measure.alternate(["good", "bad"], 2, run, lambda *_: "")
+    assert next(rounds) == ({"good": [{"name": "good"}], "bad": [{"name": "bad"}]}, {})
+    assert next(rounds) == ({"good": [{"name": "good"}] * 2}, {"bad": "out of memory"})
+    assert list(rounds) == []
+
+
+def test_a_run_that_is_cut_off_keeps_its_whole_rounds(tmp_path, monkeypatch):
+    def run(module, options, timeout, environment=None):
+        if options["name"] == "product-peak":
+            return {"flops_per_second": 1e9, "edge": 128}
+        started.append(options["name"])
+        if len(started) == 4:
+            raise KeyboardInterrupt
+        return {"seconds": [0.5], "losses": [11.0], "first_step_seconds": 1.0, "peak_bytes": 1, "launches": 1}
+
+    started = []
+    monkeypatch.setattr(measure, "run_worker", run)
+    arguments = ("--dtype", "float32", "--programs", "gpt2_fast,nanogpt", "--device", "cpu", "--rounds", "3")
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*SMOKE, *arguments, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["setting"]["rounds"] == 1
+    assert [(row["name"], len(row["rounds"])) for row in record["rows"]] == [("gpt2_fast", 1), ("nanogpt", 1)]
 
 
 def test_spread_and_ratio():

@@ -297,3 +297,30 @@ def test_bad_input_is_one_line():
         GPT2Config(n_embd=100, n_head=3)
     with pytest.raises(ImplementationUnavailable, match="float64"):
         GPT2LMHeadModel(GPT2Config(**SMALL), impl="cpp").double()(tokens(1, 4).cpu())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what the C++ operations keep")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_layer_keeps_for_backward(dtype):
+    """ln_1's y, qkv, attention's out, both h and u: 11 C numbers a token; and its float32 statistics."""
+
+    def kept(n_layer):
+        config = GPT2Config(n_layer=n_layer, n_head=2, n_embd=64, vocab_size=64, n_positions=16)
+        model = GPT2LMHeadModel(config).to(dtype).eval()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        ids = torch.zeros(3, 16, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = model(ids, labels=ids)
+        assert output.loss.requires_grad
+        return sum(saved.values())
+
+    tokens, statistics = 3 * 16, 4 * (2 + 2 + 2)  # mean and rstd of ln_1 and ln_2, lse of two heads
+    assert kept(3) - kept(2) == tokens * (11 * 64 * dtype.itemsize + statistics)

@@ -214,13 +214,15 @@ def test_committed_floors_are_what_cost_gives_now():
 
 def test_committed_measurements_are_those_of_the_results_they_name():
     document = roofline.DOCUMENT.read_text()
+    named = 0
     for section in ("measured cpu", "measured gpu"):
         (written,) = re.findall(rf"<!-- {section} -->(.*?)<!-- end {section} -->", document, re.DOTALL)
-        names = re.findall(r"`results/(\S+?\.json)`", written)
-        assert names, f"ROOFLINE.md names no result under {section}"
-        ops, *train = [roofline.RESULTS / name for name in dict.fromkeys(names)]
-        text = roofline.measured_section(ops, train[0] if train else None)
-        assert roofline.fill(document, {section: text}) == document, "run: python -m benchmarks roofline"
+        if names := re.findall(r"`results/(\S+?\.json)`", written):
+            ops, *train = [roofline.RESULTS / name for name in dict.fromkeys(names)]
+            text = roofline.measured_section(ops, train[0] if train else None)
+            assert roofline.fill(document, {section: text}) == document, "run: python -m benchmarks roofline"
+            named += 1
+    assert named, "ROOFLINE.md names no result"
 
 
 def test_a_missing_marker_is_named():

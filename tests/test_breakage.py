@@ -57,7 +57,7 @@ def test_linear_without_a_bias_gradient(monkeypatch):
     objects = _objects(linear_room.linear, linear_room.linear_reference, inputs)
     original = linear_room._Linear.backward
     monkeypatch.setattr(
-        linear_room._Linear, "backward", staticmethod(lambda ctx, dy: (*original(ctx, dy)[:2], None, None))
+        linear_room._Linear, "backward", staticmethod(lambda ctx, dy: (*original(ctx, dy)[:2], *(None,) * 4))
     )
     objects()
 

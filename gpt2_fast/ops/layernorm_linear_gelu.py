@@ -7,9 +7,10 @@ Backward, then that of add_layernorm from dn:
     du = dy * gelu'(u)     dbias = sum over rows of du     dweight = n^T @ du     dn = du @ weight^T
 
 Saved for backward: h, u and the row statistics; n is made again. torch keeps h, n, u, y and the dropout mask, and
-takes seven passes around the product where there are two here. Triton normalises the tiles inside its product,
-so n is never written there. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before
-it stores where it is this package's own (see `linear`); around the vendor's, the pass that adds the bias does both.
+takes seven passes around the product where there are two here. On a GPU up to 64 rows are normalised tile by tile
+inside Triton's product, so n is never written; more are normalised in a pass, as the vendor's product is faster. On
+a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores where it is this
+package's own (see `linear`); around the vendor's, the pass that adds the bias does both.
 
 The product after this one would keep y, as large as u. With `return_u` u comes out beside y, for `linear` to keep in
 its place (`gelu_of`): no more memory, for one pass over it in backward.

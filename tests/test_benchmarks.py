@@ -98,6 +98,13 @@ def test_a_program_that_computes_something_else_gets_no_speed():
         assert shown[-1].endswith("WRONG")
 
 
+@pytest.mark.parametrize(("last", "agree"), [(0.00781, True), (0.0080, False)])
+def test_a_loss_near_0_is_held_to_what_is_noise_at_1(last, agree):
+    rows = [_row("reference", "float32", 10.0, [11.0, 0.0078]), _row("gpt2_fast", "float32", 30.0, [11.0, last])]
+    train_report.judge(rows)
+    assert rows[1]["losses_agree"] is agree
+
+
 def test_flops_a_token_are_their_authors():
     """llm.c 803.5M, nanoGPT 855.4M, flash-attention 796.7M, at T = 1024 with the vocabulary padded to 50304."""
     padded = GPT2Config(vocab_size=50304)

@@ -230,6 +230,21 @@ def test_a_chunk_is_all_of_the_logits_that_exists():
     assert room.chunk_rows("cpu", 1 << 30, 4) == 1
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU every weight is aligned: the tests above")
+@pytest.mark.parametrize("rows", [100, 4], ids=["one chunk", "chunks"])
+def test_rows_of_zeros_that_align_the_weight_change_nothing(monkeypatch, rows):
+    """What is done on a GPU, in Triton's interpreter: loss, gradients and their memory are of the words alone."""
+    x, weight, labels = (t.cpu() for t in _inputs())
+    monkeypatch.setattr(room, "chunk_rows", lambda *_: rows)
+    scale = torch.full((1,), 0.3)
+    plain = torch.ops.gpt2_fast.linear_cross_entropy(x, weight, labels, scale, -100, True, True, "triton")
+    monkeypatch.setattr(room, "_aligned", lambda w: torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % 64)))
+    aligned = torch.ops.gpt2_fast.linear_cross_entropy(x, weight, labels, scale, -100, True, True, "triton")
+    torch.testing.assert_close(aligned, plain, rtol=1e-5, atol=1e-6)
+    assert aligned[2].shape == weight.shape
+    assert not aligned[2]._is_view()
+
+
 @pytest.mark.parametrize("impl", ["cpp", "triton", "reference"] if DEVICE == "cpu" else ["cpp", "reference"])
 @pytest.mark.parametrize("label", [50, -1, -(2**40)])
 def test_label_outside_the_vocabulary_is_named(impl, label):

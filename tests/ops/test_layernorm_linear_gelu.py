@@ -37,9 +37,9 @@ def _check(inputs, options, dtype, impl):
 
 
 def _samples(impl, dtype):
-    """Triton's interpreter is slow: small samples alone there."""
+    """Triton's interpreter is slow: where the product is Triton's, of few rows, small samples alone there."""
     for x, *rest in samples(DEVICE, dtype):
-        if impl != "triton" or DEVICE != "cpu" or x.numel() < 1000:
+        if impl != "triton" or DEVICE != "cpu" or x.numel() < 1000 or x.shape[0] > 64:
             yield x, *rest
 
 

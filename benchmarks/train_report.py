@@ -13,8 +13,8 @@ from gpt2_fast import GPT2Config
 # and the later ones, of gradients and updates too. In float32 and under autocast both stay below a tenth of that in
 # 124M's first steps. bfloat16 weights take an update only when it has grown to half of their last place, so their
 # losses run ahead and behind; a mask left out is beyond each, from the first loss on.
-SMALL_LOSS = 1.0
 TOLERANCE = {"float32": (1e-5, 1e-4), "autocast": (5e-4, 1e-2), "bfloat16": (5e-4, 5e-2)}
+SMALL_LOSS = 1.0  # below it a part of the loss says less and less: what is noise stays, and the loss goes to 0
 # The truth, and what ratios are to: the first of these that ran, in float32 if any did.
 TRUTH = ("reference", "transformers-eager-attention", "transformers", "nanogpt")
 BASE = ("transformers", "transformers-eager-attention", "nanogpt", "reference")

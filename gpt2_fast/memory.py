@@ -1,15 +1,31 @@
-"""How the C library hands out memory in a training process on a CPU."""
+"""Where large tensors lie on a CPU: pages of 2 MiB, and how the C library hands out memory in a training process."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import sys
 
 # Parameters of mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
-
 _retains = False
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """`size` bytes of zeros, which become memory when first written, on pages of 2 MiB where the system has them.
+
+    Raises OSError where the system has no so many addresses.
+    """
+    # Private, since shared memory gets no such pages.
+    wanted = ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_NORESERVE")
+    flags = sum(getattr(mmap, name, 0) for name in wanted)
+    memory = mmap.mmap(-1, size, **({"flags": flags} if flags else {}))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def retains() -> bool:

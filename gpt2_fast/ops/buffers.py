@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import bisect
 import collections
-import contextlib
 import ctypes
 import functools
 import math
-import mmap
 import os
 import threading
 import weakref
@@ -35,12 +33,7 @@ class Region:
     """
 
     def __init__(self, size: int):
-        # Private, since shared memory gets no large pages.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._memory = mmap.mmap(-1, size, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memory.large_pages(size)
         self.holes = [(0, size)]  # (start, end), by address, no two of them adjacent
         self._returned: collections.deque[tuple[int, int]] = collections.deque()
         self._live: dict[int, weakref.ref] = {}

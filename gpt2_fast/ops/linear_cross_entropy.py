@@ -26,9 +26,9 @@ from gpt2_fast.ops.linear import add_product, product
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
+ROW_ALIGNMENT = 64  # a row of logits on a GPU is so many elements long, or a multiple
 # Bytes of one chunk of logits: enough rows to keep the products at full speed, since every chunk reads the weight
 # twice and reads and writes its gradient.
-ROW_ALIGNMENT = 64  # elements between rows of logits on a GPU
 CHUNK_BYTES = {"cpu": 104 << 20, "cuda": 512 << 20}
 
 

@@ -12,14 +12,13 @@ int8       4   q + 128 in uint8 with q = round(w / scale) in [-127, 127], one fl
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2_fast.memory import large_pages
 from gpt2_fast.ops.dispatch import address
 
 PANEL = 16
@@ -55,12 +54,7 @@ class HugePages:
         """A contiguous tensor of zeros, which keeps its part alive."""
         nbytes = math.prod(shape) * dtype.itemsize
         if self._used + nbytes > self._part.numel():
-            # Private, since shared memory gets no such pages.
-            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-            memory = mmap.mmap(-1, round_up(max(nbytes, self.PART), 2 << 20), **private)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them: ordinary pages hold the same numbers
-                    memory.madvise(mmap.MADV_HUGEPAGE)
+            memory = large_pages(round_up(max(nbytes, self.PART), 2 << 20))
             self._part, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
         taken = self._part[self._used : self._used + nbytes].view(dtype).view(shape)
         self._used += round_up(nbytes, self.ALIGNMENT)

@@ -60,13 +60,15 @@ def _initial_state(setting: Setting) -> dict[str, Tensor]:
 
 
 def _gpt2_fast(setting: Setting, *, impl: str = "auto", graph: bool = False) -> Step:
-    """The step of `gpt2-fast train`; in bfloat16, float32 master weights in the optimizer."""
+    """The step of `gpt2-fast train`; in bfloat16 the optimizer casts the model and keeps its float32 weights."""
     retain_memory()
     model = GPT2LMHeadModel(GPT2Config(**SIZES[setting.model], **NO_DROPOUT), impl=impl)
     model.load_state_dict(_initial_state(setting))
-    model = model.to(setting.device, setting.dtype).train()
-    config = TrainConfig(batch_size=setting.batch_size, compile_graph=graph, lr=LEARNING_RATE, beta1=BETAS[0],
-                         beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=CLIP)  # fmt: skip
+    model = model.to(setting.device).train()
+    config = TrainConfig(
+        batch_size=setting.batch_size, dtype=str(setting.dtype).removeprefix("torch."), compile_graph=graph,
+        lr=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, grad_clip=CLIP,
+    )  # fmt: skip
     step = training.Step(model, training.build_optimizer(model, config), config, setting.context)
     return lambda ids, targets: step(ids[None], targets[None], LEARNING_RATE)
 

@@ -52,7 +52,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None) -> GPT2LMHeadModel:
-    """The model of a run in the run's dtype on its device.
+    """The model of a run on its device, in float32: `build_optimizer` casts it.
 
     Its weights are those of --init-from, else fresh ones. model_config: of a run that is resumed, whose weights
     are loaded later. --dropout, where it is given, replaces what the checkpoint's config says.
@@ -74,7 +74,7 @@ def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Con
     if state is not None:
         model.load_state_dict(state)
     model.gradient_checkpointing_enable(config.recompute)
-    return model.to(device, getattr(torch, config.dtype))
+    return model.to(device)
 
 
 def _dropout(p: float) -> dict[str, float]:
@@ -82,14 +82,20 @@ def _dropout(p: float) -> dict[str, float]:
 
 
 def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
-    """AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorms."""
+    """AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorms.
+
+    Casts the model to the run's dtype, with its float32 weights as the optimizer's masters.
+    """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     clip = config.grad_clip or None
-    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, clip_grad_norm=clip)
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, clip_grad_norm=clip)
+    if config.dtype != "float32":
+        optimizer.cast(model, getattr(torch, config.dtype))
+    return optimizer
 
 
 class Step:

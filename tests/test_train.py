@@ -58,6 +58,16 @@ def test_learns_and_leaves_what_transformers_loads(corpus, tmp_path, capsys):
     assert model(ids, labels=ids).loss.item() < 10
 
 
+def test_a_bfloat16_run_keeps_the_float32_weights(corpus, tmp_path):
+    """Those that the float32 run of the same seed begins with."""
+    wide = Run(TrainConfig(**options(corpus, tmp_path / "wide")))
+    run = Run(TrainConfig(**options(corpus, tmp_path / "run", dtype="bfloat16")))
+    for p, q in zip(run.model.parameters(), wide.model.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(run.optimizer.state[p]["master"], q.detach())
+        assert torch.equal(p.detach(), q.detach().bfloat16())
+
+
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16", "dropout": 0.1, "grad_accum": 2}], ids=str)
 def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     whole, half = tmp_path / "whole", tmp_path / "half"

@@ -9,7 +9,7 @@
 namespace gpt2 {
 namespace GPT2_ISA {
 
-constexpr int ROW_STEP = 2 * KEEP_COLS;  // columns, four vectors
+constexpr int ROW_STEP = 2 * KEEP_COLS;  // columns, eight vectors
 
 // h = residual + dropout(x) for one row; returns its sum.
 template <class TX, class TH>
@@ -17,15 +17,15 @@ GPT2_INLINE float add_row(const TX* x, const TH* residual, TH* h, int64_t C, con
   vf sum[4] = {};
   int8_t keep[ROW_STEP];
   for (int64_t c = 0; c < C; c += ROW_STEP) {
-    if (d.on) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
-    for (int k = 0; k < 4; ++k) {
+    if (d.on) keep_columns<2>(d, (uint32_t)row, c, keep);
+    for (int k = 0; k < ROW_STEP / W; ++k) {
       int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
       vf v = load_n(x + o, n);
       if (d.on) v = apply_keep(v, d.scale, keep + k * W);
       v = rounded<TH>(v + load_n(residual + o, n));
       store_n(h + o, v, n);
-      sum[k] += v;  // a tail's spare lanes are 0 + 0
+      sum[k % 4] += v;  // a tail's spare lanes are 0 + 0
     }
   }
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -108,8 +108,8 @@ GPT2_INLINE void backward_row(const TY* dy, const TH* dh, const TH* h, const flo
   float mean_g = hsum(sum_g) / (float)C, mean_gx = hsum(sum_gx) / (float)C;
   int8_t keep[ROW_STEP];
   for (int64_t c = 0; c < C; c += ROW_STEP) {
-    if (d.on) keep_columns<2>(d, 0, (uint32_t)row, c, keep);
-    for (int k = 0; k < 4; ++k) {
+    if (d.on) keep_columns<2>(d, (uint32_t)row, c, keep);
+    for (int k = 0; k < ROW_STEP / W; ++k) {
       int64_t o = c + k * W, n = C - o;
       if (n <= 0) break;
       vf xhat = (load_n(h + o, n) - m) * r;

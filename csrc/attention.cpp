@@ -30,8 +30,7 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
   for (int64_t c = 0; c < t.columns(); c += W) {
     const int64_t rows = tile_rows(t.diagonal(), c, t.keys);
     Queries q{};
-    if (VISIBILITY != FULL || DROP)
-      q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
+    if (VISIBILITY != FULL) q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
     vf top = splat(-INFINITY);
     for (int64_t r = 0; r < rows; ++r) {
       vf x = load(s + r * BLOCK + c);
@@ -45,10 +44,10 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
     const vf now = max2(top * t.log2_scale, before);
     const vf factor = vexp2(before - now);
     vf sum{};
-    for (int64_t r = 0; r < rows; r += 4) {
-      vi keep[4];
-      if (DROP) keep_masks(*t.dropout, (uint32_t)t.z, (vu)(q.index), (t.j0 + r) / 4, keep);
-      for (int64_t k = 0; k < smaller(4, rows - r); ++k) {
+    for (int64_t r = 0; r < rows; r += KEEP_KEYS) {
+      vi keep[KEEP_KEYS];
+      if (DROP) keep_keys(*t.dropout, (uint32_t)t.z, t.i0 + c, t.j0 + r, keep);
+      for (int64_t k = 0; k < smaller(KEEP_KEYS, rows - r); ++k) {
         float* x = s + (r + k) * BLOCK + c;
         vf p = vexp2(load(x) * t.log2_scale - now);
         sum += p;
@@ -108,7 +107,7 @@ GPT2_INLINE void attend(const Tile& t, const Shape& shape, const float* k, const
   bool shrunk = false;
   scores(t, shape, k, block.q, s);
   GPT2_VISIBILITY(visibility, V,
-                  shrunk = t.dropout ? softmax_tile<V, true>(t, s, block.high, block.total, shrink)
+                  shrunk = t.dropout->on ? softmax_tile<V, true>(t, s, block.high, block.total, shrink)
                                      : softmax_tile<V, false>(t, s, block.high, block.total, shrink));
   if (shrunk)
     for (int64_t d = 0; d < shape.D; ++d)
@@ -161,7 +160,7 @@ struct Forward {
     }
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i0 = (first + n) * BLOCK, queries = smaller(BLOCK, T - i0);
-      finish_queries(shape, blocks[n], queries, t.keep_scale, k, out + ((b * T + i0) * shape.H + h) * D,
+      finish_queries(shape, blocks[n], queries, t.dropout->scale, k, out + ((b * T + i0) * shape.H + h) * D,
                      lse + z * T + i0);
     }
   }
@@ -189,21 +188,21 @@ struct Forward {
 template <Visibility VISIBILITY, bool DROP>
 __attribute__((noinline)) void gradient_tile(const Tile& t, float* s, float* d, const float* lse,
                                              const float* delta) {
+  const float scale = t.dropout->scale;
   for (int64_t c = 0; c < t.columns(); c += W) {
     const int64_t rows = tile_rows(t.diagonal(), c, t.keys);
     Queries q{};
-    if (VISIBILITY != FULL || DROP)
-      q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
+    if (VISIBILITY != FULL) q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
     const vf shift = load(lse + c), mean = load(delta + c);
-    for (int64_t r = 0; r < rows; r += 4) {
-      vi keep[4];
-      if (DROP) keep_masks(*t.dropout, (uint32_t)t.z, (vu)(q.index), (t.j0 + r) / 4, keep);
-      for (int64_t k = 0; k < smaller(4, rows - r); ++k) {
+    for (int64_t r = 0; r < rows; r += KEEP_KEYS) {
+      vi keep[KEEP_KEYS];
+      if (DROP) keep_keys(*t.dropout, (uint32_t)t.z, t.i0 + c, t.j0 + r, keep);
+      for (int64_t k = 0; k < smaller(KEEP_KEYS, rows - r); ++k) {
         float *x = s + (r + k) * BLOCK + c, *y = d + (r + k) * BLOCK + c;
         vf p = vexp2(load(x) * t.log2_scale - shift);
         if (VISIBILITY != FULL) p = visible<VISIBILITY>(q, t.segments, t.j0 + r + k) ? p : vf{};
         vf g = load(y);
-        if (DROP) g = keep[k] ? g * t.keep_scale : vf{};
+        if (DROP) g = keep[k] ? g * scale : vf{};
         store(x, DROP ? (keep[k] ? p : vf{}) : p);
         store(y, p * (g - mean));
       }
@@ -316,14 +315,14 @@ struct Backward {
         if (visibility == HIDDEN) continue;
         scores(t, shape, x.k + at * ld, x.qt, x.s);
         scores(t, shape, x.v + at * ld, x.gt, x.ds);
-        GPT2_VISIBILITY(visibility, V, t.dropout ? gradient_tile<V, true>(t, x.s, x.ds, shift, mean)
+        GPT2_VISIBILITY(visibility, V, t.dropout->on ? gradient_tile<V, true>(t, x.s, x.ds, shift, mean)
                                                  : gradient_tile<V, false>(t, x.s, x.ds, shift, mean));
         add_gradients(t, shape, x, at);
       }
       leave_queries(x, z, group, t.i0, t.queries);
     }
     unpack_rows(dqkv + packed(z, begin) + side, row, x.dk, ld, rows, D, scale);
-    unpack_rows(dqkv + packed(z, begin) + 2 * side, row, x.dv, ld, rows, D, t.keep_scale);
+    unpack_rows(dqkv + packed(z, begin) + 2 * side, row, x.dv, ld, rows, D, t.dropout->scale);
   }
 
   // Sums what the groups left of dQ of one head, in their order.
@@ -360,16 +359,16 @@ struct Backward {
 
 void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, int64_t T, int64_t H, int64_t D,
                        double scale, int64_t dtype, addr rng, int64_t threshold, double keep_scale, int64_t site) {
-  const Dropout dropout{threshold ? *(const uint64_t*)rng : 0, (uint32_t)threshold, (uint32_t)site};
-  const Tile tile = make_tile(T, scale, threshold ? &dropout : nullptr, keep_scale);
+  const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
+  const Tile tile = make_tile(T, scale, dropout);
   Forward{{B, T, H, D}, {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
                         int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr rng, int64_t threshold,
                         double keep_scale, int64_t site) {
-  const Dropout dropout{threshold ? *(const uint64_t*)rng : 0, (uint32_t)threshold, (uint32_t)site};
-  const Tile tile = make_tile(T, scale, threshold ? &dropout : nullptr, keep_scale);
+  const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
+  const Tile tile = make_tile(T, scale, dropout);
   Backward{{B, T, H, D}, {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,
            (const int32_t*)segments, (float*)partial, tile, (float)scale}.run();
 }

@@ -1,13 +1,13 @@
-// What the attention kernels share: the exponential, dropout bits and visibility of one tile of scores.
+// What the attention kernels share: the exponential and the visibility of one tile of scores.
 //
 // Score tiles are kept transposed, [key][query]: the lanes of a vector are neighbouring queries. Then the softmax
-// needs no sum across lanes, Q alone is packed transposed, and the four words of a Philox block (four
-// neighbouring keys of one query) are four neighbouring rows of the tile.
+// needs no sum across lanes, and Q alone is packed transposed.
 #pragma once
 
 #include <stdlib.h>
 
 #include "gemm_micro.h"
+#include "philox_simd.h"
 
 namespace gpt2 {
 namespace GPT2_ISA {
@@ -58,57 +58,6 @@ GPT2_INLINE vf vexp2(vf t) {
   vi drop = t < -120.0f;
   return as<vf>((as<vi>(p) + (__builtin_convertvector(n, vi) << 23)) & ~drop);
 #endif
-}
-
-// ---- dropout ----
-
-struct Dropout {
-  uint64_t key;
-  uint32_t threshold, site;
-};
-
-typedef uint64_t vq __attribute__((vector_size(4 * W)));
-
-// Product of the low 32 bits of each 64-bit lane.
-GPT2_INLINE vq multiply_low(vq a, vq b) {
-#if defined(__AVX512F__)
-  return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-// Philox4x32-10 of W / 2 counters, one a 64-bit lane. Only the low halves count: multiply_low ignores the others.
-GPT2_INLINE void philox_lanes(uint64_t key, vq c0, vq c1, vq c2, vq c3, vq (&word)[4]) {
-  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    vq p0 = multiply_low(c0, vq{} + (uint64_t)0xD2511F53u), p1 = multiply_low(c2, vq{} + (uint64_t)0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ (vq{} + (uint64_t)k0);
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ (vq{} + (uint64_t)k1);
-    c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
-}
-
-// keep[i]: which of the W queries `rows` keep key 4 * column4 + i of head z.
-GPT2_INLINE void keep_masks(const Dropout& dropout, uint32_t z, vu rows, int64_t column4, vi (&keep)[4]) {
-  vq even[4], odd[4], lanes = as<vq>(rows);
-  vq c0 = vq{} + (uint64_t)column4, c2 = vq{} + (uint64_t)z, c3 = vq{} + (uint64_t)dropout.site;
-  philox_lanes(dropout.key, c0, lanes, c2, c3, even);
-  philox_lanes(dropout.key, c0, lanes >> 32, c2, c3, odd);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    vu word = as<vu>((even[i] & 0xffffffffu) | (odd[i] << 32));
-    keep[i] = (vi)(word >= vu{} + dropout.threshold);
-  }
 }
 
 // ---- visibility ----
@@ -184,17 +133,15 @@ struct Tile {
   int64_t T, i0, queries, j0, keys, z;
   float log2_scale;  // scale / ln 2: probabilities are powers of two
   const Dropout* dropout;
-  float keep_scale;
   bool diagonal() const { return i0 == j0; }
   int64_t columns() const { return round_up(queries, W); }
 };
 
-static inline Tile make_tile(int64_t T, double scale, const Dropout* dropout, double keep_scale) {
+static inline Tile make_tile(int64_t T, double scale, const Dropout& dropout) {
   Tile tile{};
   tile.T = T;
   tile.log2_scale = (float)(scale * 1.4426950408889634);
-  tile.dropout = dropout;
-  tile.keep_scale = (float)keep_scale;
+  tile.dropout = &dropout;
   return tile;
 }
 

@@ -42,12 +42,9 @@ struct Tile {
   }
 
   GPT2_NOINLINE void drop(const Dropout& mask, int64_t row, int64_t col) {
-    int8_t keep[KEEP_COLS];
-    for (int64_t i = 0; i < VECTORS; i += 2) {
-      keep_columns(mask, 0, (uint32_t)row, col + i * W, keep);
-      v[i] = apply_keep(v[i], mask.scale, keep);
-      v[i + 1] = apply_keep(v[i + 1], mask.scale, keep + W);
-    }
+    int8_t keep[COLS];
+    keep_columns<COLS / KEEP_COLS>(mask, (uint32_t)row, col, keep);
+    for (int64_t i = 0; i < VECTORS; ++i) v[i] = apply_keep(v[i], mask.scale, keep + i * W);
   }
 
   template <class T>

@@ -95,14 +95,8 @@ struct Tile {
   }
 
   __device__ __forceinline__ void drop(const Mask& mask, int64_t row, int64_t col) {
-    for (int half = 0; half < 2; ++half) {
-      PhiloxBlock block =
-          philox4x32(mask.key, (uint32_t)(col >> 2) + half, (uint32_t)row, 0, mask.site);
-      for (int i = 0; i < 4; ++i) {
-        float& x = v[4 * half + i];
-        x = block.word[i] >= mask.threshold ? x * mask.scale : 0.0f;
-      }
-    }
+    const PhiloxBlock block = philox4x32(mask.key, (uint32_t)(col >> 3), (uint32_t)row, 0, mask.site);
+    for (int i = 0; i < COLS; ++i) v[i] = block.number(i) >= mask.threshold ? v[i] * mask.scale : 0.0f;
   }
 };
 

@@ -25,7 +25,7 @@ from . import tuning
 from .aot import ARCHS, LAUNCH_OPTIONS, AotSpec, config_arch, make_spec
 from .bias import PARTIALS, reduce_partials
 from .interpreter import cast
-from .philox import keep_scale, keep_tile, load_key, threshold_bits
+from .philox import keep_rows, keep_scale, load_key, threshold_bits
 
 WIDEST = 16384  # channels of a row that these kernels hold
 
@@ -59,7 +59,7 @@ def forward_kernel(
     if residual_ptr is not None:
         if DROPOUT:
             key_lo, key_hi = load_key(rng_ptr)
-            keep = keep_tile(key_lo, key_hi, threshold, site, 0, rows, 0, BLOCK_C)
+            keep = keep_rows(key_lo, key_hi, threshold, site, rows, BLOCK_C)
             h = tl.where(keep, h * scale, 0.0)
         h += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         stored = cast(h, h_ptr.dtype.element_ty)
@@ -128,7 +128,7 @@ def backward_kernel(
         if dx_ptr is not None:
             dx = dresidual
             if DROPOUT:
-                keep = keep_tile(key_lo, key_hi, threshold, site, 0, rows, 0, BLOCK_C)
+                keep = keep_rows(key_lo, key_hi, threshold, site, rows, BLOCK_C)
                 dx = tl.where(keep, dx * scale, 0.0)
             tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 

@@ -50,7 +50,7 @@ def _forward_tiles(
     v_ptr,
     segments_ptr,  # this sequence's
     rng_ptr,
-    rows,  # [BM] queries
+    start_m,  # first query
     lo,  # first key
     hi,  # end of keys
     scale2,  # scale * log2(e)
@@ -61,11 +61,13 @@ def _forward_tiles(
     row_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIAGONAL: tl.constexpr,
     SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    rows = start_m + tl.arange(0, BLOCK_M)
     doc = document(segments_ptr, rows, T, SEGMENTS)
     if DROPOUT:
         key_lo, key_hi = load_key(rng_ptr)
@@ -84,7 +86,7 @@ def _forward_tiles(
         l = l * alpha + tl.sum(p, 1)
         m = m_new
         if DROPOUT:
-            p = tl.where(keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N), p, 0.0)
+            p = tl.where(keep_tile(key_lo, key_hi, threshold, site, z, start_m, start, BLOCK_M, BLOCK_N), p, 0.0)
         v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
         acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
     return acc, m, l
@@ -130,9 +132,9 @@ def forward_kernel(
     end = tl.minimum(start + BLOCK_M, T)
     for crossing in tl.static_range(2):
         acc, m, l = _forward_tiles(
-            acc, m, l, q, k_ptr, v_ptr, segments_ptr, rng_ptr, rows, diagonal if crossing else 0,
+            acc, m, l, q, k_ptr, v_ptr, segments_ptr, rng_ptr, start, diagonal if crossing else 0,
             end if crossing else diagonal, scale * LOG2E, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D,
-            BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
+            BLOCK_M, BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
         )  # fmt: skip
     tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.math.log2(l)) * LN2, mask=rows < T)
     if SEGMENTS:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .attention_tiles import LOG2E, document, hide, load_lse2, load_segments, load_tile, store_tile
 from .interpreter import cast, dot
-from .philox import keep_tile, load_key
+from .philox import keep_tile, keep_tile_transposed, load_key
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _dq_tiles(
     v_ptr,
     segments_ptr,  # this sequence's
     rng_ptr,
-    rows,  # [BM] queries
+    start_m,  # first query
     lo,  # first key
     hi,  # end of keys
     scale2,  # scale * log2(e)
@@ -31,11 +31,13 @@ def _dq_tiles(
     row_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIAGONAL: tl.constexpr,
     SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    rows = start_m + tl.arange(0, BLOCK_M)
     doc = document(segments_ptr, rows, T, SEGMENTS)
     if DROPOUT:
         key_lo, key_hi = load_key(rng_ptr)
@@ -49,7 +51,7 @@ def _dq_tiles(
         p = tl.math.exp2(s * scale2 - lse2[:, None])
         dp = dot(do, tl.trans(v))
         if DROPOUT:
-            keep = keep_tile(key_lo, key_hi, threshold, site, z, rows, start, BLOCK_N)
+            keep = keep_tile(key_lo, key_hi, threshold, site, z, start_m, start, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp * kept_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = dot(cast(ds, k.dtype), k, dq)
@@ -102,9 +104,9 @@ def backward_dq_kernel(
     end = tl.minimum(start + BLOCK_M, T)
     for crossing in tl.static_range(2):
         dq = _dq_tiles(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, rng_ptr, rows, diagonal if crossing else 0,
+            dq, q, do, lse2, delta, k_ptr, v_ptr, segments_ptr, rng_ptr, start, diagonal if crossing else 0,
             end if crossing else diagonal, scale * LOG2E, kept_scale, threshold, site, z, T, row_stride, HEAD_DIM,
-            BLOCK_D, BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
+            BLOCK_D, BLOCK_M, BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
         )  # fmt: skip
     store_tile(dqkv_ptr + head, dq * scale, start, row_stride, T, HEAD_DIM)
 
@@ -156,7 +158,7 @@ def _dkdv_tiles(
         dp = dot(v, tl.trans(do))
         kept = p
         if DROPOUT:
-            keep = tl.trans(keep_tile(key_lo, key_hi, threshold, site, z, rows, start_n, BLOCK_N))
+            keep = keep_tile_transposed(key_lo, key_hi, threshold, site, z, start, start_n, BLOCK_M, BLOCK_N)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * kept_scale, 0.0)
         dv = dot(cast(kept, do.dtype), do, dv)

@@ -1,30 +1,32 @@
-"""Counter-based dropout masks: Philox4x32-10 (Salmon et al., SC 2011; Random123), word for word.
+"""Dropout masks in Triton, to the bit those of gpt2_fast/ops/philox.py, which says what an element's number is.
 
-An element has coordinates (z, row, col). Its word is output ``col & 3`` of Philox4x32-10 with
-
-    counter = (col >> 2, row, z, site)        key = (low 32 bits, high 32 bits) of the int64 ``rng[0]``
-
-and the element is kept iff word >= threshold (unsigned). Four neighbouring columns are the four outputs of
-one call, so a tile of C columns costs C / 4 calls a row; its first column must therefore be a multiple of 4.
-Nothing is stored for backward: the mask is a function of the coordinates.
+Where the eight elements of a block are held by one thread, Triton moves the whole computation to where the mask is used
+and no number passes through shared memory. That is why words are joined, permuted and only then compared.
 """
 
 import triton
 import triton.language as tl
 
+ROUNDS = tl.constexpr(7)
+STEPS = 65536
+
+
+def _dropped(dropout_p: float) -> int:
+    return min(max(int(dropout_p * STEPS + 0.5), 0), STEPS - 1)
+
 
 def threshold_bits(dropout_p: float) -> int:
-    """Bit pattern, as a signed 32-bit int, of the uint32 threshold ``int(p * 2**32)``.
+    """Bit pattern, as a signed 32-bit int, of the uint32 threshold: p in 65536ths, in the high half.
 
     Signed, because Triton would type an argument of 2**31 or more as 64 bits wide and compile once more.
     """
-    threshold = min(max(int(dropout_p * 2.0**32), 0), 2**32 - 1)
+    threshold = _dropped(dropout_p) << 16
     return threshold - 2**32 if threshold >= 2**31 else threshold
 
 
 def keep_scale(dropout_p: float) -> float:
-    """Factor on kept elements, 1 / (1 - p); 0 for p = 1, where nothing is kept."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    """Factor on kept elements: the inverse of the probability that one is."""
+    return STEPS / (STEPS - _dropped(dropout_p))
 
 
 @triton.jit
@@ -35,49 +37,72 @@ def load_key(rng_ptr):
 
 
 @triton.jit
+def _block(c0, c1, z, site, key_lo, key_hi):
+    z, site = tl.cast(z, tl.uint32), tl.cast(site, tl.uint32)
+    return tl.philox_impl(c0.to(tl.uint32), c1.to(tl.uint32), z, site, key_lo, key_hi, n_rounds=ROUNDS)
+
+
+@triton.jit
+def _numbers(w0, w1, w2, w3):
+    """uint32 [..., 2, 2, 2], by the bits of a number's index; it is the high half, what is below changes nothing."""
+    low = tl.join(tl.join(w0 << 16, w2 << 16), tl.join(w1 << 16, w3 << 16))
+    return tl.join(low, tl.join(tl.join(w0, w2), tl.join(w1, w3)))
+
+
+@triton.jit
+def keep_rows(
+    key_lo,  # uint32, from load_key
+    key_hi,  # uint32, from load_key
+    threshold,  # int32, from threshold_bits
+    site,  # int32, which dropout of the model
+    rows,  # [R] int, absolute rows
+    COLS: tl.constexpr,  # a power of two, at least 8
+):
+    """Keep mask [R, COLS], bool, of whole rows of a row-wise op."""
+    eights = tl.arange(0, COLS // 8)
+    numbers = _numbers(*_block(eights[None, :], rows[:, None], 0, site, key_lo, key_hi))
+    return tl.reshape(numbers, (rows.shape[0], COLS)) >= tl.cast(threshold, tl.uint32, bitcast=True)
+
+
+@triton.jit
 def keep_tile(
     key_lo,  # uint32, from load_key
     key_hi,  # uint32, from load_key
     threshold,  # int32, from threshold_bits
     site,  # int32, which dropout of the model
     z,  # int32
-    rows,  # [R] int, absolute rows
-    col_start,  # int, absolute first column, a multiple of 4
-    COLS: tl.constexpr,  # a power of two, at least 4
+    row_start,  # int, absolute first row, a multiple of 16, likewise col_start
+    col_start,
+    ROWS: tl.constexpr,  # a power of two, at least 16, likewise COLS
+    COLS: tl.constexpr,
 ):
-    """Keep mask [R, COLS], bool, of the tile whose rows are ``rows`` and whose first column is col_start."""
-    col4 = col_start // 4 + tl.arange(0, COLS // 4)
-    w0, w1, w2, w3 = tl.philox_impl(
-        col4[None, :].to(tl.uint32),
-        rows[:, None].to(tl.uint32),
-        tl.cast(z, tl.uint32),
-        tl.cast(site, tl.uint32),
-        key_lo,
-        key_hi,
-    )
-    limit = tl.cast(threshold, tl.uint32, bitcast=True)
-    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
-    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-    return tl.reshape(tl.join(even, odd), (rows.shape[0], COLS)) != 0
+    """Keep mask [ROWS, COLS], bool, of a tile of attention."""
+    c0 = col_start // 4 + tl.arange(0, COLS // 4)
+    c1 = row_start // 2 + tl.arange(0, ROWS // 2)
+    numbers = _numbers(*_block(c0[None, :], c1[:, None], z, site, key_lo, key_hi))
+    numbers = tl.reshape(numbers, (ROWS // 16, 8, COLS // 16, 4, 2, 2, 2))
+    numbers = tl.permute(numbers, (0, 4, 1, 2, 5, 3, 6))
+    return tl.reshape(numbers, (ROWS, COLS)) >= tl.cast(threshold, tl.uint32, bitcast=True)
 
 
 @triton.jit
-def keep_row(
-    key_lo,  # uint32, from load_key
-    key_hi,  # uint32, from load_key
-    threshold,  # int32, from threshold_bits
-    site,  # int32, which dropout of the model
-    row,  # int, absolute row; z = 0
-    col_start,  # int, absolute first column, a multiple of 4
-    COLS: tl.constexpr,  # a power of two, at least 4
+def keep_tile_transposed(
+    key_lo,  # as in keep_tile, all of them
+    key_hi,
+    threshold,
+    site,
+    z,
+    row_start,
+    col_start,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """Keep mask [COLS], bool, of one row of an [N, C] tensor from column ``col_start``."""
-    col4 = col_start // 4 + tl.arange(0, COLS // 4)
-    zero = tl.full((), 0, tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(
-        col4.to(tl.uint32), tl.cast(row, tl.uint32), zero, tl.cast(site, tl.uint32), key_lo, key_hi
-    )
-    limit = tl.cast(threshold, tl.uint32, bitcast=True)
-    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
-    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-    return tl.reshape(tl.join(even, odd), (COLS,)) != 0
+    """Keep mask [COLS, ROWS], bool, of the same tile. A thread holds half of a block: it is computed twice."""
+    cols = col_start // 2 + tl.arange(0, COLS // 2)  # without bit 3
+    c1 = row_start // 2 + tl.arange(0, ROWS // 2)
+    w0, w1, w2, w3 = _block((cols >> 1)[:, None], c1[None, :], z, site, key_lo, key_hi)
+    shift = tl.where((cols & 1) == 0, 16, 0)[:, None].to(tl.uint32)
+    numbers = tl.join(tl.join(w0 << shift, w1 << shift), tl.join(w2 << shift, w3 << shift))
+    numbers = tl.reshape(numbers, (COLS // 16, 8, ROWS // 16, 8, 2, 2))
+    numbers = tl.permute(numbers, (0, 4, 1, 2, 5, 3))
+    return tl.reshape(numbers, (COLS, ROWS)) >= tl.cast(threshold, tl.uint32, bitcast=True)

@@ -40,9 +40,7 @@ def visible_keys(T: int, segments: Tensor | None, device: torch.device) -> Tenso
 
 def keep_mask(B: int, T: int, H: int, dropout_p: float, rng: Tensor, site: int) -> Tensor:
     """The dropout mask, bool [B, H, T, T]: coordinates z = b H + h, row = query, column = key."""
-    z = torch.arange(B * H, device=rng.device).view(B, H, 1, 1)
-    t = torch.arange(T, device=rng.device)
-    return philox.words(rng, site, z, t.view(-1, 1), t) >= philox.threshold(dropout_p)
+    return philox.keep_tiles(rng, site, B * H, T, dropout_p).view(B, H, T, T)
 
 
 def attention_reference(
@@ -64,7 +62,7 @@ def attention_reference(
     probabilities = scores.softmax(-1).masked_fill(hidden, 0.0)
     if dropout_p > 0.0:
         keep = keep_mask(B, T, H, dropout_p, rng, site)
-        probabilities = (probabilities * (1.0 / (1.0 - dropout_p))).masked_fill(~keep, 0.0)
+        probabilities = (probabilities * philox.scale(dropout_p)).masked_fill(~keep, 0.0)
     return (probabilities @ v).transpose(1, 2)
 
 

@@ -1,13 +1,19 @@
-"""Dropout masks from Philox4x32-10: the same function of (key, site, coordinates) in every backend.
+"""Dropout masks from Philox4x32-7: the same function of (key, site, coordinates) in every backend.
 
 Philox (Salmon et al., SC 2011) is a counter-based generator: a mask is computed from where an element is, not
 from what was drawn before it. So the reference, the C++ kernels (``csrc/philox.h``) and the Triton kernels
 (``kernels/philox.py``) drop the same elements to the bit, the backward pass recomputes the mask instead of
-storing it, and a resumed run repeats.
+storing it, and a resumed run repeats. Seven rounds are the fewest that pass every test of TestU01's BigCrush.
 
-An element has coordinates (z, row, col) within the dropout `site` (which dropout of the model this is). Its
-word is output ``col & 3`` of the block with counter ``(col >> 2, row, z, site)``. It is kept where
-``word >= threshold(p)``, and then scaled by ``1 / (1 - p)``.
+An element has coordinates (z, row, col) within the dropout `site` (which dropout of the model this is). Eight share
+a block, whose four words are eight numbers of 16 bits, the low half of a word first; an element is kept where its
+number is at least p in 65536ths, and then divided by the part that is kept. Which eight:
+
+- of a row-wise op, eight neighbours: number ``col & 7`` of the block with counter ``(col >> 3, row, 0, site)``;
+- of attention, rows r and r + 8 by columns c, c + 1, c + 8 and c + 9: number ``4 row[3] + 2 col[3] + col[0]``, where
+  x[i] is bit i of x, of the block with counter ``(col without bits 3 and 0, row without bit 3, z, site)``. One thread
+  holds them in the result of a tensor-core product, and in that of the transposed product those of equal col[0], so no
+  thread needs what another has computed.
 """
 
 from __future__ import annotations
@@ -17,11 +23,23 @@ import torch
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+ROUNDS = 7
+STEPS = 65536  # probabilities are whole numbers of these
+
+
+def dropped(p: float) -> int:
+    """How many of STEPS numbers drop their element: the nearest to `p`, and never all."""
+    return min(max(int(p * STEPS + 0.5), 0), STEPS - 1)
 
 
 def threshold(p: float) -> int:
-    """The uint32 below which a word drops its element, for dropout probability `p`."""
-    return min(max(int(p * 2.0**32), 0), _MASK)
+    """The uint32 below which a number, in the high half of a word, drops its element."""
+    return dropped(p) << 16
+
+
+def scale(p: float) -> float:
+    """What a kept element is multiplied by: the inverse of the probability that it is."""
+    return STEPS / (STEPS - dropped(p))
 
 
 def new_key(device: torch.device | str) -> torch.Tensor:
@@ -41,26 +59,43 @@ def _mul_hi_lo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high >> 16) + (total >> 32), total & _MASK
 
 
-def words(key: torch.Tensor, site: int, z: torch.Tensor, row: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
-    """The uint32 words, held in int64, at broadcastable int64 coordinates."""
-    block = (col >> 2).to(torch.int64)
-    c0, c1, c2 = torch.broadcast_tensors(block, row.to(torch.int64) & _MASK, z.to(torch.int64) & _MASK)
-    c3 = torch.full_like(c0, site & _MASK)
+def block(
+    key: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four uint32 output words, held in int64, of the counters (c0, c1, c2, c3), broadcastable int64 tensors."""
+    c0, c1, c2 = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK, c2 & _MASK)
+    c3 = torch.full_like(c0, c3 & _MASK)
     k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(10):
+    for _ in range(ROUNDS):
         hi0, lo0 = _mul_hi_lo(_M0, c0)
         hi1, lo1 = _mul_hi_lo(_M1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    lane = (col & 3).expand(c0.shape)
-    return torch.where(lane == 0, c0, torch.where(lane == 1, c1, torch.where(lane == 2, c2, c3)))
+    return c0, c1, c2, c3
+
+
+def _kept(words: tuple[torch.Tensor, ...], p: float) -> torch.Tensor:
+    """Which of the eight elements of each block are kept, bool [..., 8]."""
+    numbers = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(numbers, -1) >= dropped(p)
 
 
 def keep_rows(key: torch.Tensor, site: int, n_rows: int, n_cols: int, p: float) -> torch.Tensor:
     """The bool mask [n_rows, n_cols] of a row-wise op (z = 0)."""
     row = torch.arange(n_rows, device=key.device).unsqueeze(1)
-    col = torch.arange(n_cols, device=key.device).unsqueeze(0)
-    return words(key, site, torch.zeros_like(row), row, col) >= threshold(p)
+    eights = torch.arange((n_cols + 7) // 8, device=key.device)
+    return _kept(block(key, eights, row, torch.zeros_like(row), site), p).flatten(1)[:, :n_cols]
+
+
+def keep_tiles(key: torch.Tensor, site: int, n_heads: int, n_tokens: int, p: float) -> torch.Tensor:
+    """The bool mask [n_heads, n_tokens, n_tokens] of attention: z = head, row = query, column = key."""
+    patches = (n_tokens + 15) // 16  # 16 x 16 elements: 8 x 4 blocks
+    z = torch.arange(n_heads, device=key.device).view(-1, 1, 1)
+    row = torch.arange(8 * patches, device=key.device).unsqueeze(1)
+    col = torch.arange(4 * patches, device=key.device)
+    kept = _kept(block(key, col, row, z, site), p).view(n_heads, patches, 8, patches, 4, 2, 2, 2)
+    kept = kept.permute(0, 1, 5, 2, 3, 6, 4, 7)  # row[3] before the rest of the row; col[3], the rest, col[0]
+    return kept.reshape(n_heads, 16 * patches, 16 * patches)[:, :n_tokens, :n_tokens]
 
 
 def dropout_rows(x: torch.Tensor, p: float, key: torch.Tensor | None, site: int) -> torch.Tensor:
@@ -68,12 +103,12 @@ def dropout_rows(x: torch.Tensor, p: float, key: torch.Tensor | None, site: int)
     if p == 0.0:
         return x
     keep = keep_rows(key, site, x.shape[0], x.shape[1], p)
-    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(keep, x * scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def arguments(p: float, key: torch.Tensor | None, site: int) -> tuple[int, int, float, int]:
     """What every C++ kernel with dropout takes last: key address (0: no dropout), threshold, scale, site."""
-    return (key.data_ptr(), threshold(p), 1.0 / (1.0 - p), site) if p > 0.0 else (0, 0, 1.0, site)
+    return (key.data_ptr(), threshold(p), scale(p), site) if p > 0.0 else (0, 0, 1.0, site)
 
 
 def check(op: str, p: float, key: torch.Tensor | None, device: torch.device) -> None:

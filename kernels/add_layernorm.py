@@ -163,15 +163,17 @@ def normalize_kernel(
     tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(channels: int, arch: int, direction: str = "forward") -> tuple[dict[str, int], int]:
-    """(constexprs and options of a launch, rows a program) for rows of `channels`.
+def _tile(
+    channels: int, arch: int, itemsize: int, dropout: bool = False, direction: str = "forward"
+) -> tuple[dict[str, int], int]:
+    """(constexprs and options of a launch, rows a program) for rows of `channels`, h of `itemsize` bytes an element.
 
     What ships: about 16 elements a thread forward, and 8 backward, which holds two sums besides.
     """
     block = max(16, triton.next_power_of_2(channels))
     if block > WIDEST:
         raise ValueError(f"n_embd {channels} is above {WIDEST}, the widest row these kernels hold")
-    config = tuning.config("add_layernorm", direction, arch, width=block)
+    config = tuning.config("add_layernorm", direction, arch, itemsize, width=block, dropout=dropout)
     return {"C": channels, "BLOCK_C": block, **config, **LAUNCH_OPTIONS}, config["ROWS"]
 
 
@@ -191,8 +193,9 @@ def _rows_forward(x, residual, weight, bias, y, eps, dropout_p, rng, site):
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows:
-        tile, step = _tile(channels, config_arch(x.device))
         drop = _dropout(0.0 if residual is None else dropout_p, rng, site)
+        itemsize = (x if residual is None else residual).element_size()
+        tile, step = _tile(channels, config_arch(x.device), itemsize, drop["DROPOUT"])
         forward_kernel[(triton.cdiv(rows, step),)](
             x, residual, weight, bias, y, h, mean, rstd, N=rows, eps=eps, **drop, **tile
         )
@@ -242,7 +245,7 @@ def normalize(
     rows, channels = h.shape
     y = torch.empty(h.shape, dtype=dtype, device=h.device)
     if rows:
-        tile, step = _tile(channels, config_arch(h.device))
+        tile, step = _tile(channels, config_arch(h.device), h.element_size())
         normalize_kernel[(triton.cdiv(rows, step),)](h, weight, bias, mean, rstd, y, N=rows, **tile)
     return y
 
@@ -269,10 +272,10 @@ def backward(
     own_dx = has_residual and (dropout_p > 0 or x_dtype != h.dtype)
     dx = torch.empty(h.shape, dtype=x_dtype, device=h.device) if own_dx else None
     dresidual = torch.empty_like(h)
-    tile, step = _tile(channels, config_arch(h.device), "backward")
+    drop = _dropout(dropout_p if own_dx else 0.0, rng, site)
+    tile, step = _tile(channels, config_arch(h.device), h.element_size(), drop["DROPOUT"], "backward")
     programs = min(PARTIALS, max(1, triton.cdiv(rows, step)))
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
-    drop = _dropout(dropout_p if own_dx else 0.0, rng, site)
     backward_kernel[(programs,)](dy, dh, h, weight, mean, rstd, dx, dresidual, partials, N=rows, **drop, **tile)
     dweight, dbias = reduce_partials(partials)
     return dx, dresidual, dweight, dbias
@@ -326,10 +329,12 @@ def _specs_alone(channels: int, arch: int, row: str, stream: str) -> list[AotSpe
 
 
 def _spec(kernel, name: str, types: dict[str, str], channels: int, arch: int, dropout: bool | None) -> AotSpec:
-    tile, _ = _tile(channels, arch, "backward" if kernel is backward_kernel else "forward")
+    stream = types["x_ptr" if "h_ptr" not in types else "h_ptr"]
+    direction = "backward" if kernel is backward_kernel else "forward"
+    tile, _ = _tile(channels, arch, 4 if stream == "*fp32" else 2, bool(dropout), direction)
     constexprs = {key: tile[key] for key in ("C", "BLOCK_C", "ROWS", "STAGES") if key in tile}
     if dropout is not None:
         constexprs["DROPOUT"] = dropout
     loose = ("N", "threshold", "site")
-    warps, archs = tile["num_warps"], (arch,)
-    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, warps, archs=archs, unaligned=loose)
+    options = {"num_warps": tile["num_warps"], "maxnreg": tile.get("maxnreg"), "archs": (arch,)}
+    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, **options, unaligned=loose)

@@ -51,6 +51,7 @@ class AotSpec:
     constexprs: the constexpr arguments; a pointer that is absent is given here as None.
     attrs: names of the arguments known to be multiples of 16 (pointers: bytes; integers: the value).
     archs: the compute capabilities this configuration ships for.
+    maxnreg: most registers a thread; None leaves it to ptxas, whose own aim may be a few too low.
     """
 
     kernel: Any
@@ -61,6 +62,7 @@ class AotSpec:
     num_stages: int = 3
     attrs: tuple[str, ...] = ()
     archs: tuple[int, ...] = ARCHS
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def make_spec(
     num_stages: int = 3,
     archs: tuple[int, ...] = ARCHS,
     unaligned: tuple[str, ...] = (),
+    maxnreg: int | None = None,
 ) -> AotSpec:
     """An AotSpec whose pointers and integers are multiples of 16, but for those named in `unaligned`.
 
@@ -90,7 +93,8 @@ def make_spec(
     """
     absent = [arg for arg in kernel.arg_names if arg.endswith("_ptr") and arg not in types]
     attrs = tuple(arg for arg, kind in types.items() if kind != "fp32" and arg not in unaligned)
-    return AotSpec(kernel, name, types, {**dict.fromkeys(absent), **constexprs}, num_warps, num_stages, attrs, archs)
+    constexprs = {**dict.fromkeys(absent), **constexprs}
+    return AotSpec(kernel, name, types, constexprs, num_warps, num_stages, attrs, archs, maxnreg)
 
 
 def compile_spec(spec: AotSpec, arch: int) -> Compiled:
@@ -109,7 +113,7 @@ def compile_spec(spec: AotSpec, arch: int) -> Compiled:
     signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.attrs}
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec.constexprs, attrs=attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **LAUNCH_OPTIONS}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg, **LAUNCH_OPTIONS}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return Compiled(spec, arch, built.asm["cubin"], built.metadata.shared, built.asm)
 

@@ -249,6 +249,6 @@ def aot_specs() -> list:
         signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
         label = f"attention.{name} {dtype} D={D}{' segments' * segments}{' dropout' * dropout}"
         pointers = tuple(a for a in signature if a.endswith("_ptr"))
-        options = (tile["num_warps"], tile["num_stages"], pointers, (arch,))
+        options = (tile["num_warps"], tile["num_stages"], pointers, (arch,), tile.get("maxnreg"))
         specs.append(AotSpec(kernel, label, signature, constexprs, *options))
     return specs

@@ -166,4 +166,5 @@ def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> A
     flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size, "BLOCK_V": config["BLOCK_V"]}
     sizes = ("V", "ignore_index") if padded else ("V", "ignore_index", "row_stride")
     name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}"
-    return make_spec(softmax_xent_kernel, name, types, flags, config["num_warps"], archs=(arch,), unaligned=sizes)
+    options = {"num_warps": config["num_warps"], "maxnreg": config.get("maxnreg")}
+    return make_spec(softmax_xent_kernel, name, types, flags, **options, archs=(arch,), unaligned=sizes)

@@ -5,10 +5,13 @@ A row says for what it is and what to launch:
     {"kernel": "forward", "arch": 90, "itemsize": 2, "shape": {"head_dim": 64}, "config": {"BLOCK_M": 128, ...}}
 
 `arch` (80, 90, 100), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Of the rows
-that are for the asked architecture, or for all, the one with the nearest shape is taken, and of two equally near the
-architecture's own; where there is none, sm_80's. Numbers are as far apart as the octaves between them, anything else
-that differs is half an octave, and a row without a shape is further than any with one: the default. `python -m
-benchmarks tune` writes these files; nothing is timed in a run.
+that are for the asked architecture, or for all, the one with the nearest shape is taken, and of equally near ones the
+architecture's own, then the item size's own; where there is none, sm_80's. Numbers are as far apart as the octaves
+between them, anything else that differs is half an octave, and a row without a shape is further than any with one: the
+default. `python -m benchmarks tune` writes these files; nothing is timed in a run.
+
+Where ptxas lets a thread spill to reach a number of registers of its own choice, "maxnreg" in a config names the most
+a thread may have instead.
 """
 
 from __future__ import annotations
@@ -95,12 +98,12 @@ def _row(op: str, kernel: str, arch: int, itemsize: int, shape: tuple[tuple[str,
     of_kernel = [r for r in rows(op) if r["kernel"] == kernel and r.get("itemsize", itemsize) == itemsize]
     for wanted in (arch, FALLBACK_ARCH):
         if found := [r for r in of_kernel if r.get("arch", wanted) == wanted]:
-            return min(found, key=lambda row: (_distance(row, dict(shape)), "arch" not in row))
+            return min(found, key=lambda r: (_distance(r, dict(shape)), "arch" not in r, "itemsize" not in r))
     raise ValueError(f"{path(op)} has no row for kernel {kernel!r} and {itemsize} bytes an element; {_fix(op)}")
 
 
 def config(op: str, kernel: str, arch: int, itemsize: int = 4, **shape: Any) -> dict[str, int]:
-    """Constexprs, num_warps and num_stages of one launch; not to be changed.
+    """Constexprs, num_warps and the other options of one launch; not to be changed.
 
     Args:
         arch: `aot.config_arch` of the device.

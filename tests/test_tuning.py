@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import shutil
 import sys
@@ -60,7 +61,8 @@ def test_attention_has_a_row_of_its_own_for_every_architecture_and_head_size(arc
     for kernel in ("forward", "backward_dq", "backward_dkdv"):
         for head_dim in (32, 64, 128):
             shape = {"head_dim": head_dim, "dropout": True}
-            (row,) = [r for r in rows if r["kernel"] == kernel and r["arch"] == arch and r["shape"] == shape]
+            of_arch = [r for r in rows if (r["kernel"], r["arch"], r["itemsize"]) == (kernel, arch, 2)]
+            (row,) = [r for r in of_arch if r["shape"] == shape]
             assert tuning.config("attention", kernel, arch, 2, **shape) == row["config"]
             assert attention_tiles.config(kernel, arch, 2, head_dim, True) == row["config"]
 
@@ -92,6 +94,8 @@ def test_the_architectures_own_row_wins_a_tie_and_sm_80_stands_in(table):
     assert tuning.config("toy", "k", 100, d=64)["BLOCK"] == 2
     table([_row(1, arch=80), _row(2, arch=90)])
     assert tuning.config("toy", "k", 120)["BLOCK"] == 1
+    table([_row(1, arch=90), _row(2, arch=90, itemsize=4), _row(4, itemsize=2)])
+    assert [tuning.config("toy", "k", 90, itemsize)["BLOCK"] for itemsize in (4, 2)] == [2, 1]
 
 
 def test_no_row_is_an_error_that_names_what_was_asked(table):
@@ -142,6 +146,17 @@ def test_a_trial_lasts_as_long_as_its_block(table):
     with tuning.trial("toy", 0, {"BLOCK": 64, "num_warps": 8}):
         assert tuning.config("toy", "k", 90)["BLOCK"] == 64
     assert tuning.config("toy", "k", 90)["BLOCK"] == 1
+
+
+def test_a_limit_on_registers_is_compiled_as_it_runs():
+    """What a launch passes on must be in the specs that doctor compiles."""
+    for op in OPS:
+        for index, row in enumerate(tuning.rows(op)):
+            if "maxnreg" in row["config"]:
+                specs = importlib.import_module(f"gpt2_fast.kernels.{op}").aot_specs()
+                read = [specs[i].maxnreg for i in tune.affected(op, index, row["arch"])]
+                assert read, row
+                assert set(read) == {row["config"]["maxnreg"]}, row
 
 
 def _report(**given):

@@ -38,7 +38,7 @@ X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 PARTIAL = {
     "avx512bf16": (
         "avx512",
-        ["add_layernorm", "layernorm_linear_gelu", "decode_step", "linear", "linear_cross_entropy"],
+        ["add_layernorm", "attention", "layernorm_linear_gelu", "decode_step", "linear", "linear_cross_entropy"],
     )
 }
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]

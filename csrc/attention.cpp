@@ -142,15 +142,15 @@ struct Forward {
       block.q = state + 2 * n * area;
       block.o = block.q + area;
       const int64_t i0 = (first + n) * BLOCK, queries = smaller(BLOCK, T - i0);
-      pack_rows(k, ld, q_rows + i0 * row, row, queries, D);
-      transpose_tile(block.q, BLOCK, k, ld, queries, D);
+      pack_terms(k, q_rows + i0 * row, row, queries, shape);
+      transpose_tile(block.q, BLOCK, k, ld, queries, shape.depth());
       memset(block.o, 0, shape.width() * BLOCK * sizeof(float));
       for (int64_t i = 0; i < BLOCK; ++i) block.high[i] = NOTHING, block.total[i] = 0.0f;
     }
     for (int64_t j = 0; j < first + count; ++j) {
       t.j0 = j * BLOCK;
       t.keys = smaller(BLOCK, T - t.j0);
-      pack_rows(k, ld, k_rows + t.j0 * row, row, t.keys, D);
+      pack_terms(k, k_rows + t.j0 * row, row, t.keys, shape);
       pack_rows(v, ld, v_rows + t.j0 * row, row, t.keys, D);
       for (int64_t n = j < first ? 0 : j - first; n < count; ++n) {
         t.i0 = (first + n) * BLOCK;
@@ -210,16 +210,17 @@ __attribute__((noinline)) void gradient_tile(const Tile& t, float* s, float* d, 
   }
 }
 
-// The float32 tiles of one backward task.
+// The tiles of one backward task, float32 but for those that products over D take (`pack_terms`).
 struct Gradients {
-  float *k, *v, *dk, *dv;        // [GROUP][D]
-  float *q, *qt, *g, *gt, *dq;   // [BLOCK][D] and their transposes; g is dO
+  float *k, *dk, *dv;            // [GROUP][D]
+  float *k_terms, *v_terms;      // [GROUP][D]
+  float *q, *qt, *g, *gt, *dq;   // [BLOCK][D], and qt and gt of terms, transposed; g is dO
   float *s, *ds;                 // [BLOCK][BLOCK]
   explicit Gradients(int64_t ld, int64_t extra) {
     const int64_t area = BLOCK * ld, group = GROUP * ld;
-    k = scratch.reserve(4 * group + 5 * area + 2 * BLOCK * BLOCK + extra);
-    v = k + group, dk = v + group, dv = dk + group;
-    q = dv + group, qt = q + area, g = qt + area, gt = g + area, dq = gt + area;
+    k = scratch.reserve(5 * group + 5 * area + 2 * BLOCK * BLOCK + extra);
+    dk = k + group, dv = dk + group, k_terms = dv + group, v_terms = k_terms + group;
+    q = v_terms + group, qt = q + area, g = qt + area, gt = g + area, dq = gt + area;
     s = dq + area, ds = s + BLOCK * BLOCK;
   }
   float* extra() const { return ds + BLOCK * BLOCK; }
@@ -260,15 +261,25 @@ struct Backward {
     return (z / shape.H * shape.T + t) * shape.row() + z % shape.H * shape.D;
   }
 
+  // The terms of a block's rows, transposed. `packed_rows` are the same rows in float32; the tile of scores is free now.
+  void transpose_terms(float* dst, const float* packed_rows, Elements rows, int64_t stride, const Tile& t,
+                       const Gradients& x) const {
+    if (shape.pairs) pack_terms(x.s, rows, stride, t.queries, shape);
+    transpose_tile(dst, BLOCK, shape.pairs ? x.s : packed_rows, shape.stride(), t.queries, shape.depth());
+  }
+
   // delta, with the sum over D in the order of gemm: a query that sees one key then gets exactly zero dS.
   void row_products(const Gradients& x, Elements o_rows, const Tile& t, float* product) const {
     const int64_t ld = shape.stride();
     // The tiles of scores are free now: together [BLOCK][2 * BLOCK] floats, and ld is at most that.
-    pack_rows(x.s, ld, o_rows, shape.H * shape.D, t.queries, shape.D);
-    transpose_tile(x.dq, BLOCK, x.s, ld, t.queries, shape.D);
+    pack_terms(x.s, o_rows, shape.H * shape.D, t.queries, shape);
+    transpose_tile(x.dq, BLOCK, x.s, ld, t.queries, shape.depth());
     for (int64_t c = 0; c < t.columns(); c += W) {
       vf sum{};
-      for (int64_t d = 0; d < shape.D; ++d) sum += load(x.dq + d * BLOCK + c) * load(x.gt + d * BLOCK + c);
+      for (int64_t d = 0; d < shape.depth(); ++d) {
+        const vf o = load(x.dq + d * BLOCK + c), g = load(x.gt + d * BLOCK + c);
+        shape.pairs ? add_lanes<PAIR>(sum, o, g) : add_lanes<1>(sum, o, g);
+      }
       store(product + c, sum);
     }
   }
@@ -297,14 +308,16 @@ struct Backward {
     t.z = z;
     t.segments = segments ? segments + z / shape.H * T : nullptr;
     pack_rows(x.k, ld, k_rows, row, rows, D);
-    pack_rows(x.v, ld, k_rows + side, row, rows, D);
+    pack_terms(x.k_terms, k_rows, row, rows, shape);
+    pack_terms(x.v_terms, k_rows + side, row, rows, shape);
     memset(x.dk, 0, 2 * GROUP * ld * sizeof(float));
     for (t.i0 = begin; t.i0 < T; t.i0 += BLOCK) {
       t.queries = smaller(BLOCK, T - t.i0);
-      pack_rows(x.q, ld, qkv + packed(z, t.i0), row, t.queries, D);
-      pack_rows(x.g, ld, dout + token(z, t.i0) * D, side, t.queries, D);
-      transpose_tile(x.qt, BLOCK, x.q, ld, t.queries, D);
-      transpose_tile(x.gt, BLOCK, x.g, ld, t.queries, D);
+      const Elements q_rows = qkv + packed(z, t.i0), g_rows = dout + token(z, t.i0) * D;
+      pack_rows(x.q, ld, q_rows, row, t.queries, D);
+      pack_rows(x.g, ld, g_rows, side, t.queries, D);
+      transpose_terms(x.qt, x.q, q_rows, row, t, x);
+      transpose_terms(x.gt, x.g, g_rows, side, t, x);
       row_products(x, out + token(z, t.i0) * D, t, mean);
       memset(x.dq, 0, BLOCK * ld * sizeof(float));
       for (int64_t i = 0; i < BLOCK; ++i) shift[i] = i < t.queries ? lse[z * T + t.i0 + i] * LOG2E : 0.0f;
@@ -313,8 +326,8 @@ struct Backward {
         t.keys = smaller(BLOCK, T - t.j0);
         const Visibility visibility = tile_visibility(t.segments, t.i0, t.queries, t.j0, t.keys);
         if (visibility == HIDDEN) continue;
-        scores(t, shape, x.k + at * ld, x.qt, x.s);
-        scores(t, shape, x.v + at * ld, x.gt, x.ds);
+        scores(t, shape, x.k_terms + at * ld, x.qt, x.s);
+        scores(t, shape, x.v_terms + at * ld, x.gt, x.ds);
         GPT2_VISIBILITY(visibility, V, t.dropout->on ? gradient_tile<V, true>(t, x.s, x.ds, shift, mean)
                                                  : gradient_tile<V, false>(t, x.s, x.ds, shift, mean));
         add_gradients(t, shape, x, at);
@@ -361,7 +374,7 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
                        double scale, int64_t dtype, addr rng, int64_t threshold, double keep_scale, int64_t site) {
   const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
   const Tile tile = make_tile(T, scale, dropout);
-  Forward{{B, T, H, D}, {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
+  Forward{make_shape(B, T, H, D, dtype), {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
@@ -369,7 +382,7 @@ void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, 
                         double keep_scale, int64_t site) {
   const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
   const Tile tile = make_tile(T, scale, dropout);
-  Backward{{B, T, H, D}, {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,
+  Backward{make_shape(B, T, H, D, dtype), {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,
            (const int32_t*)segments, (float*)partial, tile, (float)scale}.run();
 }
 

@@ -1,4 +1,5 @@
-// Small float32 matrix products on tiles that live in cache: C[m][n] (=, +=) sum over k of A(m, k) * B[k][n].
+// Small float32 matrix products on tiles that live in cache: C[m][n] (=, +=) sum over k of A(m, k) * B[k][n]. With G = 2
+// an element of A and B is a pair of bfloat16, two steps of the sum, which the processor must have products of.
 //
 // A 6 x 4 tile of AVX-512 accumulators (6 x 2 with sixteen registers) reads 10 vectors for 24 multiply-adds,
 // so the two load ports stay ahead of the two multiply-add ports. Packing turns rows of any dtype into
@@ -26,7 +27,7 @@ enum ALayout { A_ROWS, A_COLUMNS };
 // Whether the product replaces C or is added to it.
 enum Update { SET, ADD };
 
-template <int M, int V, ALayout LAYOUT, Update UPDATE>
+template <int M, int V, ALayout LAYOUT, Update UPDATE, int G>
 GPT2_INLINE void micro_tile(int64_t k_count, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                             int64_t ldc) {
   vf sum[M][V];
@@ -42,7 +43,7 @@ GPT2_INLINE void micro_tile(int64_t k_count, const float* a, int64_t lda, const 
     for (int m = 0; m < M; ++m) {
       vf x = splat(LAYOUT == A_ROWS ? a[m * lda] : a[m]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
+      for (int v = 0; v < V; ++v) add_lanes<G>(sum[m][v], row[v], x);
     }
     a += LAYOUT == A_ROWS ? 1 : lda;
     b += ldb;
@@ -57,26 +58,26 @@ GPT2_INLINE void micro_tile(int64_t k_count, const float* a, int64_t lda, const 
 }
 
 // One panel of V vectors of columns, all rows.
-template <int V, ALayout LAYOUT, Update UPDATE>
+template <int V, ALayout LAYOUT, Update UPDATE, int G>
 static __attribute__((noinline)) void micro_panel(int64_t m_count, int64_t k_count, const float* a, int64_t lda,
                                                   const float* b, int64_t ldb, float* c, int64_t ldc) {
   const int64_t step = LAYOUT == A_ROWS ? lda : 1;
   int64_t m = 0;
   for (; m + MICRO_M <= m_count; m += MICRO_M)
-    micro_tile<MICRO_M, V, LAYOUT, UPDATE>(k_count, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+    micro_tile<MICRO_M, V, LAYOUT, UPDATE, G>(k_count, a + m * step, lda, b, ldb, c + m * ldc, ldc);
   a += m * step;
   c += m * ldc;
   switch (m_count - m) {
-    case 5: micro_tile<5, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
-    case 4: micro_tile<4, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
-    case 3: micro_tile<3, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
-    case 2: micro_tile<2, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
-    case 1: micro_tile<1, V, LAYOUT, UPDATE>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 5: micro_tile<5, V, LAYOUT, UPDATE, G>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 4: micro_tile<4, V, LAYOUT, UPDATE, G>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 3: micro_tile<3, V, LAYOUT, UPDATE, G>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 2: micro_tile<2, V, LAYOUT, UPDATE, G>(k_count, a, lda, b, ldb, c, ldc); break;
+    case 1: micro_tile<1, V, LAYOUT, UPDATE, G>(k_count, a, lda, b, ldb, c, ldc); break;
   }
 }
 
 // n_count is a multiple of W; B and C rows are readable and writable up to it.
-template <ALayout LAYOUT, Update UPDATE>
+template <ALayout LAYOUT, Update UPDATE, int G = 1>
 GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const float* a, int64_t lda,
                       const float* b, int64_t ldb, float* c, int64_t ldc) {
   const int64_t vectors = n_count / W, panels = (vectors + MICRO_V - 1) / MICRO_V;
@@ -87,11 +88,11 @@ GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const f
     float* cp = c + v * W;
     switch (width) {
 #if defined(__AVX512F__)
-      case 4: micro_panel<4, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
-      case 3: micro_panel<3, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 4: micro_panel<4, LAYOUT, UPDATE, G>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 3: micro_panel<3, LAYOUT, UPDATE, G>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
 #endif
-      case 2: micro_panel<2, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
-      case 1: micro_panel<1, LAYOUT, UPDATE>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 2: micro_panel<2, LAYOUT, UPDATE, G>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
+      case 1: micro_panel<1, LAYOUT, UPDATE, G>(m_count, k_count, a, lda, bp, ldb, cp, ldc); break;
     }
     v += width;
   }
@@ -185,6 +186,16 @@ GPT2_INLINE void pack_rows(float* dst, int64_t ldd, const T* src, int64_t lds, i
 
 GPT2_OUT_OF_LINE void pack_rows(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
   GPT2_DISPATCH(src.dtype, T, pack_rows(dst, ldd, (const T*)src.data, lds, rows, n));
+}
+
+// dst[rows][ldd] pairs of bfloat16 from src[rows][lds], as they are; a half that is missing and the pairs up to
+// roundup(., W) become 0.
+GPT2_OUT_OF_LINE void pack_pairs(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
+  const int64_t whole = ((n + 1) / 2 + W - 1) / W * W;
+  for (int64_t r = 0; r < rows; ++r, dst += ldd) {
+    memcpy(dst, (const bf16*)src.data + r * lds, n * sizeof(bf16));
+    memset((bf16*)dst + n, 0, whole * sizeof(float) - n * sizeof(bf16));
+  }
 }
 
 // The other way: dst[rows][ldd] in its own dtype from scale * src[rows][lds].

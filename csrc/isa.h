@@ -256,6 +256,24 @@ GPT2_INLINE vf vsqrt(vf x) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+constexpr int PAIR = 2;  // bfloat16 that one instruction multiplies and adds in a lane
+#else
+constexpr int PAIR = 1;
+#endif
+
+// sum += a * b, lanes of float32 (G = 1) or of pairs of bfloat16 (G = 2), of which a lane's two products are added.
+template <int G>
+GPT2_INLINE void add_lanes(vf& sum, vf a, vf b) {
+#if defined(__AVX512BF16__)
+  // The intrinsic makes g++ 12 copy its accumulators.
+  if (G == 2)
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  else
+#endif
+    sum += a * b;
+}
+
 // a * b + c, one instruction where there is one. Of the expression, compilers decide that loop by loop (g++ 13 keeps a
 // lone chain of sums apart and fuses several), so where loops of different shapes must agree to the bit they call this.
 GPT2_INLINE vf multiply_add(vf a, vf b, vf c) {

@@ -53,15 +53,7 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int6
     for (int r = 0; r < TILE_M; ++r) {
       const vf x = splat(IN_PLACE ? *(const float*)(third[r / 3] + r % 3 * next_row) : a[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < TILE_V; ++v) {
-#if defined(__AVX512BF16__)
-        // The intrinsic makes g++ 12 copy its accumulators.
-        if (G == 2)
-          asm("vdpbf16ps %2, %1, %0" : "+v"(sum[r][v]) : "v"(column[v]), "v"(x));
-        else
-#endif
-          sum[r][v] += x * column[v];
-      }
+      for (int v = 0; v < TILE_V; ++v) add_lanes<G>(sum[r][v], column[v], x);
     }
     a += TILE_M;
     b += TILE_N;
@@ -250,13 +242,7 @@ struct Product {
   }
 };
 
-int64_t group_of(bool pairs) {
-#if defined(__AVX512BF16__)
-  return pairs ? 2 : 1;
-#else
-  return 1;
-#endif
-}
+int64_t group_of(bool pairs) { return pairs ? PAIR : 1; }
 
 }  // namespace
 

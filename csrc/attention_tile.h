@@ -123,23 +123,22 @@ GPT2_INLINE int64_t tile_rows(bool diagonal, int64_t c, int64_t keys) {
 
 struct Shape {
   int64_t B, T, H, D;
-  bool pairs;  // the products over D take pairs of bfloat16, and their operands are packed so
   int64_t row() const { return 3 * H * D; }         // elements from one token to the next in qkv
   int64_t stride() const { return round_up(D, 16); }  // of a packed row
   int64_t width() const { return round_up(D, W); }    // of a packed row that gemm works on
-  int64_t depth() const { return pairs ? (D + 1) / 2 : D; }  // steps of a product over D
 };
 
-static inline Shape make_shape(int64_t B, int64_t T, int64_t H, int64_t D, int64_t dtype) {
-  return {B, T, H, D, PAIR == 2 && dtype == BF16};
+// Operands of products whose steps are columns of rows, [n][D / G], or rows, [n / G][D]: float32, or with G = 2 bfloat16 as
+// they are, two steps an element.
+template <int G>
+GPT2_INLINE void pack_columns(float* dst, Elements src, int64_t lds, int64_t rows, const Shape& shape) {
+  G == 2 ? pack_pairs(dst, shape.stride(), src, lds, rows, shape.D)
+         : pack_rows(dst, shape.stride(), src, lds, rows, shape.D);
 }
-
-// Rows for a product over D.
-GPT2_INLINE void pack_terms(float* dst, Elements src, int64_t lds, int64_t rows, const Shape& shape) {
-  if (shape.pairs)
-    pack_pairs(dst, shape.stride(), src, lds, rows, shape.D);
-  else
-    pack_rows(dst, shape.stride(), src, lds, rows, shape.D);
+template <int G>
+GPT2_INLINE void pack_steps(float* dst, Elements src, int64_t lds, int64_t rows, const Shape& shape) {
+  G == 2 ? pack_row_pairs(dst, shape.stride(), src, lds, rows, shape.D)
+         : pack_rows(dst, shape.stride(), src, lds, rows, shape.D);
 }
 
 struct Tile {
@@ -173,10 +172,21 @@ static inline Tile make_tile(int64_t T, double scale, const Dropout& dropout) {
     } \
   } while (0)
 
-// out[key][query] = rows(A) . columns of packed Q or dO, all of pack_terms; above the diagonal only where a chunk needs it.
+#define GPT2_GROUP(dtype, G, ...) \
+  do { \
+    if (PAIR == 2 && (dtype) == BF16) { \
+      constexpr int G = PAIR; \
+      __VA_ARGS__; \
+    } else { \
+      constexpr int G = 1; \
+      __VA_ARGS__; \
+    } \
+  } while (0)
+
+// out[key][query] = rows(A) . columns of packed Q or dO, all of pack_columns; above the diagonal only where a chunk needs it.
 template <int G>
-GPT2_INLINE void scores_of(const Tile& t, const Shape& shape, const float* rows, const float* packed, float* out) {
-  const int64_t ld = shape.stride(), depth = shape.depth(), columns = t.columns();
+GPT2_INLINE void scores(const Tile& t, const Shape& shape, const float* rows, const float* packed, float* out) {
+  const int64_t ld = shape.stride(), depth = steps<G>(shape.D), columns = t.columns();
   if (!t.diagonal()) {
     gemm<A_ROWS, SET, G>(t.keys, columns, depth, rows, ld, packed, BLOCK, out, BLOCK);
     return;
@@ -186,8 +196,15 @@ GPT2_INLINE void scores_of(const Tile& t, const Shape& shape, const float* rows,
                          out + r * BLOCK + r, BLOCK);
 }
 
-GPT2_INLINE void scores(const Tile& t, const Shape& shape, const float* rows, const float* packed, float* out) {
-  shape.pairs ? scores_of<PAIR>(t, shape, rows, packed, out) : scores_of<1>(t, shape, rows, packed, out);
+// Row r of a column of vectors in place of what was there, or with G = 2 its half of a pair.
+template <int G>
+GPT2_INLINE void leave(float* column, int64_t r, vf& even, vf x) {
+  if (G == 1)
+    store(column + r * BLOCK, x);
+  else if (r % 2)
+    store(column + r / 2 * BLOCK, pair_of(even, x));
+  else
+    even = x;
 }
 
 // ---- scratch ----

@@ -22,6 +22,10 @@ constexpr int MICRO_V = 4;
 constexpr int MICRO_V = 2;
 #endif
 
+// Elements that `n` steps of a sum are.
+template <int G>
+GPT2_INLINE int64_t steps(int64_t n) { return (n + G - 1) / G; }
+
 // Where the elements of A are: A(m, k) = a[m * lda + k] (rows) or a[k * lda + m] (columns).
 enum ALayout { A_ROWS, A_COLUMNS };
 // Whether the product replaces C or is added to it.
@@ -197,6 +201,29 @@ GPT2_OUT_OF_LINE void pack_pairs(float* dst, int64_t ldd, Elements src, int64_t 
     memset((bf16*)dst + n, 0, whole * sizeof(float) - n * sizeof(bf16));
   }
 }
+
+// dst[rows / 2][ldd] from src[rows][lds], bfloat16: the same column of two rows is a pair; a row that is missing is 0, and
+// so are columns n..roundup(n, W).
+GPT2_OUT_OF_LINE void pack_row_pairs(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
+  const bf16* x = (const bf16*)src.data;
+  for (int64_t r = 0; r < rows; r += 2, dst += ldd, x += 2 * lds)
+    for (int64_t d = 0; d < n; d += W) {
+      const vf low = load_n(x + d, n - d), high = r + 1 < rows ? load_n(x + lds + d, n - d) : vf{};
+      store(dst + d, as<vf>((as<vu>(low) >> 16) | as<vu>(high)));
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Lanes of pairs, rounded to bfloat16; `low` is the first step.
+GPT2_INLINE vf pair_of(vf low, vf high) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+}
+#else
+GPT2_INLINE vf pair_of(vf low, vf high) { return as<vf>((as<vu>(rounded<bf16>(low)) >> 16) | as<vu>(rounded<bf16>(high))); }
+#endif
 
 // The other way: dst[rows][ldd] in its own dtype from scale * src[rows][lds].
 template <class T>

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from gpt2_fast.kernels import attention_tiles, tuning
+from gpt2_fast.kernels import aot, attention_tiles, tuning
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
@@ -65,6 +65,16 @@ def test_attention_has_a_row_of_its_own_for_every_architecture_and_head_size(arc
             (row,) = [r for r in of_arch if r["shape"] == shape]
             assert tuning.config("attention", kernel, arch, 2, **shape) == row["config"]
             assert attention_tiles.config(kernel, arch, 2, head_dim, True) == row["config"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_row_is_what_its_own_selectors_get(op):
+    """A row for some architecture, item size or dropout takes over nothing that has a row of its own."""
+    for row in (row for row in tuning.rows(op) if "shape" in row):
+        archs = (row["arch"],) if "arch" in row else aot.ARCHS
+        itemsizes = (row["itemsize"],) if "itemsize" in row else (2, 4)
+        asked = [(arch, itemsize) for arch in archs for itemsize in itemsizes]
+        assert any(tuning._row(op, row["kernel"], *a, tuple(row["shape"].items())) is row for a in asked), row
 
 
 def test_the_nearest_shape_is_taken(table):

@@ -107,7 +107,7 @@ def row_uniforms(seed: int, n_steps: int, n_rows: int, device: torch.device | st
     """Uniform numbers in [0, 1), float64 [n_steps, n_rows]: one Philox word for each (seed, row, step)."""
     key = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)
     step, row = torch.arange(n_steps, device=device).unsqueeze(1), torch.arange(n_rows, device=device)
-    return philox.block(key, step, row, torch.zeros_like(row), 0)[0].double() / 2.0**32
+    return philox.block(key, step, row, torch.zeros_like(row), 0, rounds=10)[0].double() / 2.0**32
 
 
 def sample(

@@ -204,6 +204,20 @@ def test_a_run_that_is_cut_off_keeps_its_whole_rounds(tmp_path, monkeypatch):
     assert [(row["name"], len(row["rounds"])) for row in record["rows"]] == [("gpt2_fast", 1), ("nanogpt", 1)]
 
 
+def test_mfu_is_of_the_fastest_large_product_of_all_rounds(tmp_path, monkeypatch):
+    def run(module, options, timeout, environment=None):
+        if options["name"] == "product-peak":
+            return {"flops_per_second": rates.pop(0), "edge": 128}
+        return {"seconds": [0.5], "losses": [11.0], "first_step_seconds": 1.0, "peak_bytes": 1, "launches": 1}
+
+    rates = [1e9, 3e9, 2e9]
+    monkeypatch.setattr(measure, "run_worker", run)
+    arguments = ("--dtype", "float32", "--programs", "gpt2_fast", "--device", "cpu", "--rounds", "3")
+    assert train.main([*SMOKE, *arguments, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["peaks"]["float32"]["flops_per_second"] == 3e9
+
+
 def test_spread_and_ratio():
     assert measure.spread([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}

@@ -2,7 +2,7 @@
 
 Every kernel source in csrc/ is compiled once per instruction set that it gains from (the binary picks one at run time,
 see csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
-NVRTC to compile at first use elsewhere (gpt2_fast/ops/cuda.py).
+NVRTC to compile at first use elsewhere (gpt2_fast/ops/runtime/cuda.py).
 
 Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time).
 """

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from benchmarks.ops import harness, report
 from benchmarks.ops.harness import PROGRAMS, SIZES, Case
-from gpt2_fast.memory import retain_memory
+from gpt2_fast.ops.runtime.memory import retain_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ("float32", "bfloat16")

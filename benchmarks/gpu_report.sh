@@ -82,7 +82,7 @@ PY
   fi
   "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -c "
 import torch
-from gpt2_fast.ops import dispatch
+from gpt2_fast.ops.runtime import dispatch
 extension = dispatch.extension()
 print('built', extension.__file__, extension.COMPILER)"
 }

@@ -1,6 +1,6 @@
 // Philox4x32-7 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), for C++ and CUDA.
 //
-// gpt2_fast/ops/philox.py is the reference and says which eight elements share a block; kernels/philox.py is the Triton
+// gpt2_fast/ops/runtime/philox.py is the reference and says which eight elements share a block; kernels/philox.py is the Triton
 // form, philox_simd.h the one in vectors.
 #pragma once
 

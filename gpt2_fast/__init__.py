@@ -22,7 +22,7 @@ _PUBLIC = {
     "AdamW": "gpt2_fast.optim",
     "check_ids": "gpt2_fast.ops.embedding",
     "get_tokenizer": "gpt2_fast.tokenizer",
-    "retain_memory": "gpt2_fast.memory",
+    "retain_memory": "gpt2_fast.ops.runtime.memory",
     "patch": "gpt2_fast.patching",
     "unpatch": "gpt2_fast.patching",
 }

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from gpt2_fast.kv_cache import KVCache, StaticCache
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.ops import decode_step, dispatch
+from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
 PROBES = 64  # values of each parameter that are compared, see `packed_model`

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2_fast.ops import dispatch
-from gpt2_fast.ops.cpu_policy import MIN_ROWS, cpu_policy
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
 
 PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
 

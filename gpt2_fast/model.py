@@ -23,13 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.ops import dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention, attention_decode, segments_from
 from gpt2_fast.ops.embedding import embedding
 from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS, layernorm_linear_gelu
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt2_fast.ops.runtime import dispatch, philox
 
 
 class Conv1D(nn.Module):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops import adamw as room
-from gpt2_fast.ops import dispatch
 from gpt2_fast.ops.adamw import adamw
-from gpt2_fast.ops.dispatch import LOW_PRECISION
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 
 
 class AdamW(torch.optim.Optimizer):
@@ -31,7 +31,7 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr is a number.
         clip_grad_norm: the 2-norm of all gradients together beyond which they are scaled down to it, as
             torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Attributes:
         last_grad_norm: the norm of the last step's gradients before clipping, a float32 scalar on the device; None

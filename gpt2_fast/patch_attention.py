@@ -21,8 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
-from gpt2_fast.ops import philox
 from gpt2_fast.ops.attention import HEAD_MAX, HEAD_MIN, attention, attention_decode, segments_from
+from gpt2_fast.ops.runtime import philox
 
 PREFIX = "gpt2_fast_"
 

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops import philox
+from gpt2_fast.ops.runtime import philox
 
 
 @dataclasses.dataclass(frozen=True)

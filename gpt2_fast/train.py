@@ -25,9 +25,9 @@ from gpt2_fast.data import load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
-from gpt2_fast.memory import retain_memory
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.embedding import check_ids
+from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.optim import AdamW
 from gpt2_fast.plots import save_loss_plot
 from gpt2_fast.tokenizer import get_tokenizer

@@ -1,4 +1,4 @@
-"""Dropout masks in Triton, to the bit those of gpt2_fast/ops/philox.py, which says what an element's number is.
+"""Dropout masks in Triton, to the bit those of gpt2_fast/ops/runtime/philox.py, which says what an element's number is.
 
 Where the eight elements of a block are held by one thread, Triton moves the whole computation to where the mask is used
 and no number passes through shared memory. That is why words are joined, permuted and only then compared.

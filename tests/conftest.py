@@ -43,7 +43,7 @@ def threads():
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
 def isa(request):
     """Each instruction set that this build and processor have, in turn."""
-    from gpt2_fast.ops import dispatch
+    from gpt2_fast.ops.runtime import dispatch
 
     extension, before = dispatch.extension(), dispatch.extension().isa()
     try:

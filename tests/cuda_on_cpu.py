@@ -73,7 +73,7 @@ int64_t key_of_position_entry(int64_t i, int64_t B, int64_t T) {
 
 
 class CudaOnCpu:
-    """embedding.cu as a CPU library; `launch` stands in for gpt2_fast.ops.cuda.launch."""
+    """embedding.cu as a CPU library; `launch` stands in for gpt2_fast.ops.runtime.cuda.launch."""
 
     def __init__(self, folder: Path):
         source, library = folder / "embedding.cpp", folder / "embedding.so"

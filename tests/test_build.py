@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_fast import sources
-from gpt2_fast.ops import cuda, dispatch
+from gpt2_fast.ops.runtime import cuda, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"

@@ -12,8 +12,8 @@ from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.embedding import check_ids
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 from gpt2_fast.optim import AdamW
 
 SMALL = {"vocab_size": 257, "n_positions": 64, "n_embd": 96, "n_layer": 3, "n_head": 3}

@@ -17,7 +17,7 @@ from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, layernorm_linear_gelu, linear
 from gpt2_fast.ops import linear_cross_entropy as head
-from gpt2_fast.ops.dispatch import TABLE
+from gpt2_fast.ops.runtime.dispatch import TABLE
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))

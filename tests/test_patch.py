@@ -20,8 +20,8 @@ from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 
 import gpt2_fast  # noqa: E402
 from gpt2_fast import cli, doctor, patch_modules, patching  # noqa: E402
-from gpt2_fast.ops import philox  # noqa: E402
 from gpt2_fast.ops.attention import attention_reference  # noqa: E402
+from gpt2_fast.ops.runtime import philox  # noqa: E402
 
 B, T, V = 3, 11, 97
 SIZES = {"vocab_size": V, "n_positions": 40, "n_embd": 48, "n_head": 3, "n_layer": 2, "bos_token_id": 1,

@@ -9,7 +9,7 @@ from benchmarks.ops.harness import Case, Size
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.adamw import adamw, adamw_reference, cost
-from gpt2_fast.ops.dispatch import LOW_PRECISION
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 
 DIRECTIONS = ("step",)
 LIBRARY = "clip_grad_norm_, torch.optim.AdamW(fused)"

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch
-from gpt2_fast.ops.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
-from gpt2_fast.ops.library import define
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "adamw"
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")  # the columns of `hyper`
@@ -222,7 +222,7 @@ def adamw(
         max_norm: gradients are scaled to this 2-norm, all of them together, where they exceed it. None: no norm is
             computed; inf: it is, and nothing is scaled.
         norm: the norm to clip by, where other gradients count too; by default that of `grads`.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         The norm before clipping, a float32 scalar on the device; None when max_norm is None. `grads` are unchanged.

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import buffers, dispatch, philox
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
+from gpt2_fast.ops.runtime import buffers, dispatch, philox
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "add_layernorm"
 PARTIAL_CHUNKS = 64  # of rows, each summed alone and then in order: the same bits on any number of threads
@@ -232,7 +232,7 @@ def add_layernorm(
         dropout_p: probability of zeroing an element of x before the add; 0 in eval mode.
         rng: int64 [1] key of this forward pass (`philox.new_key`), needed when dropout_p > 0.
         site: which dropout of the model this is; each site draws its own mask from the key.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         y [..., C] in x's dtype (in autocast's inside `torch.autocast`), and h [..., C] in residual's dtype; h is x

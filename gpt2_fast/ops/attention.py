@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops import buffers, dispatch, philox
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
+from gpt2_fast.ops.runtime import buffers, dispatch, philox
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP, DECODE = "attention", "attention_decode"
 HEAD_MIN, HEAD_MAX = 16, 128
@@ -257,7 +257,7 @@ def attention(
         dropout_p: probability of dropping a weight; 0 in eval mode.
         rng: int64 [1] key of this forward pass (`philox.new_key`), needed when dropout_p > 0.
         site: which dropout of the model this is.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         [B, T, H, D] in qkv's dtype; 0 where a query sees nothing.
@@ -318,7 +318,7 @@ def attention_decode(
         k_cache, v_cache: [B, H, S, D] in q's dtype.
         starts, lengths: int32 [B]; sequence b sees the keys starts[b] <= j < lengths[b] <= S.
         scale: > 0, of the scores; D ** -0.5 by default.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         [B, H, D] in q's dtype; 0 where a sequence sees nothing.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_fast.ops import dispatch
-from gpt2_fast.ops.dispatch import address
 from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
 from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded, round_up
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.dispatch import address
 
 OP = "decode_step"
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
@@ -38,7 +38,7 @@ class PackedModel:
         weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
             output. Sums are float32. Activations too, but where int8 meets a processor with VNNI: there a row's are
             multiples of its largest magnitude / 16256. Biases, LayerNorms and positions stay float32.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
         dtype: what impl="reference" computes in.
 
     Attributes:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch, philox
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
 from gpt2_fast.ops.ownership import holders, sole_holders
+from gpt2_fast.ops.runtime import dispatch, philox
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "embedding"
 CHUNK = 32  # sorted entries that one task sums
@@ -152,7 +152,7 @@ def _forward_cpp(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropou
 
 
 def _forward_cuda(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropout):
-    from gpt2_fast.ops import cuda
+    from gpt2_fast.ops.runtime import cuda
 
     fault = _fault(out.device)
     arguments = _forward_arguments(input_ids, wte, wpe, position_ids, token_type_ids, out, *dropout, fault)
@@ -176,7 +176,7 @@ def _backward_cpp(grad, dtable, arguments):
 
 
 def _backward_cuda(grad, dtable, arguments, partial):
-    from gpt2_fast.ops import cuda
+    from gpt2_fast.ops.runtime import cuda
 
     suffix = cuda.whole(grad, dtable, partial)
     grid = (-(-partial.shape[0] // cuda.WARPS), -(-grad.shape[-1] // 256), 1)
@@ -338,7 +338,7 @@ def embedding(
         dtype: of the result; None is the tables' own, also under autocast, as in torch.
         return_table: also return wte, for a head tied to it: used there in wte's place, the head's gradient is
             what the token rows are added to, instead of a second [vocab_size, C] one. Same values either way.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         [B, T, C]; with `return_table`, (that, wte).

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import buffers, dispatch, philox
 from gpt2_fast.ops.add_layernorm import add_layernorm_reference, normalized
-from gpt2_fast.ops.cpu_policy import cpu_policy
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
 from gpt2_fast.ops.linear import empty_gradient, gelu_product, product, takes_own_product, weight_gradient
+from gpt2_fast.ops.runtime import buffers, dispatch, philox
+from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "layernorm_linear_gelu"
 # transformers' names of GELU, and F.gelu's `approximate`: GPT-2's tanh by two names, and GELU itself, by erf.
@@ -282,7 +282,7 @@ def layernorm_linear_gelu(
         dropout_p, rng, site: dropout of x before the add, as in `add_layernorm`.
         activation: one of ACTIVATIONS: "gelu_new" or "gelu_pytorch_tanh", GPT-2's tanh form, or "gelu", by erf.
         return_u: for the `linear` that y goes to, return u besides, where remaking y from it is worth the time.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         y [..., F] in weight's dtype (autocast's inside `torch.autocast`), and h [..., C] = residual + dropout(x) in

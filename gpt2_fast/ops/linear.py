@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpt2_fast.ops import buffers, dispatch
-from gpt2_fast.ops.cpu_policy import MIN_ROWS, cpu_policy
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
+from gpt2_fast.ops.runtime import buffers, dispatch
+from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "linear"
 PROFILED = "gpt2_fast.product"  # the own product's name in a profile

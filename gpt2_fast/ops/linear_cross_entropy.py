@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops import buffers, dispatch
-from gpt2_fast.ops.cpu_policy import cpu_policy
-from gpt2_fast.ops.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.library import define
 from gpt2_fast.ops.linear import add_product, product
+from gpt2_fast.ops.runtime import buffers, dispatch
+from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
+from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
+from gpt2_fast.ops.runtime.library import define
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -277,7 +277,7 @@ def linear_cross_entropy(
             "sum", or "none".
         num_items: what "mean" divides by instead, a number or a tensor of one: the rows of all micro-batches,
             under gradient accumulation.
-        impl: see `gpt2_fast.ops.dispatch`.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         float32, a scalar or, for "none", labels' shape with 0 in ignored rows.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2_fast.memory import large_pages
-from gpt2_fast.ops.dispatch import address
+from gpt2_fast.ops.runtime.dispatch import address
+from gpt2_fast.ops.runtime.memory import large_pages
 
 PANEL = 16
 GROUPS = {"float32": 1, "bfloat16": 2, "int8": 4}

@@ -8,7 +8,7 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits
 
 from gpt2_fast.ops.adamw import adamw, adamw_reference, grad_norm_reference, samples
-from gpt2_fast.ops.dispatch import LOW_PRECISION, ImplementationUnavailable
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION, ImplementationUnavailable
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 

@@ -7,9 +7,9 @@ import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import philox
 from gpt2_fast.ops.add_layernorm import add_layernorm, add_layernorm_reference, samples
-from gpt2_fast.ops.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 

@@ -7,7 +7,6 @@ import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import philox
 from gpt2_fast.ops.attention import (
     attention,
     attention_decode,
@@ -17,7 +16,8 @@ from gpt2_fast.ops.attention import (
     samples,
     segments_from,
 )
-from gpt2_fast.ops.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 INTERPRETED = DEVICE == "cpu"  # Triton takes most of a second a tile there

@@ -8,10 +8,9 @@ import random
 import pytest
 import torch
 
-from gpt2_fast import memory
-from gpt2_fast.ops import buffers
-from gpt2_fast.ops.buffers import PAGE, Region
 from gpt2_fast.ops.linear import linear
+from gpt2_fast.ops.runtime import buffers, memory
+from gpt2_fast.ops.runtime.buffers import PAGE, Region
 
 F32 = torch.float32
 

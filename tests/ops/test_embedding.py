@@ -9,9 +9,9 @@ from conftest import DEVICE
 from cuda_on_cpu import CudaOnCpu
 from numerics import DTYPES, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import cuda, dispatch, philox
-from gpt2_fast.ops.dispatch import ImplementationUnavailable, address
 from gpt2_fast.ops.embedding import _Embedding, check_ids, embedding, embedding_reference, samples
+from gpt2_fast.ops.runtime import cuda, dispatch, philox
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable, address
 
 IMPL = "cpp" if DEVICE == "cpu" else "cuda"
 

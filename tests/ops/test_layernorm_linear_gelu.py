@@ -8,11 +8,8 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
 from gpt2_fast import config
-from gpt2_fast.ops import philox
 from gpt2_fast.ops.add_layernorm import normalized
 from gpt2_fast.ops.add_layernorm import samples as ln_samples
-from gpt2_fast.ops.cpu_policy import CpuPolicy
-from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.layernorm_linear_gelu import (
     ACTIVATIONS,
     _bias_gelu,
@@ -22,6 +19,9 @@ from gpt2_fast.ops.layernorm_linear_gelu import (
     samples,
 )
 from gpt2_fast.ops.linear import linear
+from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
-from gpt2_fast.ops import dispatch
-from gpt2_fast.ops.cpu_policy import CpuPolicy, cpu_policy
 from gpt2_fast.ops.linear import add_product, gelu, gelu_product, linear, linear_reference, product, samples
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy, cpu_policy
 
 OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
 POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]

@@ -11,9 +11,9 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
 from gpt2_fast.ops import linear_cross_entropy as room
-from gpt2_fast.ops.cpu_policy import CpuPolicy
-from gpt2_fast.ops.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, samples
+from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpt2_fast.ops import philox
+from gpt2_fast.ops.runtime import philox
 
 MASK = 0xFFFFFFFF
 KEY = 0x299F31D0_A4093822  # digits of pi, as in Random123's vectors

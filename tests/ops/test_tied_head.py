@@ -10,9 +10,9 @@ from numerics import DTYPES, assert_same_bits, check_op
 
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.ops import cuda
 from gpt2_fast.ops.embedding import _Embedding, embedding, embedding_reference, samples
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt2_fast.ops.runtime import cuda
 
 V, C = 23, 40
 

@@ -5,7 +5,7 @@ TABLE is the whole policy: for each operation and device type, the implementatio
 
 =========  ==========================================================================================
 cpp        the C++ extension's kernels (``csrc/<op>.cpp``), on the CPU
-aten       PyTorch's own products, the library chosen by ``ops/cpu_policy.py``
+aten       PyTorch's own products, the library chosen by ``ops/runtime/cpu_policy.py``
 cuda       ``csrc/embedding.cu``, built by nvcc or, at first use, by NVRTC
 triton     ``kernels/<op>.py``, on a CUDA device, or on the CPU in Triton's interpreter
 reference  plain PyTorch under autograd: what is correct, on every device and in float64
@@ -21,7 +21,7 @@ import os
 import torch
 
 from gpt2_fast import sources
-from gpt2_fast.ops.cpu_policy import cpu_policy
+from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"cuda": ("cuda", "reference"), "cpu": ("cpp", "reference")},

@@ -20,7 +20,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from gpt2_fast import memory
+from gpt2_fast.ops.runtime import memory
 
 SMALLEST = 1 << 20  # bytes; malloc has what is smaller
 PAGE = 4096

@@ -39,8 +39,8 @@ def retain_memory() -> bool:
     By default glibc gives every block above 32 MiB, and the top of its heap, back to the system at each free: a
     training step then takes page faults for all of its activations and gradients anew, which costs more than some
     of its arithmetic. `gpt2-fast train` calls this; call it once, before training, in a loop of your own. Activations
-    and gradients then lie in a region of their own (`ops/buffers.py`), so that the process holds little more at its
-    peak than its tensors, which malloc alone does not manage; between peaks it holds the same.
+    and gradients then lie in a region of their own (`ops/runtime/buffers.py`), so that the process holds little more
+    at its peak than its tensors, which malloc alone does not manage; between peaks it holds the same.
 
     Returns False, and changes nothing, where the C library is not glibc.
     """

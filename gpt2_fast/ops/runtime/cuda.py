@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops import dispatch
+from gpt2_fast import sources
+from gpt2_fast.ops.runtime import dispatch
 
 WARPS = 8  # a block: csrc/embedding.cu is compiled for at most 256 threads
 SOURCES = ("embedding.cu", "embedding_body.h", "philox.h")
@@ -73,7 +74,7 @@ def _module(index: int) -> int:
 def source_folder() -> Path:
     """Where embedding.cu and its headers are: in the package, or in csrc/ beside it in a source tree."""
     beside = Path(dispatch.extension().__file__).with_name("cuda_src")
-    for folder in (beside, Path(__file__).resolve().parent.parent.parent / "csrc"):
+    for folder in (beside, sources.CSRC):
         if (folder / SOURCES[0]).exists():
             return folder
     raise RuntimeError(f"{beside / SOURCES[0]} is missing; reinstall gpt2_fast")

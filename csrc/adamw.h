@@ -10,6 +10,6 @@
 #pragma once
 
 #define GPT2_ADAMW_KERNELS(KERNEL) \
-  KERNEL(adamw_grad_norm, (addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr partial, addr norm)) \
+  KERNEL(adamw_grad_norm, (i64 table, int64_t tensors, int64_t chunks, int64_t chunk, f64 partial, f32 norm)) \
   KERNEL(adamw_update, \
-         (addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr hyper, addr norm, double max_norm))
+         (i64 table, int64_t tensors, int64_t chunks, int64_t chunk, f64 hyper, f32 norm, double max_norm))

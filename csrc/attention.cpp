@@ -187,8 +187,9 @@ struct Forward {
 }  // namespace
 
 void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, int64_t T, int64_t H, int64_t D,
-                       double scale, int64_t dtype, addr rng, int64_t threshold, double keep_scale, int64_t site) {
-  const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
+                       double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
+                        double dropout_scale, int64_t dropout_site) {
+  const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {
     Forward<G>{{B, T, H, D}, {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
@@ -196,9 +197,9 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
-                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr rng, int64_t threshold,
-                        double keep_scale, int64_t site) {
-  const Dropout dropout = dropout_of(rng, threshold, keep_scale, site);
+                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
+                        double dropout_scale, int64_t dropout_site) {
+  const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {
     Backward<G>{{B, T, H, D}, {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,

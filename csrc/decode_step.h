@@ -47,5 +47,5 @@ struct DecodeCache {
 // in the batch and in their sequence they are. logits float32 [B, V], of the newest token of each sequence; every
 // sequence has at least one. Any number of threads gives the same bits.
 #define GPT2_DECODE_STEP_KERNELS(KERNEL) \
-  KERNEL(decode_step, (addr model, addr cache, addr tokens, addr sequences, addr positions, int64_t rows, \
-                       addr logits, int64_t threads))
+  KERNEL(decode_step, (i64 model, i64 cache, i64 tokens, i32 sequences, i32 positions, int64_t rows, \
+                       f32 logits, int64_t threads))

@@ -5,12 +5,13 @@
 #pragma once
 
 #define GPT2_EMBEDDING_KERNELS(KERNEL) \
-  KERNEL(embedding_first_outside, (addr ids, int64_t n, int64_t limit, addr result)) \
+  KERNEL(embedding_first_outside, (i64 ids, int64_t n, int64_t limit, i64 result)) \
   KERNEL(embedding_forward, \
-         (addr ids, addr positions, addr types, addr wte, addr wpe, addr out, int64_t rows, int64_t C, \
-          int64_t vocab, int64_t n_positions, int64_t position_period, addr rng, int64_t threshold, \
-          double scale, int64_t site, addr fault, int64_t dtype, int64_t out_dtype)) \
+         (i64 ids, i64 positions, i64 types, addr wte, addr wpe, addr out, int64_t rows, int64_t C, \
+          int64_t vocab, int64_t n_positions, int64_t position_period, i64 dropout_key, int64_t dropout_threshold, \
+          double dropout_scale, int64_t dropout_site, i64 fault, int64_t wte_dtype, int64_t out_dtype)) \
   KERNEL(embedding_backward, \
-         (addr keys, addr order, addr grad, addr partial, addr dtable, int64_t entries, int64_t rows, \
-          int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr rng, int64_t threshold, \
-          double scale, int64_t site, int64_t grad_dtype, int64_t dtype))
+         (i64 keys, i64 order, addr grad, f32 partial, addr dtable, int64_t entries, int64_t rows, \
+          int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, i64 dropout_key, \
+          int64_t dropout_threshold, double dropout_scale, int64_t dropout_site, int64_t grad_dtype, \
+          int64_t dtable_dtype))

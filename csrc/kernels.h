@@ -1,6 +1,8 @@
 // Every kernel of the extension: name and parameters, one entry each. bindings.cpp exposes the whole list to
 // Python and table.cpp fills one table of function pointers per instruction set, so a new kernel is an entry
-// here and its source. Addresses are raw (`addr`), sizes int64, dtypes the codes of isa.h.
+// here and its source. Python hands arguments over by these names, and the types are held at the call:
+// f32, f64, i32, i64, i8, u8: a contiguous tensor of that dtype; addr: a contiguous tensor of any; strided: a tensor of any
+// dtype and strides. All of them are on the CPU, and 0 where Python has None. X_dtype is the code (isa.h) of tensor X's.
 #pragma once
 
 #include <stdint.h>
@@ -28,6 +30,13 @@
 
 namespace gpt2 {
 using addr = uintptr_t;
+using strided = addr;
+using f32 = addr;
+using f64 = addr;
+using i32 = addr;
+using i64 = addr;
+using i8 = addr;
+using u8 = addr;
 
 struct Kernels {
 #define GPT2_SLOT(name, params) void(*name) params;

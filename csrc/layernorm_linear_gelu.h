@@ -11,9 +11,9 @@
 
 #define GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
   KERNEL(bias_gelu_forward, \
-         (addr product, addr bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype, \
-          int64_t dtype, bool erf)) \
+         (addr product, f32 bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype, \
+          int64_t y_dtype, bool erf)) \
   KERNEL(bias_gelu_backward, \
-         (addr dy, addr u, addr du, addr partial, int64_t chunks, addr dbias, int64_t N, int64_t F, \
-          int64_t product_dtype, int64_t dtype, bool erf)) \
-  KERNEL(gelu, (addr u, addr y, int64_t N, int64_t F, int64_t dtype, bool erf))
+         (addr dy, addr u, addr du, f32 partial, int64_t chunks, f32 dbias, int64_t N, int64_t F, \
+          int64_t du_dtype, int64_t u_dtype, bool erf)) \
+  KERNEL(gelu, (addr u, addr y, int64_t N, int64_t F, int64_t u_dtype, bool erf))

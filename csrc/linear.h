@@ -16,7 +16,7 @@ enum Finish : int64_t { FINISH_STORE = 0, FINISH_ADD = 1, FINISH_TANH_GELU = 2, 
 // many bytes as linear_workspace puts into the int64 at `bytes`, aligned to 64. M, N and K are at least 1.
 // Any number of threads gives the same bits.
 #define GPT2_LINEAR_KERNELS(KERNEL) \
-  KERNEL(linear_product, (addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, int64_t b_dtype, int64_t b_k, \
-                          int64_t b_n, addr bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, \
-                          int64_t N, int64_t K, bool pairs, addr workspace, int64_t threads)) \
-  KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, addr bytes))
+  KERNEL(linear_product, (strided a, int64_t a_dtype, int64_t a_m, int64_t a_k, strided b, int64_t b_dtype, int64_t b_k, \
+                          int64_t b_n, f32 bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, \
+                          int64_t N, int64_t K, bool pairs, u8 workspace, int64_t threads)) \
+  KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, i64 bytes))

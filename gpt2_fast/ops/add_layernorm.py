@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops.runtime import buffers, dispatch, philox
-from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.runtime.library import define
+from gpt2_fast.ops.runtime import cpp
+from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, Input
+from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
-OP = "add_layernorm"
 PARTIAL_CHUNKS = 64  # of rows, each summed alone and then in order: the same bits on any number of threads
 
 
@@ -33,181 +33,87 @@ def add_layernorm_reference(
     bias: Tensor,
     *,
     eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    rng: Tensor | None = None,
-    site: int = 0,
+    dropout: Dropout = NO_DROPOUT,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What is correct: see `add_layernorm`. Any device and floating dtype, under autograd."""
-    x_NC = x.reshape(-1, x.shape[-1])
-    h = philox.dropout_rows(x_NC, dropout_p, rng, site).view(x.shape)
+    h = dropout.rows(x)
     h = h if residual is None else residual + h
     # F.layer_norm wants one dtype; a lower-precision weight is exact in h's.
-    return F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), eps), h
+    y = F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), eps)
+    return y.to(y_dtype or x.dtype), h
 
 
-define(
-    "add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? rng,"
-    " int site, ScalarType y_dtype, str impl) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)"
-)
-define(
-    "add_layernorm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd,"
-    " float dropout_p, Tensor? rng, int site, ScalarType x_dtype, bool has_residual, str impl)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-)
+def _outputs(a):
+    """h only where something is added to the stream: otherwise it is x."""
+    h = None if a.residual is None else (a.x.shape, a.residual.dtype)
+    return {"y": (a.x.shape, a.y_dtype), "h": h, "mean": ((a.N,), torch.float32), "rstd": ((a.N,), torch.float32)}
 
 
-def _empty_forward(x, residual, y_dtype):
-    """Outputs of the forward pass; h is empty where it would be x itself."""
-    n_rows = x.numel() // x.shape[-1]
-    h = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    stats = x.new_empty(n_rows, dtype=torch.float32)
-    return torch.empty_like(x, dtype=y_dtype), h, stats, torch.empty_like(stats)
+def _gradients(a):
+    """dx only where it is not dresidual itself: with dropout between them, or in another dtype."""
+    separate = a.has_residual and (a.dropout.p > 0.0 or a.x_dtype != a.h.dtype)
+    of_parameters = ((a.C,), torch.float32)
+    return {
+        "dx": (a.h.shape, a.x_dtype) if separate else None,
+        "dresidual": (a.h.shape, a.h.dtype),
+        "dweight": of_parameters,
+        "dbias": of_parameters,
+    }
 
 
-def _empty_backward(dy, h, dropout_p, x_dtype, has_residual):
-    """Gradients; dx is empty where it would be dresidual itself (no dropout between them, same dtype)."""
-    separate = has_residual and (dropout_p > 0.0 or x_dtype != h.dtype)
-    dx = torch.empty_like(h, dtype=x_dtype) if separate else h.new_empty(0, dtype=x_dtype)
-    dweight = h.new_empty(h.shape[-1], dtype=torch.float32)
-    return dx, torch.empty_like(h), dweight, torch.empty_like(dweight)
+def _forward_cpp(a, out):
+    cpp.add_layernorm_forward(out, a, h_dtype=(a.x if a.residual is None else a.residual).dtype)
 
 
-@torch.library.register_fake("gpt2_fast::add_layernorm")
-def _(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype, impl):
-    return _empty_forward(x, residual, y_dtype)
-
-
-@torch.library.register_fake("gpt2_fast::add_layernorm_backward")
-def _(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, impl):
-    return _empty_backward(dy, h, dropout_p, x_dtype, has_residual)
-
-
-def _forward_cpp(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype):
-    n_embd, n_rows = x.shape[-1], x.numel() // x.shape[-1]
-    y = buffers.empty(x, x.shape, y_dtype)
-    h = x.new_empty(0) if residual is None else buffers.empty(residual, x.shape, residual.dtype)
-    mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
-    dispatch.extension().add_layernorm_forward(
-        address(x), address(residual), address(weight), address(bias),
-        address(y), address(None if residual is None else h), address(mean), address(rstd),
-        n_rows, n_embd, eps,
-        DTYPE_CODES[x.dtype], DTYPE_CODES[x.dtype if residual is None else residual.dtype], DTYPE_CODES[y_dtype],
-        *philox.arguments(dropout_p, rng, site),
-    )  # fmt: skip
-    return y, h, mean, rstd
-
-
-def _backward_cpp(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual):
-    n_embd = h.shape[-1]
-    separate = has_residual and (dropout_p > 0.0 or x_dtype != h.dtype)
-    dx = buffers.empty(h, h.shape, x_dtype) if separate else h.new_empty(0, dtype=x_dtype)
-    dresidual = buffers.empty(h, h.shape, h.dtype)
-    dweight, dbias = (h.new_empty(n_embd, dtype=torch.float32) for _ in range(2))
-    n_rows = h.numel() // n_embd
-    chunks = min(n_rows, PARTIAL_CHUNKS)
-    partial = h.new_empty(chunks, 2, n_embd, dtype=torch.float32)
-    dispatch.extension().add_layernorm_backward(
-        address(dy), address(dh), address(h), address(weight), address(mean), address(rstd),
-        address(dx if dx.numel() else None), address(dresidual), address(partial), chunks,
-        address(dweight), address(dbias), n_rows, n_embd,
-        DTYPE_CODES[x_dtype], DTYPE_CODES[h.dtype], DTYPE_CODES[dy.dtype],
-        *philox.arguments(dropout_p, rng, site),
-    )  # fmt: skip
-    return dx, dresidual, dweight, dbias
-
-
-def normalized(h: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """y again, [..., C] in `dtype`, to the bits of the C++ forward, from what it saved: h and float32 [N] statistics.
-
-    weight, bias: [C]. All on the CPU and contiguous.
-    """
-    y, n_embd = buffers.empty(h, h.shape, dtype), h.shape[-1]
-    weight, bias = weight.float(), bias.float()
-    dispatch.extension().add_layernorm_normalize(
-        address(h), address(weight), address(bias), address(mean), address(rstd), address(y),
-        h.numel() // n_embd, n_embd, DTYPE_CODES[h.dtype], DTYPE_CODES[dtype],
-    )  # fmt: skip
-    return y
+def _backward_cpp(a, out):
+    chunks = min(a.N, PARTIAL_CHUNKS)
+    partial = a.h.new_empty(chunks, 2, a.C, dtype=torch.float32)
+    cpp.add_layernorm_backward(out, a, chunks=chunks, partial=partial)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.view(-1, t.shape[-1])
 
 
-def _forward_triton(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype):
+def _forward_triton(a, out):
     from gpt2_fast.kernels import add_layernorm as kernel
 
-    y, h, mean, rstd = kernel.forward(
-        _rows(x), _rows(residual), weight, bias, eps, dropout_p, rng, site, y_dtype
-    )  # fmt: skip
-    return y.view(x.shape), x.new_empty(0) if residual is None else h.view(x.shape), mean, rstd
-
-
-def _backward_triton(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual):
-    from gpt2_fast.kernels import add_layernorm as kernel
-
-    dx, dresidual, dweight, dbias = kernel.backward(
-        _rows(dy), _rows(dh), _rows(h), weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
+    y, h, out.mean, out.rstd = kernel.forward(
+        _rows(a.x), _rows(a.residual), a.weight, a.bias, a.eps, *a.dropout, a.y_dtype
     )
-    dx = h.new_empty(0, dtype=x_dtype) if dx is None else dx.view(h.shape)
-    return dx, dresidual.view(h.shape), dweight, dbias
+    out.y, out.h = y.view(a.x.shape), None if h is None else h.view(a.x.shape)
 
 
-_FORWARD = {"cpp": _forward_cpp, "triton": _forward_triton}
-_BACKWARD = {"cpp": _backward_cpp, "triton": _backward_triton}
+def _backward_triton(a, out):
+    from gpt2_fast.kernels import add_layernorm as kernel
+
+    dx, dresidual, out.dweight, out.dbias = kernel.backward(
+        _rows(a.dy), _rows(a.dh), _rows(a.h), a.weight, a.mean, a.rstd, *a.dropout, a.x_dtype, a.has_residual
+    )
+    out.dx, out.dresidual = None if dx is None else dx.view(a.h.shape), dresidual.view(a.h.shape)
 
 
-@torch.library.impl("gpt2_fast::add_layernorm", ("CPU", "CUDA"))
-def _(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype, impl):
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    return _FORWARD[impl](x, residual, weight.float(), bias.float(), eps, dropout_p, rng, site, y_dtype)
-
-
-@torch.library.impl("gpt2_fast::add_layernorm_backward", ("CPU", "CUDA"))
-def _(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, impl):
-    dy, dh = dy.contiguous(), None if dh is None else dh.to(h.dtype).contiguous()
-    return _BACKWARD[impl](dy, dh, h, weight.float(), mean, rstd, dropout_p, rng, site, x_dtype, has_residual)
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype, impl):
-        y, h, mean, rstd = torch.ops.gpt2_fast.add_layernorm(
-            x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype, impl
-        )
-        ctx.save_for_backward(x.contiguous() if residual is None else h, weight, mean, rstd, rng)
-        ctx.options = (dropout_p, site, x.dtype, residual is not None, bias.dtype, impl)
-        ctx.set_materialize_grads(False)
-        return y, h
-
-    @staticmethod
-    def backward(ctx, dy, dh):
-        h, weight, mean, rstd, rng = ctx.saved_tensors
-        dropout_p, site, x_dtype, has_residual, bias_dtype, impl = ctx.options
-        dy = torch.zeros_like(h) if dy is None else dy
-        dx, dresidual, dweight, dbias = torch.ops.gpt2_fast.add_layernorm_backward(
-            dy, dh if has_residual else None, h, weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, impl
-        )
-        dx = dx if dx.numel() else dresidual
-        dresidual = dresidual if has_residual else None
-        return dx, dresidual, dweight.to(weight.dtype), dbias.to(bias_dtype), *(None,) * 6
-
-
-def _validate(x, residual, weight, bias, dropout_p, rng):
-    n_embd = x.shape[-1]
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"{OP}: residual is {tuple(residual.shape)} and x is {tuple(x.shape)}; they must match")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t.shape != (n_embd,):
-            raise ValueError(f"{OP}: {name} is {tuple(t.shape)}; x ends in {n_embd}, so it must be ({n_embd},)")
-    for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{OP}: {name} is on {t.device} and x on {x.device}; move them to one device")
-    if residual is not None and residual.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"{OP}: residual is {residual.dtype} and x {x.dtype}; residual must be float32 or x's dtype")
-    if residual is None and dropout_p > 0.0:
-        raise ValueError(f"{OP}: dropout_p is {dropout_p} and residual is None; dropout acts on what is added")
-    philox.check(OP, dropout_p, rng, x.device)
+OP = Op(
+    "add_layernorm",
+    inputs=(
+        Input("x", "... C", FLOAT),
+        Input("residual", "... C", STREAM, optional=True),
+        Input("weight", "C", FLOAT, read=torch.float32),
+        Input("bias", "C", FLOAT, read=torch.float32),
+    ),
+    options={"eps": float, "dropout": Dropout, "y_dtype": torch.dtype},
+    reference=add_layernorm_reference,
+    outputs=_outputs,
+    output_names=("y", "h", "mean", "rstd"),
+    returns=("y", "h"),
+    saved={"h|x": "... C", "weight": "C", "mean": "N", "rstd": "N"},
+    carry={"x_dtype": (torch.dtype, lambda a: a.x.dtype), "has_residual": (bool, lambda a: a.residual is not None)},
+    gradients=_gradients,
+    alias={"x": "residual"},
+    backends={"cpp": Backend(_forward_cpp, _backward_cpp), "triton": Backend(_forward_triton, _backward_triton)},
+    on={"cpu": ("cpp",), "cuda": ("triton",)},
+)
 
 
 def add_layernorm(
@@ -217,9 +123,7 @@ def add_layernorm(
     bias: Tensor,
     *,
     eps: float = 1e-5,
-    dropout_p: float = 0.0,
-    rng: Tensor | None = None,
-    site: int = 0,
+    dropout: Dropout = NO_DROPOUT,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Dropout, residual add and LayerNorm in one pass.
@@ -229,9 +133,7 @@ def add_layernorm(
         residual: [..., C] or None. May be float32 beside a lower-precision x.
         weight, bias: [C].
         eps: added to the variance.
-        dropout_p: probability of zeroing an element of x before the add; 0 in eval mode.
-        rng: int64 [1] key of this forward pass (`philox.new_key`), needed when dropout_p > 0.
-        site: which dropout of the model this is; each site draws its own mask from the key.
+        dropout: of x before the add.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
@@ -239,18 +141,12 @@ def add_layernorm(
         when there is no residual.
 
     Raises:
-        ValueError: shapes, devices or dropout_p that do not fit.
+        ValueError: shapes, dtypes, devices or dropout that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate(x, residual, weight, bias, dropout_p, rng)
-    y_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        y_dtype = torch.get_autocast_dtype(x.device.type)
-    name = dispatch.choose(OP, impl, x.device, x.dtype)
-    if name == "reference":
-        y, h = add_layernorm_reference(x, residual, weight, bias, eps=eps, dropout_p=dropout_p, rng=rng, site=site)
-        return y.to(y_dtype), h
-    y, h = _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, rng, site, y_dtype, name)
+    if residual is None and dropout.p > 0.0:
+        raise ValueError(f"add_layernorm: dropout's p is {dropout.p} and residual is None; it acts on what is added")
+    y, h = OP(x, residual, weight, bias, eps=eps, dropout=dropout, y_dtype=autocast_dtype(x), impl=impl)
     return y, x if residual is None else h
 
 
@@ -263,10 +159,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         x, residual = (torch.randn(shape, generator=generator) for _ in range(2))
         weight, bias = (torch.randn(shape[-1], generator=generator) for _ in range(2))
         tensors = [t.to(device, dtype) for t in (x, residual, weight + 1.0, bias)]
-        rng = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if dropout_p else None
+        key = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if dropout_p else None
         if not has_residual:
             tensors[1] = None
-        yield (*tensors, {"dropout_p": dropout_p, "rng": rng, "site": 3})
+        yield (*tensors, {"dropout": Dropout(dropout_p, key, 3)})
 
 
 def cost(n_rows: int, n_embd: int, itemsize: int, residual: bool = True) -> dict[str, dict[str, int]]:

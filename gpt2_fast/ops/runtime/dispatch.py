@@ -41,6 +41,7 @@ ON_REQUEST = {"cpu": ("triton",)}
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/isa.h
+OTHER_CODES = {torch.float64: 3, torch.int64: 4, torch.int32: 5, torch.int8: 6, torch.uint8: 7}  # csrc/bindings.cpp
 
 
 class ImplementationUnavailable(RuntimeError):
@@ -137,6 +138,7 @@ def extension():
     from gpt2_fast import _C
 
     sources.warn_if_stale(_C)
+    _C.set_dtype_codes({**DTYPE_CODES, **OTHER_CODES})
     isa = os.environ.get("GPT2_FAST_ISA")
     if isa:
         _C.set_isa(isa)

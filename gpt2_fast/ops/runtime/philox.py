@@ -20,6 +20,8 @@ number is at least p in 65536ths, and then divided by the part that is kept. Whi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -98,6 +100,53 @@ def keep_tiles(key: torch.Tensor, site: int, n_heads: int, n_tokens: int, p: flo
     kept = _kept(block(key, col, row, z, site), p).view(n_heads, patches, 8, patches, 4, 2, 2, 2)
     kept = kept.permute(0, 1, 5, 2, 3, 6, 4, 7)  # row[3] before the rest of the row; col[3], the rest, col[0]
     return kept.reshape(n_heads, 16 * patches, 16 * patches)[:, :n_tokens, :n_tokens]
+
+
+class Dropout(NamedTuple):
+    """One dropout of one forward pass.
+
+    p: the probability of zeroing an element; 0 in eval mode. key: int64 [1], of this forward pass (`new_key`); needed
+    where p is not 0. site: which dropout of the model this is; each draws its own mask from the key.
+    """
+
+    p: float = 0.0
+    key: torch.Tensor | None = None
+    site: int = 0
+
+    @property
+    def threshold(self) -> int:
+        return threshold(self.p)
+
+    @property
+    def scale(self) -> float:
+        return scale(self.p)
+
+    def flat(self) -> tuple[float, torch.Tensor | None, int]:
+        """Its three values for an operator; where nothing is dropped there is no key."""
+        return self.p, self.key if self.p > 0.0 else None, self.site
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout of x [..., C], differentiable: the reference of every fused row-wise dropout."""
+        if self.p == 0.0:
+            return x
+        keep = keep_rows(self.key, self.site, x.numel() // x.shape[-1], x.shape[-1], self.p).view(x.shape)
+        return torch.where(keep, x * self.scale, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def check(self, op: str, device: torch.device) -> None:
+        """Raises ValueError unless p is a probability below 1 and there is, above 0, a key on `device`."""
+        p, key, _ = self
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"{op}: dropout's p is {p}; it must be at least 0 and below 1")
+        if p > 0.0 and key is None:
+            raise ValueError(f"{op}: dropout's p is {p} and its key is None; pass key=philox.new_key(device)")
+        if key is not None and (key.dtype != torch.int64 or key.numel() != 1 or key.device != device):
+            raise ValueError(
+                f"{op}: dropout's key is {key.dtype} {tuple(key.shape)} on {key.device}; "
+                f"it must be one int64 on {device}: philox.new_key(device)"
+            )
+
+
+NO_DROPOUT = Dropout()
 
 
 def dropout_rows(x: torch.Tensor, p: float, key: torch.Tensor | None, site: int) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""The autograd.Function of a declared operation, its twin for torch.func, and the second derivative that raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gpt2_fast.ops.runtime.declare import Op
+
+
+def _one_by_one(function, info, in_dims, flat, count: int):
+    """vmap of `function`, whose outputs are `count` tensors: over the samples, in order."""
+    samples = []
+    for i in range(info.batch_size):
+        sample = (t.select(dim, i) if isinstance(dim, int) else t for t, dim in zip(flat, in_dims, strict=True))
+        samples.append(function.apply(*sample))
+    return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * count
+
+
+def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What an operator returns, always as a tuple."""
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def _keep(op: Op, ctx, flat: tuple, named: dict[str, Tensor | None]) -> None:
+    """Saves for backward what `op` names: of a call's flat arguments and its outputs, all by name in `named`."""
+    kept = [next((named[n] for n in names if named[n] is not None), None) for names in op.saved_names]
+    kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
+    options = flat[len(op.inputs) : -1]
+    ctx.save_for_backward(*kept, *(options[i] for i in op.tensor_options))
+    carried = () if op.carry is None else op.carry_values(named)
+    ctx.options = [None if i in op.tensor_options else value for i, value in enumerate(options)]
+    ctx.carried, ctx.impl = carried, flat[-1]
+    ctx.dtypes = [None if t is None else t.dtype for t in flat[: len(op.inputs)]]
+    first = named[op.returns[0]]
+    ctx.first = (first.shape, first.dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What backward returns: a gradient for each input that wants one, None for everything else."""
+    saved, options = ctx.saved_tensors, list(ctx.options)
+    kept = saved[: len(op.saved_names)]
+    for i, t in zip(op.tensor_options, saved[len(kept) :], strict=True):
+        options[i] = t
+    needs = ctx.needs_input_grad[: len(op.inputs)]
+    if grads[0] is None:
+        like = next(t for t in kept if t is not None)
+        grads = (like.new_zeros(ctx.first[0], dtype=ctx.first[1]), *grads[1:])
+    flat = (*grads, *kept, *options, *ctx.carried, list(needs), ctx.impl)
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    found = op.by_input(op.underivable.apply(*flat) if recorded else op.call_backward(flat))
+    for i, (g, dtype) in enumerate(zip(found, ctx.dtypes, strict=True)):
+        if g is not None:
+            found[i] = None if not needs[i] else g if g.dtype == dtype else g.to(dtype)
+    return *found, *(None,) * (len(ctx.options) + 1)
+
+
+def underivable_of(op: Op) -> type[torch.autograd.Function]:
+    """Its backward operator where a graph of gradients is recorded: to differentiate what comes out raises.
+
+    It would otherwise be a derivative of zero, without a word.
+    """
+
+    class Underivable(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat):
+            return as_tuple(op.backward_op(*flat))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise RuntimeError(
+                f"{op.name}: its gradient is computed by a kernel and has no derivative of its own; "
+                "use impl='reference' for second derivatives"
+            )
+
+        @staticmethod
+        def vmap(info, in_dims, *flat):
+            return _one_by_one(Underivable, info, in_dims, flat, len(op.differentiable))
+
+    Underivable.__name__ = Underivable.__qualname__ = f"{op.name}_backward"
+    return Underivable
+
+
+def function_of(op: Op) -> type[torch.autograd.Function]:
+    """Its apply takes the inputs, the flat options and the implementation, and returns what `op.returns` names."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *flat):
+            named = op.call(flat, True)
+            _keep(op, ctx, flat, named)
+            return tuple(named[name] for name in op.returns)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return _gradients(op, ctx, grads)
+
+    Function.__name__ = Function.__qualname__ = op.name
+    return Function
+
+
+def functional_of(op: Op) -> type[torch.autograd.Function]:
+    """The same for torch.func: every output is returned, and vmap goes over the samples one by one."""
+
+    class Functional(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat):
+            return as_tuple(op.forward_op(*flat[:-1], True, flat[-1]))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            named = op.named(inputs, output)
+            constant = [o for n, o in zip(op.output_names, output, strict=True) if n not in op.returns]
+            ctx.mark_non_differentiable(*constant)
+            _keep(op, ctx, inputs, named)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return _gradients(op, ctx, tuple(grads[op.output_names.index(name)] for name in op.returns))
+
+        @staticmethod
+        def vmap(info, in_dims, *flat):
+            if op.drops(flat) and info.randomness != "same":
+                raise RuntimeError(f"{op.name}: dropout under vmap is one mask for all samples; say randomness='same'")
+            return _one_by_one(Functional, info, in_dims, flat, len(op.output_names))
+
+    Functional.__name__ = Functional.__qualname__ = op.name
+    return Functional

@@ -1,0 +1,274 @@
+"""An operation is declared once, as an `Op`: what is the same for all of them is made here from its declaration.
+
+A room of `gpt2_fast/ops` says what goes in (`Input`: shape, dtype, what kernels read), which options there are, what
+forward and backward write and what is kept between them, and gives a reference and two functions for each backend.
+From that come the torch.library schema and its fake, the autograd.Function, the contract of the inputs (shapes,
+dtypes, devices, strides), the choice of the implementation, and the tests that all operations share.
+
+A backend's two functions, forward(a, out) and backward(a, out), see everything by name:
+
+* `a`: inputs, options and sizes as declared; in backward what was kept, the gradients ("dy" for output y, None where
+  nothing came), what is carried over, and `needs`: which inputs want a gradient, by name.
+* `out`: what is to be written. A name is uninitialised memory of the declared shape and dtype when it is first read;
+  a backend may set it instead. None stands for what is not made.
+
+Three faults cannot be written in a room: a tensor reaches a backend contiguous and in the dtype that `Input.read`
+says, whatever its strides were; a call without elements reaches none; and a second derivative raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops.runtime import buffers, dispatch
+from gpt2_fast.ops.runtime.autograd import as_tuple, function_of, functional_of, underivable_of
+from gpt2_fast.ops.runtime.contract import CONTIGUOUS, FLOAT, SAME, STREAM, Input, check, reader, sizes_of
+from gpt2_fast.ops.runtime.library import register
+from gpt2_fast.ops.runtime.philox import Dropout
+
+SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
+DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
+Spec = tuple[Sequence[int], torch.dtype] | None  # of what is allocated: shape and dtype, or nothing
+PLAIN = (Tensor, torch.nn.Parameter)
+OPS: dict[str, Op] = {}
+
+
+class Arguments:
+    """What a backend reads, by name."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.__dict__ = values
+
+
+class Outputs:
+    """What a backend writes, by name: made when it is first read, from the `specs` of the declaration."""
+
+    def __init__(self, like: Tensor, specs: Mapping[str, Spec]):
+        self._like, self._specs = like, specs
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name.startswith("_") or name not in self._specs:
+            raise AttributeError(f"no output {name!r} is declared")
+        spec = self._specs[name]
+        made = self.__dict__[name] = None if spec is None else buffers.empty(self._like, *spec)
+        return made
+
+    def named(self) -> dict[str, Any]:
+        """Everything declared, for a kernel that takes its arguments by name."""
+        own = self.__dict__
+        for name, spec in self._specs.items():
+            if name not in own:
+                own[name] = None if spec is None else buffers.empty(self._like, *spec)
+        return own
+
+
+class Backend(NamedTuple):
+    """The two functions of an implementation; backward is None where there is no gradient."""
+
+    forward: Callable[[Arguments, Outputs], None]
+    backward: Callable[[Arguments, Outputs], None] | None = None
+
+
+class Op:
+    """One operation; a call takes its inputs, its options by name, and `impl`.
+
+    Args:
+        name: the stem of its files.
+        inputs: the tensors; the first says device and dtype.
+        reference: (*inputs, **options) -> what `returns` names: what is correct, under autograd.
+        outputs: from `a`, shape and dtype of everything that forward writes, or None for what it does not.
+        output_names: the keys of `outputs`.
+        returns: which of them a call returns.
+        backends: implementation -> Backend. "auto" stands for the kernels' own choice from call to call.
+        on: device type -> the implementations there, best first, without the reference.
+        options: name -> float, int, bool, str, torch.dtype or Dropout.
+        saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
+            no h.
+        gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
+        alias: an input whose gradient, where it is not made, is that of another: {"x": "residual"}.
+        carry: name -> (type, function of `a`): what backward knows of forward besides.
+
+    The gradient of an input is rounded to its dtype. Backward is not called for inputs that want none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: Sequence[Input],
+        reference: Callable[..., Any],
+        outputs: Callable[[Arguments], dict[str, Spec]],
+        output_names: Sequence[str],
+        returns: Sequence[str],
+        backends: Mapping[str, Backend],
+        on: Mapping[str, Sequence[str]],
+        options: Mapping[str, Any] | None = None,
+        saved: Mapping[str, str] | None = None,
+        gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
+        alias: Mapping[str, str] | None = None,
+        carry: Mapping[str, tuple[Any, Callable[[Arguments], Any]]] | None = None,
+    ):
+        self.name, self.inputs, self.reference, self.backends = name, tuple(inputs), reference, backends
+        self.outputs, self.output_names, self.returns = outputs, tuple(output_names), tuple(returns)
+        self.gradients, self.alias, self.carry = gradients, dict(alias or {}), dict(carry or {})
+        self.options, self.dropout = dict(options or {}), Dropout in (options or {}).values()
+        flat: dict[str, Any] = {}
+        for option, kind in self.options.items():
+            flat |= DROPOUT if kind is Dropout else {option: kind}
+        self.flat_options = flat
+        self.tensor_options = [i for i, kind in enumerate(flat.values()) if kind is Tensor]
+        self.differentiable = [i.name for i in self.inputs if i.dtype in (FLOAT, SAME, STREAM)]
+        self.saved_names = [tuple(names.split("|")) for names in (saved or {})]
+        self._define_forward()
+        if gradients is not None:
+            self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
+            self._function, self._functional = function_of(self), functional_of(self)
+            self.underivable = underivable_of(self)
+        dispatch.TABLE[name] = {device: (*names, "reference") for device, names in on.items()}
+        OPS[name] = self
+
+    def _define_forward(self) -> None:
+        tensors = [f"Tensor{'?' if i.optional else ''} {i.name}" for i in self.inputs]
+        options = [f"{SCHEMA[kind]} {name}" for name, kind in self.flat_options.items()]
+        shapes = {i.name: i.shape for i in self.inputs}
+        read = reader({i.name: i.read for i in self.inputs})
+        self.names = [*shapes, *self.flat_options]
+        names = [*self.names, "save", "impl"]
+        self.run_forward, fake = self._bodies(names, shapes, read, self.outputs, self.output_names, "forward")
+        schema = f"{self.name}({', '.join([*tensors, *options, 'bool save', 'str impl'])}) -> "
+        self.forward_op = register(schema + _tensors(self.output_names), self.run_forward, fake)
+
+    def _define_backward(self, saved: dict[str, str]) -> None:
+        reads = {i.name: i.read for i in self.inputs}
+        tensors = [*(f"d{name}" for name in self.returns), *saved]
+        options = [f"{SCHEMA[kind]} {name}" for name, kind in self.flat_options.items()]
+        options += [f"{SCHEMA[kind]} {name}" for name, (kind, _) in self.carry.items()]
+        names = [*tensors, *self.flat_options, *self.carry, "needs", "impl"]
+        read = reader({name: reads.get(name, CONTIGUOUS) for name in tensors})
+        made = [f"d{name}" for name in self.differentiable]
+        self.run_backward, fake = self._bodies(names, saved, read, self.gradients, made, "backward")
+        arguments = [*(f"Tensor? {name}" for name in tensors), *options, "bool[] needs", "str impl"]
+        schema = f"{self.name}_backward({', '.join(arguments)}) -> {_tensors(made)}"
+        self.backward_op = register(schema, self.run_backward, fake)
+
+    def _bodies(self, names, shapes, read, specs, made, which) -> tuple[Callable, Callable]:
+        """The body of an operator and its fake: flat arguments -> a tensor for each name of `made`."""
+        inputs, add_sizes, drops = [i.name for i in self.inputs], sizes_of(shapes), self.dropout
+
+        def arguments(flat: Sequence[Any]) -> Arguments:
+            values = dict(zip(names, flat, strict=True))
+            if which == "backward":
+                values["needs"] = dict(zip(inputs, values["needs"], strict=True))
+            read(values)
+            add_sizes(values)
+            if drops:
+                add_dropout(values)
+            return Arguments(values)
+
+        def run(*flat):
+            a = arguments(flat)
+            like = next(t for t in flat if t is not None)
+            out = Outputs(like, specs(a))
+            getattr(self.backends[a.impl], which)(a, out)
+            found = out.named()
+            found = tuple([like.new_empty(0) if (t := found[name]) is None else t for name in made])
+            return found if len(found) > 1 else found[0]
+
+        def fake(*flat):
+            described, like = specs(arguments(flat)), next(t for t in flat if isinstance(t, Tensor))
+            found = [described[name] or ((0,), like.dtype) for name in made]
+            found = [like.new_empty(shape, dtype=dtype) for shape, dtype in found]
+            return tuple(found) if len(found) > 1 else found[0]
+
+        return run, fake
+
+    def named(self, flat: Sequence[Any], outputs: Sequence[Tensor] | Tensor) -> dict[str, Any]:
+        """A call's inputs, options and outputs by name; None for what was not made."""
+        values = dict(zip(self.names, flat, strict=False))
+        for name, t in zip(self.output_names, as_tuple(outputs), strict=True):
+            values[name] = t if t.numel() else None
+        return values
+
+    def call(self, flat: Sequence[Any], save: bool) -> dict[str, Any]:
+        """Runs forward on the inputs, the flat options and the implementation."""
+        run = self.forward_op if traced(flat) else self.run_forward
+        return self.named(flat, run(*flat[:-1], save, flat[-1]))
+
+    def call_backward(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Runs backward on gradients, what was kept, options, what is carried, needs and the implementation."""
+        return as_tuple((self.backward_op if traced(flat) else self.run_backward)(*flat))
+
+    def carry_values(self, named: dict[str, Any]) -> list[Any]:
+        """What backward knows of forward besides what is kept."""
+        a = Arguments(named)
+        return [function(a) for _, function in self.carry.values()]
+
+    def by_input(self, made: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient of each input from what backward made."""
+        found = {name: g if g.numel() else None for name, g in zip(self.differentiable, made, strict=True)}
+        for name, other in self.alias.items():
+            found[name] = found[other] if found[name] is None else found[name]
+        return [found.get(i.name) for i in self.inputs]
+
+    def drops(self, flat: Sequence[Any]) -> bool:
+        """Whether a call with these arguments drops elements."""
+        return self.dropout and flat[len(self.inputs) + list(self.flat_options).index("dropout_p")] > 0.0
+
+    def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
+        empty = check(self.name, self.inputs, tensors)
+        first = tensors[0]
+        if self.dropout:
+            options["dropout"].check(self.name, first.device)
+        chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
+        if chosen == "reference" or empty:
+            return self.reference(*tensors, **options)
+        flat = list(tensors)
+        for name, kind in self.options.items():
+            flat += options[name].flat() if kind is Dropout else (options[name],)
+        flat.append(chosen if impl != "auto" or "auto" not in self.backends else impl)
+        if torch._C._are_functorch_transforms_active() and self.gradients is not None:
+            outputs = self.named(flat, self._functional.apply(*flat))
+        elif self.gradients is not None and _recorded(tensors):
+            outputs = self._function.apply(*flat)
+            return outputs if len(outputs) > 1 else outputs[0]
+        else:
+            outputs = self.call(flat, False)
+        found = tuple(outputs[name] for name in self.returns)
+        return found if len(found) > 1 else found[0]
+
+
+def add_dropout(values: dict[str, Any]) -> None:
+    """Adds what kernels take of a dropout to its three flat values."""
+    p, key, site = values["dropout_p"], values["dropout_key"], values["dropout_site"]
+    dropout = values["dropout"] = Dropout(p, key, site)
+    values["dropout_threshold"], values["dropout_scale"] = (dropout.threshold, dropout.scale) if p else (0, 1.0)
+
+
+def traced(flat: Sequence[Any]) -> bool:
+    """Whether something looks at operators as they are called: a compiler, a profiler, a mode, a kind of tensor.
+
+    Otherwise a call goes to its body without torch's dispatcher, which would find the same one.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        return True
+    return any(isinstance(t, Tensor) and (type(t) not in PLAIN or t.is_neg()) for t in flat)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What an operation on x computes in: autocast's dtype inside `torch.autocast`, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _recorded(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return "Tensor" if len(names) == 1 else f"({', '.join(f'Tensor {name}' for name in names)})"

@@ -7,7 +7,7 @@ import math
 import warnings
 
 import pytest
-from golden import losses
+from golden import losses, names, options
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,32 @@ def test_an_instruction_set_without_an_entry_is_compared_with_the_widest_that_ha
     assert problem is None
     assert "has no entry" in inexact
     assert losses.nearest("tied/float32/avx512bf16", golden) in ("tied/float32/avx2", "tied/float32/avx512")
+
+
+@pytest.mark.parametrize("name", names.read())
+def test_public_name(name):
+    names.resolve(name)
+
+
+def test_what_is_documented_is_frozen():
+    new = names.documented() - set(names.read())
+    assert not new, f"`{names.COMMAND}` adds to tests/golden/{names.FILE.name}: {', '.join(sorted(new))}"
+
+
+@pytest.mark.parametrize("name", ["gpt2_fast.nothing", "gpt2_fast.ops.linear.nothing", "gpt2_fast.nothing.at_all"])
+def test_a_name_that_is_gone_is_seen(name):
+    with pytest.raises((ImportError, AttributeError), match="nothing"):
+        names.resolve(name)
+
+
+def test_options_of_every_command():
+    found, frozen = options.options(), options.read()
+    changed = [
+        f"{name}: {found.get(name, 'gone')}, in the file {frozen.get(name, 'not there')}"
+        for name in dict.fromkeys([*frozen, *found])
+        if found.get(name) != frozen.get(name)
+    ]
+    assert not changed, (
+        "the command line is another one:\n  " + "\n  ".join(changed) + f"\n`{options.COMMAND}` remakes "
+        f"tests/golden/{options.FILE.name}; the commit that changes it says why"
+    )

@@ -1,12 +1,12 @@
-"""python -m tests.golden [losses] ...: remakes the files that tests compare; without a name, all of them."""
+"""python -m tests.golden [GATE ...]: remakes the files that tests compare; without a name, all of them."""
 
 from __future__ import annotations
 
 import argparse
 
-from . import losses
+from . import losses, names, options
 
-GATES = {"losses": losses.remake}
+GATES = {"losses": losses.remake, "names": names.remake, "options": options.remake}
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from gpt2_fast.ops.runtime.philox import Dropout
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
-Spec = tuple[Sequence[int], torch.dtype] | None  # of what is allocated: shape and dtype, or nothing
+# What is allocated: shape and dtype, and of a matrix whether its transpose is what is contiguous; or nothing.
+Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool] | None
 PLAIN = (Tensor, torch.nn.Parameter)
 OPS: dict[str, Op] = {}
 
@@ -42,6 +43,13 @@ class Arguments:
 
     def __init__(self, values: dict[str, Any]):
         self.__dict__ = values
+
+
+def allocate(like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """Uninitialised memory on the device of `like`."""
+    if transposed:
+        return buffers.empty(like, tuple(shape[::-1]), dtype).t()
+    return buffers.empty(like, shape, dtype)
 
 
 class Outputs:
@@ -54,7 +62,7 @@ class Outputs:
         if name.startswith("_") or name not in self._specs:
             raise AttributeError(f"no output {name!r} is declared")
         spec = self._specs[name]
-        made = self.__dict__[name] = None if spec is None else buffers.empty(self._like, *spec)
+        made = self.__dict__[name] = None if spec is None else allocate(self._like, *spec)
         return made
 
     def named(self) -> dict[str, Any]:
@@ -62,7 +70,7 @@ class Outputs:
         own = self.__dict__
         for name, spec in self._specs.items():
             if name not in own:
-                own[name] = None if spec is None else buffers.empty(self._like, *spec)
+                own[name] = None if spec is None else allocate(self._like, *spec)
         return own
 
 
@@ -179,9 +187,8 @@ class Op:
             return found if len(found) > 1 else found[0]
 
         def fake(*flat):
-            described, like = specs(arguments(flat)), next(t for t in flat if isinstance(t, Tensor))
-            found = [described[name] or ((0,), like.dtype) for name in made]
-            found = [like.new_empty(shape, dtype=dtype) for shape, dtype in found]
+            described, like = specs(arguments(flat)), next(t for t in flat if t is not None)
+            found = [_described(like, described[name]) for name in made]
             return tuple(found) if len(found) > 1 else found[0]
 
         return run, fake
@@ -266,8 +273,26 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`tensors` in autocast's dtype inside `torch.autocast`, as it casts those of a product; otherwise as they are."""
+    dtype = autocast_dtype(tensors[0])
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
 def _recorded(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _described(like: Tensor, spec: Spec) -> Tensor:
+    """What a fake returns for `spec`."""
+    if spec is None:
+        return like.new_empty(0)
+    shape, dtype, transposed = (*spec, False)[:3]
+    return like.new_empty(shape[::-1], dtype=dtype).t() if transposed else like.new_empty(shape, dtype=dtype)
 
 
 def _tensors(names: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_fast import GPT2Config, GPT2LMHeadModel, checkpoint, cli, convert, formats
-from gpt2_fast.checkpoint import EMBEDDING, HEAD, expected_shapes
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, checkpoint, cli
+from gpt2_fast.checkpoint import EMBEDDING, HEAD, convert, expected_shapes
+from gpt2_fast.checkpoint import nanogpt as formats
 
 CONFIG = GPT2Config(
     vocab_size=130, n_positions=16, n_embd=24, n_layer=3, n_head=3, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,

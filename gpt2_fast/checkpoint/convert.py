@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2_fast.checkpoint import load_pretrained, save_pretrained
+from gpt2_fast.checkpoint.hf import load_pretrained, save_pretrained
+from gpt2_fast.checkpoint.nanogpt import ACTIVATIONS, LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
 from gpt2_fast.config import GPT2Config, num_params
-from gpt2_fast.formats import ACTIVATIONS, LLMC_MAGIC, read_llmc, read_nanogpt, write_llmc, write_nanogpt
 
 FORMATS = ("hf", "nanogpt", "llmc")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

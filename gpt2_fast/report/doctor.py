@@ -113,10 +113,10 @@ CALLS = """call by call on transformers' own path:
 
 def explain_patch(model: torch.nn.Module) -> str:
     """What runs where in a model that `gpt2_fast.patch` took, and why: a table, equal blocks in one line."""
-    from gpt2_fast import patching
+    from gpt2_fast.hf_patch import swap
 
     blocks: dict[tuple, list[int]] = {}
-    for row in patching.explain(model):
+    for row in swap.explain(model):
         before, found, after = re.match(r"(.*?\.h)\.(\d+)(.*)|(.*)", row.module).group(1, 2, 3)
         key = (row.module, None, *row[1:]) if found is None else (before, after, *row[1:])
         blocks.setdefault(key, []).append(int(found or 0))
@@ -137,7 +137,7 @@ def _with_implementations(ops: str, model: torch.nn.Module) -> str:
 
 def explain_patch_of(name: str) -> str:
     """`explain_patch` of the GPT2LMHeadModel of a checkpoint folder or hub repository, from its config alone."""
-    from gpt2_fast import patching
+    from gpt2_fast.hf_patch import swap
 
     try:
         config = importlib.import_module("transformers").AutoConfig.from_pretrained(name)
@@ -147,7 +147,7 @@ def explain_patch_of(name: str) -> str:
         raise ValueError(f"{name} is a model of type {config.model_type}; gpt2_fast.patch takes gpt2")
     with torch.device("meta"):
         model = importlib.import_module("transformers").GPT2LMHeadModel(config)
-    return explain_patch(patching.patch(model))
+    return explain_patch(swap.patch(model))
 
 
 # ---- the kernels ----

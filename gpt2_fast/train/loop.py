@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.convert import load as load_any
 from gpt2_fast.data import load_data
+from gpt2_fast.data.tokenizer import get_tokenizer
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
@@ -29,9 +29,8 @@ from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.embedding import check_ids
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.optim import AdamW
-from gpt2_fast.plots import save_loss_plot
-from gpt2_fast.tokenizer import get_tokenizer
-from gpt2_fast.train_config import TrainConfig
+from gpt2_fast.report.figures import save_loss_plot
+from gpt2_fast.train.config import TrainConfig
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,7 +58,7 @@ def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Con
     """
     state = None
     if model_config is None and config.init_from is not None:
-        loaded = load_any(config.init_from)
+        loaded = checkpoint.load(config.init_from)
         model_config, state = loaded.config, loaded.state
         if config.dropout is not None:
             model_config = dataclasses.replace(model_config, **_dropout(config.dropout))

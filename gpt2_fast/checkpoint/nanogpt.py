@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_fast.checkpoint import EMBEDDING, HEAD, canonical_state_dict, expected_shapes, torch_load
+from gpt2_fast.checkpoint.hf import EMBEDDING, HEAD, canonical_state_dict, expected_shapes, torch_load
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.files import atomic_write
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt2_fast import jsonl
+from gpt2_fast.data import jsonl
+from gpt2_fast.data.tokenizer import get_tokenizer, split_text
 from gpt2_fast.files import atomic_write, cache_dir
-from gpt2_fast.tokenizer import get_tokenizer, split_text
 
 MAGIC = 20240520
 HEADER_BYTES = 1024

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gpt2_fast.files import atomic_write
-from gpt2_fast.report.doctor import PACKAGES, cpu_name, version
+from gpt2_fast.report.machine import PACKAGES, cpu_name, version
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -101,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from gpt2_fast.data.tokenizer import get_tokenizer
     from gpt2_fast.generate import complete
     from gpt2_fast.model import GPT2LMHeadModel
-    from gpt2_fast.train import resolve_device
+    from gpt2_fast.report.machine import resolve_device
 
     _check_published(arguments.model)
     device = resolve_device(arguments.device)
@@ -167,7 +167,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     import torch
 
     from gpt2_fast.evaluate import tasks
-    from gpt2_fast.train import resolve_device
+    from gpt2_fast.report.machine import resolve_device
 
     files = {task: path for task in EVAL_FILES if (path := getattr(arguments, task)) is not None}
     if not files:

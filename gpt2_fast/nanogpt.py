@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gpt2_fast import checkpoint as checkpoints
-from gpt2_fast.checkpoint.nanogpt import COMPILED, check_expressible, nanogpt_arguments, nanogpt_config, nanogpt_state
+from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
+from gpt2_fast.checkpoint.state_dict import check_expressible
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import CausalLMOutput, GPT2Model, Impl

@@ -15,11 +15,17 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "convert": ("Loaded", "load", "source_format"),
-    "hf": (
-        "EMBEDDING", "HEAD", "TrainingState", "canonical_state_dict", "capture_rng", "expected_shapes",
-        "load_pretrained", "load_training_state", "restore_rng", "save_pretrained", "save_training_state",
+    "formats": ("Loaded", "load", "source_format"),
+    "hf": ("load_pretrained", "save_pretrained"),
+    "training": (
+        "TrainingState",
+        "capture_rng",
+        "load_training_state",
+        "restore_rng",
+        "save_training_state",
     ),
-    "nanogpt": ("read_llmc", "read_nanogpt", "write_llmc", "write_nanogpt"),
-}  # fmt: skip
+    "nanogpt": ("read_nanogpt", "write_nanogpt"),
+    "llmc": ("read_llmc", "write_llmc"),
+    "state_dict": ("EMBEDDING", "HEAD", "canonical_state_dict", "expected_shapes"),
+}
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

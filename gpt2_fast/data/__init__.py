@@ -16,7 +16,9 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "corpus": ("Shard", "TokenDataset", "load_data", "load_tokens", "read_bin", "write_bin"),
+    "corpus": ("load_data", "load_tokens"),
+    "batches": ("TokenDataset",),
+    "shards": ("Shard", "read_bin", "write_bin"),
     "tokenizer": ("Tokenizer", "get_tokenizer"),
 }
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

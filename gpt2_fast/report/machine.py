@@ -1,13 +1,22 @@
-"""What a device's matrix products can reach: the denominator of model FLOPs utilisation."""
+"""What this machine has: processor, cards and versions, the device of a run, and what products can reach."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import os
+import platform
 import re
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
+
+PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
 # Dense TFLOP/s by the makers' data sheets: (bfloat16 with float32 sums, float32 without tensor cores).
 # The first name that the device's has as whole words decides, so longer names come first.
 CARDS = {
@@ -35,6 +44,40 @@ CARDS = {
     "RTX 3090 Ti": (80.0, 40.0),
     "RTX 3090": (71.0, 35.6),
 }
+
+
+def version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build (+cu130), which the metadata need not
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of --device; auto takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device is {name!r} and torch finds no CUDA device; use --device cpu, or see gpt2-fast doctor"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; choose auto, cpu, cuda or cuda:N")
+    return device
 
 
 def card_peak(device_name: str, dtype: str) -> float | None:
@@ -67,3 +110,38 @@ def peak(device: torch.device) -> float:
     if device.type != "cuda":
         return measured_peak(device, torch.float32)
     return card_peak(torch.cuda.get_device_name(device), "bfloat16") or measured_peak(device, torch.bfloat16)
+
+
+def machine_rows() -> Iterator[tuple[str, str]]:
+    policy = cpu_policy()
+    yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "versions", ", ".join(f"{name} {version(name)}" for name in ("gpt2_fast", *PACKAGES))
+    native = "native" if policy.native_bfloat16 else "widened to float32"
+    by = f"own (of {MIN_ROWS} rows or more, else {policy.float32})" if policy.own else policy.float32
+    yield "CPU products", f"{by}, bfloat16 {native} ({policy.reason})"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            yield (
+                f"GPU {index}",
+                f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB, CUDA {torch.version.cuda}",
+            )
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield "GPU", f"none that torch can use (this torch is {built})"
+
+
+def extension_rows() -> Iterator[tuple[str, str]]:
+    reason = dispatch.unavailable("cpp", "cpu", torch.float32)
+    if reason is not None:
+        yield "extension", reason
+        return
+    extension = dispatch.extension()
+    yield "extension", f"{extension.__file__}"
+    yield "built with", f"compiler {extension.COMPILER}; instruction set in use: {extension.isa()}"
+    fatbin = Path(extension.__file__).with_name("embedding.fatbin")
+    if fatbin.exists():
+        yield "CUDA embedding", f"compiled by nvcc when this was built ({fatbin.stat().st_size >> 10} KiB)"
+    else:
+        yield "CUDA embedding", "no nvcc was found at build time: NVRTC compiles it at first use"

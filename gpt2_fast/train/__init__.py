@@ -10,9 +10,8 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "loop": (
-        "Run", "Step", "build_model", "build_optimizer", "prepare_folder", "resolve_device", "resume_run", "start_run",
-    ),
+    "loop": ("Run", "prepare_folder", "resolve_device", "resume_run", "start_run"),
+    "step": ("Step", "build_model", "build_optimizer"),
     "config": ("TrainConfig",),
-}  # fmt: skip
+}
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

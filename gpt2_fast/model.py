@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention, attention_decode, segments_from
 from gpt2_fast.ops.embedding import embedding
@@ -289,12 +290,10 @@ class GPT2LMHeadModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
         """input_ids int64 [B, T] and what follows them, int64 [B, T + new], as transformers' `generate` gives it.
 
-        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch.generate_batch`;
+        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch`;
         max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, stop_strings, streamer, seed and others.
         Raises ValueError, one line, for what it does not do.
         """
-        from gpt2_fast.generate_batch import generate_batch  # above this module: imported where it is needed
-
         return generate_batch(self, input_ids, attention_mask, **options)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:

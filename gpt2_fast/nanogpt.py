@@ -26,14 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from gpt2_fast import cards
 from gpt2_fast import checkpoint as checkpoints
-from gpt2_fast.decoder import ModelDecoder
-from gpt2_fast.formats import COMPILED, check_expressible, nanogpt_arguments, nanogpt_config, nanogpt_state
+from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
+from gpt2_fast.checkpoint.state_dict import check_expressible
+from gpt2_fast.generate.decoders import ModelDecoder
+from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import CausalLMOutput, GPT2Model, Impl
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.optim import AdamW
-from gpt2_fast.sampling import sample
+from gpt2_fast.report import machine
 
 IGNORED_TARGET = -1
 
@@ -228,7 +229,7 @@ class GPT(nn.Module):
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         achieved = flops_per_token * c.block_size * fwdbwd_per_iter / dt
-        return achieved / cards.peak(self.lm_head.weight.device)
+        return achieved / machine.peak(self.lm_head.weight.device)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:

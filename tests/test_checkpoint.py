@@ -11,7 +11,6 @@ import safetensors
 import safetensors.torch
 import torch
 
-from gpt2_fast import checkpoint
 from gpt2_fast.checkpoint import (
     canonical_state_dict,
     capture_rng,
@@ -438,7 +437,7 @@ def test_interrupted_training_state_leaves_the_old_one(tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.torch, "save", interrupted)
+    monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_training_state(tmp_path, **training(step=13))
     assert os.listdir(tmp_path) == ["training.pt"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gpt2_fast.cli import main
-from gpt2_fast.doctor import version
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import TABLE, ImplementationUnavailable
+from gpt2_fast.report.machine import version
 
 ROW = re.compile(r"^(\S+).* sm_(80|90|100) +(\d+) +(\d+) +(\d+)  (.*?)(?:  FAILED: .*)?$")
 FAILURE = re.compile(r"^(.*\S) +sm_\d+ .*  FAILED: (.*)$", re.MULTILINE)

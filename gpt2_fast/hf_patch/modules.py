@@ -27,6 +27,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
+from gpt2_fast.hf_patch.attention import attend, is_ours, original, padding, transformers_attention
+from gpt2_fast.hf_patch.outputs import CausalLMOutput
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.embedding import embedding
@@ -34,8 +36,6 @@ from gpt2_fast.ops.layernorm_linear_gelu import layernorm_linear_gelu
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.ops.runtime import philox
-from gpt2_fast.patch_attention import attend, is_ours, original, padding, transformers_attention
-from gpt2_fast.patch_outputs import CausalLMOutput
 
 TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own

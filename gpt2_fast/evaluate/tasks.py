@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gpt2_fast import jsonl
-from gpt2_fast.convert import load, source_format
-from gpt2_fast.data import load_tokens
-from gpt2_fast.evaluate import Measures, dataset_loss, exp, loglikelihoods, perplexity, window_sizes
+from gpt2_fast.checkpoint import load, source_format
+from gpt2_fast.data import jsonl, load_tokens
+from gpt2_fast.data.tokenizer import EOT, Tokenizer, get_tokenizer, split_text
+from gpt2_fast.evaluate.losses import Measures, dataset_loss, exp, loglikelihoods, perplexity, window_sizes
 from gpt2_fast.files import atomic_write
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.tokenizer import EOT, Tokenizer, get_tokenizer, split_text
 
 _TEXT_PIECE = 1 << 20  # characters of a text tokenised at a time
 

@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gpt2_fast.kv_cache import KVCache, StaticCache
-from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.generate.cache import KVCache, StaticCache
+from gpt2_fast.generate.protocol import Model
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 from gpt2_fast.ops.runtime import dispatch
@@ -48,7 +48,7 @@ class Decoder(Protocol):
 class ModelDecoder:
     """The model's own forward pass and a KVCache."""
 
-    def __init__(self, model: GPT2LMHeadModel, batch_size: int, n_positions: int, cache_type: type[KVCache] = KVCache):
+    def __init__(self, model: Model, batch_size: int, n_positions: int, cache_type: type[KVCache] = KVCache):
         self.model, self.n_positions = model, n_positions
         self.cache = cache_type(model, batch_size, n_positions)
 
@@ -82,7 +82,7 @@ class GraphDecoder(ModelDecoder):
     Where it cannot be captured, and on a CPU, the same step runs eagerly; a warning says why.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, batch_size: int, n_positions: int):
+    def __init__(self, model: Model, batch_size: int, n_positions: int):
         super().__init__(model, batch_size, n_positions, StaticCache)
         device = model.transformer.wte.weight.device
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
@@ -149,11 +149,11 @@ class PackedDecoder:
         return self.packed.step(tokens, self.cache)
 
 
-_packed: WeakKeyDictionary[GPT2LMHeadModel, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()
+PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def packed_model(model: GPT2LMHeadModel, weights: str) -> PackedModel:
+def packed_model(model: Model, weights: str) -> PackedModel:
     """The model's weights packed for `ops.decode_step`, kept beside the model until they change.
 
     A model has one packing at a time. Its size in bytes is 4, 2 or 1 a weight, beside the model's own. Changed
@@ -163,16 +163,16 @@ def packed_model(model: GPT2LMHeadModel, weights: str) -> PackedModel:
     parameters = list(model.parameters())
     versions = (weights, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
     probes = torch.cat([p.flatten()[:: max(1, p.numel() // PROBES)].double() for p in parameters])
-    held = _packed.pop(model, None)
+    held = PACKED.pop(model, None)
     if held is None or held[0] != versions or not torch.equal(held[1], probes):
         del held  # before the new one is made: two would be in memory
         held = (versions, probes, PackedModel(model, weights))
-    _packed[model] = held
+    PACKED[model] = held
     return held[2]
 
 
 def make_decoder(
-    model: GPT2LMHeadModel, batch_size: int, n_positions: int, weights: str | None = None
+    model: Model, batch_size: int, n_positions: int, weights: str | None = None
 ) -> ModelDecoder | GraphDecoder | PackedDecoder:
     """The decoder for a model where it is.
 
@@ -196,7 +196,7 @@ def make_decoder(
     return PackedDecoder(packed_model(model, weights), batch_size, n_positions)
 
 
-def _packed_dtype(model: GPT2LMHeadModel) -> str | None:
+def _packed_dtype(model: Model) -> str | None:
     """What a model is packed in where nobody asks; None: it is not."""
     dtype, impl = model.transformer.wte.weight.dtype, model.transformer.impl
     if model.training or impl not in ("auto", "cpp") or dtype not in (torch.float32, torch.bfloat16):

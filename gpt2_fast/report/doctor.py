@@ -1,85 +1,27 @@
-"""`gpt2-fast doctor`: what this machine has, what runs on it and why; and the Triton kernels' machine code.
+"""`gpt2-fast doctor`: what runs on this machine and why; what `patch` takes over; the Triton kernels' machine code.
 
-The second half needs no GPU: Triton compiles for one that is not there, and the report is read from the code.
+The last needs no GPU: Triton compiles for one that is not there, and the report is read from the code.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import pkgutil
-import platform
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
 from gpt2_fast.ops.runtime import dispatch
-from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
-
-PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
-
-
-def version(package: str) -> str:
-    if package == "torch":
-        return torch.__version__  # names the build (+cu130), which the metadata need not
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _machine() -> Iterator[tuple[str, str]]:
-    policy = cpu_policy()
-    yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    yield "versions", ", ".join(f"{name} {version(name)}" for name in ("gpt2_fast", *PACKAGES))
-    native = "native" if policy.native_bfloat16 else "widened to float32"
-    by = f"own (of {MIN_ROWS} rows or more, else {policy.float32})" if policy.own else policy.float32
-    yield "CPU products", f"{by}, bfloat16 {native} ({policy.reason})"
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(index)
-            yield (
-                f"GPU {index}",
-                f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB, CUDA {torch.version.cuda}",
-            )
-    else:
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        yield "GPU", f"none that torch can use (this torch is {built})"
-
-
-def _extension() -> Iterator[tuple[str, str]]:
-    reason = dispatch.unavailable("cpp", "cpu", torch.float32)
-    if reason is not None:
-        yield "extension", reason
-        return
-    extension = dispatch.extension()
-    yield "extension", f"{extension.__file__}"
-    yield "built with", f"compiler {extension.COMPILER}; instruction set in use: {extension.isa()}"
-    fatbin = Path(extension.__file__).with_name("embedding.fatbin")
-    if fatbin.exists():
-        yield "CUDA embedding", f"compiled by nvcc when this was built ({fatbin.stat().st_size >> 10} KiB)"
-    else:
-        yield "CUDA embedding", "no nvcc was found at build time: NVRTC compiles it at first use"
+from gpt2_fast.report.machine import extension_rows, machine_rows, version
 
 
 def report() -> None:
     """Prints machine, versions, the extension, and op by op the implementation chosen and why."""
-    rows = [*_machine(), *_extension()]
+    rows = [*machine_rows(), *extension_rows()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -102,8 +44,6 @@ def report() -> None:
             print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""))
 
 
-# ---- patched models ----
-
 CALLS = """call by call on transformers' own path:
   attention: output_attentions, head_mask, attention masks of four dimensions, encoder_hidden_states, several tokens on
              top of a cache, static caches, one token with gradients on top of a cache
@@ -113,10 +53,10 @@ CALLS = """call by call on transformers' own path:
 
 def explain_patch(model: torch.nn.Module) -> str:
     """What runs where in a model that `gpt2_fast.patch` took, and why: a table, equal blocks in one line."""
-    from gpt2_fast import patching
+    from gpt2_fast.hf_patch import swap
 
     blocks: dict[tuple, list[int]] = {}
-    for row in patching.explain(model):
+    for row in swap.explain(model):
         before, found, after = re.match(r"(.*?\.h)\.(\d+)(.*)|(.*)", row.module).group(1, 2, 3)
         key = (row.module, None, *row[1:]) if found is None else (before, after, *row[1:])
         blocks.setdefault(key, []).append(int(found or 0))
@@ -137,7 +77,7 @@ def _with_implementations(ops: str, model: torch.nn.Module) -> str:
 
 def explain_patch_of(name: str) -> str:
     """`explain_patch` of the GPT2LMHeadModel of a checkpoint folder or hub repository, from its config alone."""
-    from gpt2_fast import patching
+    from gpt2_fast.hf_patch import swap
 
     try:
         config = importlib.import_module("transformers").AutoConfig.from_pretrained(name)
@@ -147,10 +87,8 @@ def explain_patch_of(name: str) -> str:
         raise ValueError(f"{name} is a model of type {config.model_type}; gpt2_fast.patch takes gpt2")
     with torch.device("meta"):
         model = importlib.import_module("transformers").GPT2LMHeadModel(config)
-    return explain_patch(patching.patch(model))
+    return explain_patch(swap.patch(model))
 
-
-# ---- the kernels ----
 
 ARCHS = (80, 90, 100)
 _DTYPE = re.compile(r" (?=fp32|bf16|fp16|C=)")  # what comes before it in a configuration's name is the kernel

@@ -1,4 +1,4 @@
-"""The loop of generation: logits from a decoder, a token a row from a sampler, until every row has ended."""
+"""Generation from ids to ids: logits from a decoder, a token a row from a sampler, until every row has ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,59 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.decoder import Decoder, make_decoder
-from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.sampling import Sampler
+from gpt2_fast.generate.decoders import Decoder, make_decoder
+from gpt2_fast.generate.protocol import Model
+from gpt2_fast.generate.sampling import Sampler, Sampling
 
 SLIDE = "slide"
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Collection[int] | None = None,
+    seed: int | None = None,
+    on_token: Callable[[Tensor], Tensor | None] | None = None,
+    context: str | None = None,
+    weights: str | None = None,
+) -> list[list[int]]:
+    """Continues each prompt by up to max_new_tokens tokens; returns the new tokens alone.
+
+    Args:
+        prompts: token ids, of any lengths.
+        temperature, top_k, top_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+        eos_token_id: ends a row, each of several does; it is not returned.
+        seed: of the sampling; the same seed, prompt, row and machine give the same tokens.
+        on_token: called with the newest token of every row, int64 [B]. It may return a bool [B]: these rows end
+            here, after this token. Rows that have ended repeat their last token until all have.
+        context: "slide" goes on past n_positions: where they are used up, the newest half of them is prefilled
+            again with positions counted from 0. None refuses.
+        weights: "float32", "bfloat16" or "int8" on a CPU, see `make_decoder`.
+
+    Raises:
+        ValueError: an empty prompt, or prompt and new tokens beyond n_positions.
+    """
+    if not prompts or any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty; give at least one token, for example <|endoftext|>")
+    device, longest = model.transformer.wte.weight.device, max(map(len, prompts))
+    check_lengths(model.config, longest, max_new_tokens, context)
+    options = Sampling(temperature, top_k, top_p, repetition_penalty)
+    padding = [longest - len(prompt) for prompt in prompts]
+    tokens = torch.tensor([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=device)
+    starts = torch.tensor(padding, dtype=torch.int32, device=device)
+    mask = torch.arange(longest, device=device) >= starts.unsqueeze(1)
+    sampler = Sampler.start(options, tokens, model.config.vocab_size, max_new_tokens, counted=mask, seed=seed)
+    new, lengths = run(
+        model, tokens, starts, max_new_tokens, sampler,
+        ends=as_ids(eos_token_id), on_token=on_token, weights=weights,
+    )  # fmt: skip
+    return [row[:length] for row, length in zip(new.tolist(), lengths.tolist(), strict=True)]
 
 
 def check_lengths(config: GPT2Config, longest: int, max_new_tokens: int, context: str | None) -> None:
@@ -36,7 +84,7 @@ def as_ids(value: int | Collection[int] | None) -> list[int]:
 
 @torch.no_grad()
 def run(
-    model: GPT2LMHeadModel,
+    model: Model,
     tokens: Tensor,
     starts: Tensor,
     max_new_tokens: int,

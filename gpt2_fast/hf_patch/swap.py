@@ -1,7 +1,7 @@
 """`gpt2_fast.patch`: an existing transformers GPT-2 on this package's operations, in place; `unpatch` puts it back.
 
 Parameters, names and objects stay: what changes is the class of GPT2Block, GPT2Model and GPT2LMHeadModel
-(`patch_modules.py`) and the name of the config's attention implementation (`patch_attention.py`).
+(`modules.py`) and the name of the config's attention implementation (`attention.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"gpt2_fast.patch needs transformers; run: pip install transformers ({error})") from None
 
-from gpt2_fast import patch_attention, patch_modules
-from gpt2_fast.patch_modules import PATCHED
+from gpt2_fast.hf_patch import attention, modules
+from gpt2_fast.hf_patch.modules import PATCHED
 
 ORIGINAL = {patched: original for original, patched in PATCHED.items()}
 
@@ -79,9 +79,9 @@ def patch(model: nn.Module) -> nn.Module:
             module.__class__ = PATCHED[type(module)]
     for body in bodies.values():
         for config in _configs(body):
-            name = patch_attention.original(config._attn_implementation) or "eager"
-            if patch_attention.fits(config.n_embd // config.n_head):
-                config._attn_implementation = patch_attention.register(name)
+            name = attention.original(config._attn_implementation) or "eager"
+            if attention.fits(config.n_embd // config.n_head):
+                config._attn_implementation = attention.register(name)
     return model
 
 
@@ -89,8 +89,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Undoes `patch`; a model that is not patched stays as it is. Returns `model`."""
     for body in _bodies(model).values():
         for config in _configs(body):
-            if patch_attention.is_ours(config):
-                config._attn_implementation = patch_attention.original(config._attn_implementation)
+            if attention.is_ours(config):
+                config._attn_implementation = attention.original(config._attn_implementation)
     for module in model.modules():
         if type(module) in ORIGINAL:
             module.__class__ = ORIGINAL[type(module)]
@@ -106,19 +106,19 @@ def _block_rows(name: str, block: nn.Module, ours: bool) -> list[Row]:
         why = "the model has cross-attention" if ours else f"it is {type(block).__module__}.{type(block).__qualname__}"
         return [Row(name, "block", "transformers", why)]
     size = block.attn.head_dim
-    attention = patch_modules.attention_taken(block)
-    if attention and not patch_attention.fits(size):
-        attention = f"head size {size} is outside {patch_attention.HEAD_MIN} to {patch_attention.HEAD_MAX}"
+    kept = modules.attention_taken(block)
+    if kept and not attention.fits(size):
+        kept = f"head size {size} is outside {attention.HEAD_MIN} to {attention.HEAD_MAX}"
     rows = [
-        _row(f"{name}.ln_1", "LayerNorm", "add_layernorm", patch_modules.foreign(block.ln_1, nn.LayerNorm)),
-        _row(f"{name}.attn", "attention", "attention, attention_decode", attention),
+        _row(f"{name}.ln_1", "LayerNorm", "add_layernorm", modules.foreign(block.ln_1, nn.LayerNorm)),
+        _row(f"{name}.attn", "attention", "attention, attention_decode", kept),
     ]
     for path, module in (("attn.c_attn", block.attn.c_attn), ("attn.c_proj", block.attn.c_proj)):
-        reason = "attention stays there" if attention else patch_modules.foreign(module, patch_modules.Conv1D)
+        reason = "attention stays there" if kept else modules.foreign(module, modules.Conv1D)
         rows.append(_row(f"{name}.{path}", "projection", "linear", reason))
-    reason = patch_modules.mlp_fused(block)
+    reason = modules.mlp_fused(block)
     rows.append(_row(f"{name}.mlp", "ln_2, c_fc and GELU as one", "layernorm_linear_gelu", reason))
-    reason = patch_modules.foreign(block.mlp.c_proj, patch_modules.Conv1D)
+    reason = modules.foreign(block.mlp.c_proj, modules.Conv1D)
     rows.append(_row(f"{name}.mlp.c_proj", "projection", "linear", reason))
     return rows
 
@@ -129,7 +129,7 @@ def explain(model: nn.Module) -> list[Row]:
     for name, body in _bodies(model).items():
         name = name or "(the model)"
         ours = type(body) in ORIGINAL
-        reason = patch_modules.embedding_taken(body) if ours else "it is not patched"
+        reason = modules.embedding_taken(body) if ours else "it is not patched"
         rows.append(_row(name, "wte, wpe and dropout", "embedding", reason))
         for i, block in enumerate(body.h):
             rows += _block_rows(f"{name}.h.{i}", block, type(block) in ORIGINAL)
@@ -137,6 +137,6 @@ def explain(model: nn.Module) -> list[Row]:
     heads = (*PATCHED, *ORIGINAL)
     for name, module in model.named_modules():
         if type(module) in heads and isinstance(module, modeling_gpt2.GPT2LMHeadModel):
-            reason = patch_modules.loss_taken(module) if type(module) in ORIGINAL else "it is not patched"
+            reason = modules.loss_taken(module) if type(module) in ORIGINAL else "it is not patched"
             rows.append(_row(f"{name or '(the model)'}", "head and loss", "linear_cross_entropy", reason))
     return rows

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
-from gpt2_fast.plots import GRID, INK, MUTED, Picture
+from gpt2_fast.report.figures import GRID, INK, MUTED, Picture
 
 SOFT = "#6b7280"
 

@@ -1,11 +1,19 @@
-"""Text of tokens as they come: whole characters, and strings that end it."""
+"""Generation from text to text: whole characters as their tokens come, and strings that end it."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from gpt2_fast.tokenizer import Tokenizer
+import torch
+from torch import Tensor
+
+from gpt2_fast.generate.loop import generate
+from gpt2_fast.generate.protocol import Model
+
+if TYPE_CHECKING:
+    from gpt2_fast.data.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -76,3 +84,52 @@ def check_stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
     if "" in stop:
         raise ValueError("a stop string is empty; give at least one character")
     return tuple(stop)
+
+
+def complete(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+    write: Callable[[str], object] | None = None,
+    **sampling,
+) -> list[str]:
+    """Continuations of a text, num_samples of them, each up to end-of-text or the first stop string.
+
+    Args:
+        prompt: where it is empty, <|endoftext|> stands for it, as in OpenAI's unconditional samples.
+        write: called with the first sample's text piece by piece, as it comes.
+        sampling: temperature, top_k, top_p, repetition_penalty, seed, context and weights of `generate`.
+
+    Raises ValueError for a model whose vocabulary is not GPT-2's, and for what `generate` refuses.
+    """
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"the model has vocab_size {model.config.vocab_size} and GPT-2's tokenizer {tokenizer.n_vocab} ids; "
+            "give token ids to gpt2_fast.generate.generate"
+        )
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_token]
+    ends = model.config.eos_token_id
+    ends = {tokenizer.eot_token, *(() if ends is None else (ends,) if isinstance(ends, int) else ends)}
+    streams = [TextStream(tokenizer, stop) for _ in range(num_samples)]
+    finished = [False] * num_samples
+
+    def on_token(tokens: Tensor) -> Tensor:
+        for row, token in enumerate(tokens.tolist()):
+            if not finished[row] and token not in ends:
+                piece = streams[row].push(token)
+                if row == 0 and write is not None and piece:
+                    write(piece)
+            finished[row] = finished[row] or streams[row].stopped or token in ends
+        return torch.tensor(finished)
+
+    generate(model, [ids] * num_samples, max_new_tokens, eos_token_id=ends, on_token=on_token, **sampling)
+    rests = [stream.close() for stream in streams]
+    if write is not None and rests[0]:
+        write(rests[0])
+    return [stream.text for stream in streams]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.generate.protocol import Model
 
 
 class KVCache:
@@ -21,7 +21,7 @@ class KVCache:
         starts: int32 [B], how many padding positions each row begins with.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, batch_size: int, n_positions: int, starts: Tensor | None = None):
+    def __init__(self, model: Model, batch_size: int, n_positions: int, starts: Tensor | None = None):
         config, weight = model.config, model.transformer.wte.weight
         if n_positions > config.n_positions:
             raise ValueError(
@@ -69,7 +69,7 @@ class StaticCache(KVCache):
     index: int64 [1], where the next token goes.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, batch_size: int, n_positions: int):
+    def __init__(self, model: Model, batch_size: int, n_positions: int):
         self.index = torch.zeros(1, dtype=torch.int64, device=model.transformer.wte.weight.device)
         super().__init__(model, batch_size, n_positions)
 

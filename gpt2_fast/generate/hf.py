@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.decoding import as_ids, check_lengths, run
-from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.sampling import Sampler, Sampling
-from gpt2_fast.text_stream import StopStrings
+from gpt2_fast.generate.loop import as_ids, check_lengths, run
+from gpt2_fast.generate.protocol import Model
+from gpt2_fast.generate.sampling import Sampler, Sampling
+from gpt2_fast.generate.text import StopStrings
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers, where neither max_new_tokens nor max_length is given
 
@@ -73,7 +73,7 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 
 
 def generate_batch(
-    model: GPT2LMHeadModel,
+    model: Model,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,

@@ -40,6 +40,28 @@ def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
     assert "not cpp: the C++ extension is not built; run: pip install -e ." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("requires", "fix"),
+    [
+        (["filelock", 'triton==3.7.1; sys_platform == "linux"'], "run: pip install triton==3.7.1"),
+        (["filelock", 'pytest-triton>=1; extra == "x"'], "a CUDA build of torch brings the one that fits"),
+        (None, "a CUDA build of torch brings the one that fits"),
+    ],
+)
+def test_advises_no_other_triton_than_torchs_own(requires, fix, monkeypatch, capsys):
+    """Another Triton beside a torch that requires one breaks torch.compile, and pip says so only afterwards."""
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.metadata, "requires", lambda name: requires)
+    dispatch.triton_missing.cache_clear()
+    try:
+        assert fix in dispatch.triton_missing()
+        assert not re.search(r"install triton(?!==3\.7\.1)", dispatch.triton_missing())
+        assert main(["doctor", "--kernels"]) == 1
+        assert fix in capsys.readouterr().out
+    finally:
+        dispatch.triton_missing.cache_clear()
+
+
 def test_a_named_implementation_never_falls_back(monkeypatch):
     monkeypatch.setattr(dispatch, "_extension_missing", lambda: "it is not built; run: pip install -e .")
     dispatch._choice.cache_clear()

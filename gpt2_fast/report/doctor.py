@@ -6,6 +6,7 @@ The last needs no GPU: Triton compiles for one that is not there, and the report
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import pkgutil
@@ -132,8 +133,8 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
 
     Returns the number of failures: what does not compile, spills registers, or exceeds the target's shared memory.
     """
-    if importlib.util.find_spec("triton") is None:
-        print("triton is not installed; run: pip install triton")
+    if missing := dispatch.triton_missing():
+        print(missing)
         return 1
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces kernels by Python: nothing to compile
     from gpt2_fast.kernels import aot

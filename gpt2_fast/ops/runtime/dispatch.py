@@ -15,8 +15,10 @@ reference  plain PyTorch under autograd: what is correct, on every device and in
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -71,7 +73,7 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
         return _extension_missing()
     if impl == "cuda":
         return _cuda_missing() or _extension_missing()
-    return _triton_missing() or (
+    return triton_missing() or (
         None
         if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         else "triton needs a CUDA device (TRITON_INTERPRET=1 runs its interpreter on the CPU, for tests)"
@@ -155,10 +157,24 @@ def _extension_missing() -> str | None:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run: pip install triton"
-    return None
+def triton_missing() -> str | None:
+    """Why there is no Triton, with the fix; None when there is one.
+
+    torch's CUDA wheels require one version of it, so no other one is ever advised; its CPU builds require none.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    try:
+        requirements = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:  # torch built from source, without metadata
+        requirements = []
+    required = next((found[1] for r in requirements if (found := re.match(r"triton *== *([^ ;,)]+)", r))), None)
+    if required:
+        return f"triton is not installed; torch {torch.__version__} requires it, run: pip install triton=={required}"
+    return (
+        f"triton is not installed, and torch {torch.__version__} does not require it; a CUDA build of torch brings the "
+        "one that fits (for the tests and gpt2-fast doctor --kernels without one: pip install '.[test]')"
+    )
 
 
 @functools.cache

@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpt2_fast.data import TokenDataset
-from gpt2_fast.model import GPT2LMHeadModel, Impl
-from gpt2_fast.ops.linear import linear
-from gpt2_fast.ops.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops.linear_cross_entropy import chunk_rows
 
 Ids = Sequence[int] | np.ndarray | Tensor
 
@@ -149,7 +148,7 @@ def _score(
     """For each row, longest first: its index, the float32 losses of its scored tokens and, if greedy, whether each
     is the most likely token. All on the CPU."""
     device, head = model.lm_head.weight.device, model.lm_head.weight
-    impl = Impl(model.transformer.impl, device.type)
+    ops = model.transformer.ops
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     with _evaluating(model), _bar(len(rows), progress, name) as bar:
         for start in range(0, len(order), batch_size):
@@ -158,11 +157,11 @@ def _score(
             scored = (targets >= 0).to(device)
             hidden = model.transformer(inputs.to(device))[scored]  # [n, C]
             labels = targets.to(device)[scored]
-            losses = linear_cross_entropy(hidden, head, labels, reduction="none", impl=impl("linear_cross_entropy"))
+            losses = ops.linear_cross_entropy(hidden, head, labels, reduction="none")
             hits = None
             if greedy:
                 size = chunk_rows(device.type, head.shape[0], head.element_size())
-                best = [linear(part, head.t(), impl=impl("linear")).argmax(-1) for part in hidden.split(size)]
+                best = [ops.linear(part, head.t()).argmax(-1) for part in hidden.split(size)]
                 hits = torch.cat(best).eq(labels).cpu()
             losses, place = losses.cpu(), 0
             for i, count in zip(batch, scored.sum(1).tolist(), strict=True):

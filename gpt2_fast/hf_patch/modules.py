@@ -27,15 +27,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
+from gpt2_fast import modules
 from gpt2_fast.hf_patch.attention import attend, is_ours, original, padding, transformers_attention
 from gpt2_fast.hf_patch.outputs import CausalLMOutput
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.embedding import embedding
-from gpt2_fast.ops.layernorm_linear_gelu import layernorm_linear_gelu
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt2_fast.ops.mlp import mlp as fused_mlp
 from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.philox import Dropout
 
 TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
@@ -56,17 +58,7 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
 
 def foreign(module: nn.Module, *kinds: type) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`."""
-    if type(module) not in kinds:
-        return f"is {type(module).__module__}.{type(module).__qualname__}"
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    listened = [hook for hook in module._forward_hooks.values() if not _is_idle(hook, module)]
-    if listened or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
-    weight = module._parameters.get("weight")
-    if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"has a weight that is {type(weight).__qualname__}"
-    return None
+    return modules.foreign(module, *kinds, idle=_is_idle)
 
 
 def _arguments(function: Callable) -> tuple[str, ...]:
@@ -80,8 +72,8 @@ def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
     return add_layernorm(h, None, ln.weight, ln.bias, eps=ln.eps)[0]
 
 
-def _project(module: nn.Module, x: Tensor, gelu_of: Tensor | None = None) -> Tensor:
-    return module(x) if foreign(module, Conv1D) else linear(x, module.weight, module.bias, gelu_of=gelu_of)
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x) if foreign(module, Conv1D) else linear(x, module.weight, module.bias)
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -92,8 +84,7 @@ def _drop_add(m: Tensor, h: Tensor, p: float, key: Tensor | None, ln: nn.LayerNo
     """h + dropout(m). The normalised rows that the fused pass leaves besides are not used."""
     if p == 0.0:
         return h + m
-    options = {"dropout_p": p, "rng": key, "site": RESIDUAL + 1}
-    return add_layernorm(m, h, ln.weight.detach(), ln.bias.detach(), **options)[1]
+    return add_layernorm(m, h, ln.weight.detach(), ln.bias.detach(), dropout=Dropout(p, key, RESIDUAL + 1))[1]
 
 
 def mlp_fused(block: nn.Module) -> str | None:
@@ -105,8 +96,6 @@ def mlp_fused(block: nn.Module) -> str | None:
             return f"{name} {reason}"
     if reason := foreign(mlp.act, *TANH_GELUS):
         return f"mlp.act {reason}, not the tanh GELU" if type(mlp.act) not in TANH_GELUS else f"mlp.act {reason}"
-    if not mlp.c_fc.weight.requires_grad and torch.is_grad_enabled():
-        return "mlp.c_fc is frozen: the fused backward would make its gradient"
     return None
 
 
@@ -149,22 +138,23 @@ class GPT2Block(modeling_gpt2.GPT2Block):
     def _mlp(self, a: Tensor, h: Tensor, p: float, key: Tensor | None) -> Tensor:
         """The block's output, from its attention's a and the stream h that came in."""
         mlp, ln = self.mlp, self.ln_2
-        dropout = {"dropout_p": p, "rng": key if p > 0.0 else None, "site": RESIDUAL}
+        dropout = Dropout(p, key if p > 0.0 else None, RESIDUAL)
         if foreign(ln, nn.LayerNorm):
             h = h + (self.attn.resid_dropout(a) if p > 0.0 else a)
             return h + mlp(ln(h))
-        u = None
         if mlp_fused(self) is None:
-            f, h, u = layernorm_linear_gelu(
-                a, h, ln.weight, ln.bias, mlp.c_fc.weight, mlp.c_fc.bias, eps=ln.eps, **dropout, return_u=True
+            c_proj = (None, None) if foreign(mlp.c_proj, Conv1D) else (mlp.c_proj.weight, mlp.c_proj.bias)
+            m, h = fused_mlp(
+                a, h, ln.weight, ln.bias, mlp.c_fc.weight, mlp.c_fc.bias, *c_proj, eps=ln.eps, dropout=dropout
             )
+            m = mlp.c_proj(m) if c_proj[0] is None else m
         else:
-            y, h = add_layernorm(a, h, ln.weight, ln.bias, eps=ln.eps, **dropout)
+            y, h = add_layernorm(a, h, ln.weight, ln.bias, eps=ln.eps, dropout=dropout)
             if foreign(mlp, modeling_gpt2.GPT2MLP):
                 return h + mlp(y)
             f = _project(mlp.c_fc, y)
             f = mlp.act(f) if foreign(mlp.act, *TANH_GELUS) else F.gelu(f, approximate="tanh")
-        m = _project(mlp.c_proj, f, gelu_of=u)
+            m = _project(mlp.c_proj, f)
         return h + mlp.dropout(m) if foreign(mlp.dropout, nn.Dropout) else _drop_add(m, h, _rate(mlp.dropout), key, ln)
 
 

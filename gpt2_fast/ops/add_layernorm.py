@@ -73,7 +73,7 @@ def _backward_cpp(a, out):
 
 
 def normalized(h: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """y again, [..., C] in `dtype`, to the bits of the C++ forward, from what it saved: h and float32 [N] statistics."""
+    """y again, [..., C] in `dtype`, to the bits of the C++ forward, from h and the float32 [N] statistics it saved."""
     y, weight, bias = buffers.empty(h, h.shape, dtype), *(t.float().contiguous() for t in (weight, bias))
     cpp.add_layernorm_normalize(h=h, weight=weight, bias=bias, mean=mean, rstd=rstd, y=y, N=len(mean), C=h.shape[-1])
     return y

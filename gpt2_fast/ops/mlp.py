@@ -1,11 +1,12 @@
 """GPT-2's MLP with what comes before it: h = residual + dropout(x); m = gelu(LayerNorm(h) @ c_fc) @ c_proj.
 
-    n = (h - mean) * rstd * ln_weight + ln_bias    u = n @ fc_weight + fc_bias    f = gelu(u)    m = f @ proj_weight + proj_bias
+    n = (h - mean) * rstd * ln_weight + ln_bias     u = n @ fc_weight + fc_bias
+    f = gelu(u)                                     m = f @ proj_weight + proj_bias
 
 Backward, then that of add_layernorm from dn:
 
-    dproj_weight = f^T @ dm     df = dm @ proj_weight^T          dproj_bias = sum over rows of dm
-    dfc_weight = n^T @ du       du = df * gelu'(u)               dfc_bias = sum over rows of du         dn = du @ fc_weight^T
+    dproj_weight = f^T @ dm     dproj_bias = sum over rows of dm     df = dm @ proj_weight^T
+    dfc_weight = n^T @ du       dfc_bias = sum over rows of du       du = df * gelu'(u)     dn = du @ fc_weight^T
 
 Saved for backward: h, u and the row statistics; n is made again, and on a CPU f as well, so that of the two widest
 tensors there is one. On a GPU, where memory is seldom what a step waits for, f is kept. torch keeps h, n, u, f and the
@@ -56,7 +57,9 @@ def mlp_reference(
     """What is correct: see `mlp`. Any device and floating dtype, under autograd."""
     n, h = add_layernorm.add_layernorm_reference(x, residual, ln_weight, ln_bias, eps=eps, dropout=dropout)
     f = F.gelu(n.to(fc_weight.dtype) @ fc_weight + fc_bias, approximate=Gelu(kind).approximate)
-    return f if proj_weight is None else f @ proj_weight + proj_bias, h
+    if proj_weight is not None:
+        f = f @ proj_weight if proj_bias is None else f @ proj_weight + proj_bias
+    return f, h
 
 
 def _outputs(a):
@@ -194,10 +197,9 @@ OP = Op(
     outputs=_outputs,
     output_names=("m", "h", "u", "f", "mean", "rstd"),
     returns=("m", "h"),
-    saved={
-        "h|x": "... C", "u": "... F", "f": "... F", "mean": "N", "rstd": "N", "ln_weight": "C", "ln_bias": "C",
-        "fc_weight": "C F", "proj_weight": "F O",
-    },  # fmt: skip
+    saved=dict.fromkeys(("mean", "rstd"), "N")
+    | {"h|x": "... C", "u": "... F", "f": "... F", "ln_weight": "C", "ln_bias": "C"}
+    | {"fc_weight": "C F", "proj_weight": "F O"},
     carry={"x_dtype": (torch.dtype, lambda a: a.x.dtype), "has_residual": (bool, lambda a: a.residual is not None)},
     gradients=_gradients,
     alias={"x": "residual"},
@@ -229,7 +231,7 @@ def mlp(
         ln_weight, ln_bias: [C], of the LayerNorm.
         fc_weight, fc_bias: [C, F] (Conv1D's layout; nn.Linear's weight.t() does as well, and its gradient then has
             that layout too) and [F], in x's dtype (cast to autocast's inside `torch.autocast`).
-        proj_weight, proj_bias: [F, O] and [O], as those; both None: the operation ends at the GELU.
+        proj_weight, proj_bias: [F, O] and [O] or None, as those; both None: the operation ends at the GELU.
         eps: added to the variance.
         dropout: of x before the add, as in `add_layernorm`.
         activation: "gelu_new" or "gelu_pytorch_tanh", GPT-2's tanh form, or "gelu", by erf.
@@ -246,8 +248,8 @@ def mlp(
     kind, dtype = kind_of("mlp", activation), autocast_dtype(x)
     if residual is None and dropout.p > 0.0:
         raise ValueError(f"mlp: dropout's p is {dropout.p} and residual is None; it acts on what is added")
-    if (proj_weight is None) != (proj_bias is None):
-        raise ValueError("mlp: one of proj_weight and proj_bias is None; give both or neither")
+    if proj_weight is None and proj_bias is not None:
+        raise ValueError("mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither")
     weights = {"fc_weight": fc_weight, "fc_bias": fc_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     for name, t in weights.items():
         if isinstance(t, Tensor) and t.dtype != dtype:
@@ -288,7 +290,8 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         weight = torch.randn(shape[-1], width, generator=generator) * shape[-1] ** -0.5
         bias = torch.randn(width, generator=generator)
         tensors = [x, residual, ln_weight + 1.0, ln_bias, weight, bias]
-        tensors += [torch.randn(width, shape[-1], generator=generator) * width**-0.5, torch.randn(shape[-1], generator=generator)]
+        tensors.append(torch.randn(width, shape[-1], generator=generator) * width**-0.5)
+        tensors.append(torch.randn(shape[-1], generator=generator))
         tensors = [t.to(device, dtype) for t in tensors]
         key = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if dropout_p else None
         if not has_residual:

@@ -46,6 +46,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/is
 OTHER_CODES = {torch.float64: 3, torch.int64: 4, torch.int32: 5, torch.int8: 6, torch.uint8: 7}  # csrc/bindings.cpp
 
 
+OF_MODELS = ("auto", "reference", "cpp", "triton")  # what a model takes as its impl
+
+
 class ImplementationUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
@@ -59,6 +62,22 @@ def implementations(op: str, device_type: str) -> tuple[str, ...]:
     """The names ``impl=`` accepts for `op` on this device type, best first."""
     on_request = tuple(name for name in ON_REQUEST.get(device_type, ()) if name in names(op))
     return TABLE[op].get(device_type, ("reference",)) + on_request
+
+
+@functools.cache
+def of_model(impl: str, op: str, device_type: str) -> str:
+    """What a model's `impl` is for one of its operations.
+
+    "reference" is for all of them. "cpp" and "triton" are for those that have it, and the others choose for themselves
+    (a product on a GPU is cuBLAS's either way).
+
+    Raises ImplementationUnavailable where no operation has it on this kind of device.
+    """
+    if impl in ("auto", "reference"):
+        return impl
+    if not any(impl in implementations(name, device_type) for name in TABLE):
+        raise ImplementationUnavailable(f"impl={impl!r} runs nothing on a {device_type} device; use impl='auto'")
+    return impl if impl in implementations(op, device_type) else "auto"
 
 
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:

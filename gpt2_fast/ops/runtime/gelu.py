@@ -47,7 +47,9 @@ def gelu(u: Tensor, kind: Gelu) -> Tensor:
     return y
 
 
-def bias_gelu(product: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, kind: Gelu) -> tuple[Tensor, Tensor | None]:
+def bias_gelu(
+    product: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, kind: Gelu
+) -> tuple[Tensor, Tensor | None]:
     """y = gelu(u) and, when `save`, u = product [N, F] + bias, on a CPU; whichever can overwrites the product."""
     N, width = product.shape
     reuse = product.dtype == dtype

@@ -115,11 +115,14 @@ def test_inference_memory_and_flops():
     assert inspect.flops_per_token(config, 5)["forward"] == 2 * model.num_parameters() + 2 * 3 * 32 * 5
 
 
-@pytest.mark.parametrize("scaling", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
-def test_attention_is_transformers(scaling):
-    config, weights = tiny(**scaling)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"activation_function": "gelu"}],
+)
+def test_attention_is_transformers(options):
+    config, weights = tiny(**options)
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**TINY, vocab_size=61, attn_implementation="eager", **scaling)
+        transformers.GPT2Config(**TINY, vocab_size=61, attn_implementation="eager", **options)
     ).eval()
     theirs.load_state_dict(weights)
     with torch.no_grad():

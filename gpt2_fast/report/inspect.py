@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gpt2_fast.checkpoint import expected_shapes
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
 
 # Bytes a parameter in training: weight, gradient, AdamW's two averages in float32, and its float32 master copy.
 TRAINING_BYTES = {
@@ -126,7 +127,7 @@ def attention_pattern(
         if i == layer:
             return pattern
         hidden = hidden + linear((pattern @ value).transpose(0, 1).flatten(1), "attn.c_proj")
-        inner = F.gelu(linear(norm(hidden, "ln_2"), "mlp.c_fc"), approximate="tanh")
+        inner = F.gelu(linear(norm(hidden, "ln_2"), "mlp.c_fc"), approximate=ACTIVATIONS[config.activation_function])
         hidden = hidden + linear(inner, "mlp.c_proj")
 
 

@@ -30,6 +30,7 @@ from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS, layernorm_linear_ge
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.ops.runtime import dispatch, philox
+from gpt2_fast.ops.runtime.philox import Dropout
 
 
 class Conv1D(nn.Module):
@@ -66,11 +67,8 @@ class GPT2Attention(nn.Module):
         if cache is not None:
             cache.write(self.layer_idx, qkv)
         if cache is None or cache.prefilling:
-            dropout_p = self.attn_pdrop if self.training else 0.0
-            out_BTHD = attention(
-                qkv, scale=self.scale, segments=segments, dropout_p=dropout_p, rng=rng,
-                site=3 * self.layer_idx + 1, impl=impl("attention"),
-            )  # fmt: skip
+            dropout = Dropout(self.attn_pdrop if self.training else 0.0, rng, 3 * self.layer_idx + 1)
+            out_BTHD = attention(qkv, scale=self.scale, segments=segments, dropout=dropout, impl=impl("attention"))
         else:
             out_BTHD = attention_decode(
                 qkv[:, 0, 0], *cache.layer(self.layer_idx), starts=cache.starts, lengths=cache.lengths,

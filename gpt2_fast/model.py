@@ -154,9 +154,7 @@ class GPT2Model(nn.Module):
         token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache=None,
-        return_table: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Hidden states; with return_table, wte for a tied head besides, see `embedding`."""
+    ) -> Tensor:
         self._validate(input_ids, position_ids)
         impl = Impl(self.impl, input_ids.device.type)
         c = self.config
@@ -165,10 +163,9 @@ class GPT2Model(nn.Module):
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        h, table = embedding(
+        h = embedding(
             input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, token_type_ids=token_type_ids,
-            dropout_p=c.embd_pdrop if self.training else 0.0, rng=rng, site=0, return_table=True,
-            impl=impl("embedding"),
+            dropout=Dropout(c.embd_pdrop if self.training else 0.0, rng, 0), impl=impl("embedding"),
         )  # fmt: skip
         ln_1 = self.h[0].ln_1
         y, h = add_layernorm(h, None, ln_1.weight, ln_1.bias, eps=c.layer_norm_epsilon, impl=impl("add_layernorm"))
@@ -180,7 +177,7 @@ class GPT2Model(nn.Module):
                                   use_reentrant=False, preserve_rng_state=False)  # fmt: skip
             else:
                 y, h = block(y, h, next_ln, segments, rng, cache, impl)
-        return (y, table) if return_table else y
+        return y
 
     def _validate(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -333,11 +330,8 @@ class GPT2LMHeadModel(nn.Module):
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
-        hidden, head = self.transformer(
-            input_ids, attention_mask, position_ids, token_type_ids, document_ids, return_table=True
-        )
-        if self.lm_head.weight is not self.transformer.wte.weight:
-            head = self.lm_head.weight
+        hidden = self.transformer(input_ids, attention_mask, position_ids, token_type_ids, document_ids)
+        head = self.lm_head.weight
         impl = Impl(self.transformer.impl, hidden.device.type)
         loss = None
         if labels is not None:

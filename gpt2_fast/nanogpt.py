@@ -157,9 +157,7 @@ class GPT(nn.Module):
         Without targets the logits [B, 1, V] of the last position, and None. With targets int64 [B, T], already
         shifted and -1 where nothing is scored, all logits as a `LazyLogits` [B, T, V], and the mean loss, float32.
         """
-        hidden, head = self.transformer(idx, return_table=True)
-        if self.lm_head.weight is not self.transformer.wte.weight:
-            head = self.lm_head.weight
+        hidden, head = self.transformer(idx), self.lm_head.weight
         impl = Impl(self.transformer.impl, idx.device.type)
         if targets is None:
             return CausalLMOutput(None, hidden[:, -1:], head, impl("linear")).logits, None

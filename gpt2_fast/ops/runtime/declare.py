@@ -31,7 +31,7 @@ from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import Dropout
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
-SCHEMA[float | None] = "float?"
+SCHEMA |= {float | None: "float?", torch.dtype | None: "ScalarType?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
 Spec = tuple[Sequence[int], torch.dtype] | None  # of what is allocated: shape and dtype, or nothing
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -86,7 +86,8 @@ class Op:
         returns: which of them a call returns.
         backends: implementation -> Backend. "auto" stands for the kernels' own choice from call to call.
         on: device type -> the implementations there, best first, without the reference.
-        options: name -> float, float | None, int, bool, str, torch.dtype or Dropout.
+        options: name -> float, int, bool, str, torch.dtype or Dropout; float and torch.dtype may be ``| None``.
+        check: (*inputs, **options) raises ValueError for what neither shapes nor dtypes say.
         limits: (*inputs) raises ValueError for what the kernels do not take and the reference does.
         saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
             no h.
@@ -109,6 +110,7 @@ class Op:
         backends: Mapping[str, Backend],
         on: Mapping[str, Sequence[str]],
         options: Mapping[str, Any] | None = None,
+        check: Callable[..., None] | None = None,
         limits: Callable[..., None] | None = None,
         saved: Mapping[str, str] | None = None,
         gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
@@ -118,7 +120,7 @@ class Op:
         self.name, self.inputs, self.reference, self.backends = name, tuple(inputs), reference, backends
         self.outputs, self.output_names, self.returns = outputs, tuple(output_names), tuple(returns)
         self.gradients, self.alias, self.carry = gradients, dict(alias or {}), dict(carry or {})
-        self.limits = limits
+        self.check, self.limits = check, limits
         self.options, self.dropout = dict(options or {}), Dropout in (options or {}).values()
         flat: dict[str, Any] = {}
         for option, kind in self.options.items():
@@ -230,6 +232,8 @@ class Op:
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
         empty = check(self.name, self.inputs, tensors)
         first = tensors[0]
+        if self.check is not None:
+            self.check(*tensors, **options)
         if self.dropout:
             options["dropout"].check(self.name, first.device)
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)

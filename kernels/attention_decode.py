@@ -52,7 +52,7 @@ def split_kernel(
     split = tl.program_id(0)
     b = tl.program_id(2)
     head = b.to(tl.int64) * H + tl.program_id(1)
-    first = tl.load(starts_ptr + b) + split * KEYS
+    first = tl.minimum(tl.maximum(tl.load(starts_ptr + b), 0), S) + split * KEYS
     end = tl.minimum(tl.minimum(first + KEYS, tl.load(lengths_ptr + b)), S)
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD_DIM
@@ -123,7 +123,8 @@ def decode(
 ) -> torch.Tensor:
     """Output [B, H, D] of q [B, H, D] against k_cache and v_cache [B, H, S, D] (contiguous, one dtype).
 
-    starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b], and is 0 where that is empty.
+    starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b] of the S there are, and is 0 where
+    there is none.
     Reads nothing back to the host. Raises ValueError for a head size outside 16..128.
     """
     B, H, S, D = k_cache.shape

@@ -281,7 +281,8 @@ class PhiloxDropout(torch.nn.Module):
 
 def _reference_attention(module, query, key, value, attention_mask, **kwargs):
     qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
-    return attention_reference(qkv, dropout_p=0.3, rng=module.attn_dropout.keys[module.layer_idx + 1], site=1), None
+    dropout = philox.Dropout(0.3, module.attn_dropout.keys[module.layer_idx + 1], 1)
+    return attention_reference(qkv, dropout=dropout), None
 
 
 def test_dropout_masks():

@@ -23,6 +23,7 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from gpt2_fast.ops.attention import HEAD_MAX, HEAD_MIN, attention, attention_decode, segments_from
 from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.philox import Dropout
 
 PREFIX = "gpt2_fast_"
 
@@ -94,7 +95,7 @@ def attend(
         if qkv is None:
             qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
         segments = _segments(mask)
-        return attention(qkv, scale=scale, segments=segments, dropout_p=dropout_p, rng=rng, site=site), None
+        return attention(qkv, scale=scale, segments=segments, dropout=Dropout(dropout_p, rng, site)), None
     if ours and T == 1 and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         B = query.shape[0]
         lengths = torch.full((B,), S, dtype=torch.int32, device=query.device)

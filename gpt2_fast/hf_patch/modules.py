@@ -211,19 +211,16 @@ class GPT2Model(modeling_gpt2.GPT2Model):
         if mask is not None and (mask := padding(mask.view(ids.shape))) is not None:
             segments = segments_from(mask)
         p = _rate(self.drop)
-        h, table = embedding(
-            ids, self.wte.weight, self.wpe.weight, position_ids=positions, dropout_p=p, site=EMBEDDING,
+        h = embedding(
+            ids, self.wte.weight, self.wpe.weight, position_ids=positions,
             token_type_ids=None if types is None else types.view(ids.shape),
-            rng=philox.new_key(ids.device) if p > 0.0 else None, return_table=True,
+            dropout=philox.Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, EMBEDDING),
         )  # fmt: skip
         for block in self.h:
             out = block(h, past_key_values=past, attention_mask=segments, use_cache=use_cache)
             h = out[0] if isinstance(out, tuple) else out
         h = _layernorm(self.ln_f, h).view(*shape, -1)
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, past_key_values=past)
-        if not torch.compiler.is_compiling():
-            output.table = table  # for a tied head, see ops/embedding.py
-        return output
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, past_key_values=past)
 
 
 def _resolve(call: dict, config, name: str):
@@ -275,10 +272,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             return modeling_gpt2.GPT2LMHeadModel.forward(self, *args, **kwargs)
         inputs = {name: value for name, value in call.items() if name not in _LOSS and name != "logits_to_keep"}
         output = self.transformer(**inputs)
-        hidden = output.last_hidden_state
-        head = self.lm_head.weight
-        if head is self.transformer.wte.weight:
-            head = getattr(output, "table", head)
+        hidden, head = output.last_hidden_state, self.lm_head.weight
         ignored, targets = call.get("ignore_index", -100), call.get("shift_labels")
         if targets is None:
             targets = F.pad(call["labels"][..., 1:], (0, 1), value=ignored)

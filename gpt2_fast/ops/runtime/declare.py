@@ -31,6 +31,7 @@ from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import Dropout
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
+SCHEMA |= {float | None: "float?", torch.dtype | None: "ScalarType?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
 # What is allocated: shape and dtype, and of a matrix whether its transpose is what is contiguous; or nothing.
 Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool] | None
@@ -93,7 +94,9 @@ class Op:
         returns: which of them a call returns.
         backends: implementation -> Backend. "auto" stands for the kernels' own choice from call to call.
         on: device type -> the implementations there, best first, without the reference.
-        options: name -> float, int, bool, str, torch.dtype or Dropout.
+        options: name -> float, int, bool, str, torch.dtype or Dropout; float and torch.dtype may be ``| None``.
+        check: (*inputs, **options) raises ValueError for what neither shapes nor dtypes say.
+        limits: (*inputs) raises ValueError for what the kernels do not take and the reference does.
         saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
             no h.
         gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
@@ -115,6 +118,8 @@ class Op:
         backends: Mapping[str, Backend],
         on: Mapping[str, Sequence[str]],
         options: Mapping[str, Any] | None = None,
+        check: Callable[..., None] | None = None,
+        limits: Callable[..., None] | None = None,
         saved: Mapping[str, str] | None = None,
         gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
         alias: Mapping[str, str] | None = None,
@@ -123,6 +128,7 @@ class Op:
         self.name, self.inputs, self.reference, self.backends = name, tuple(inputs), reference, backends
         self.outputs, self.output_names, self.returns = outputs, tuple(output_names), tuple(returns)
         self.gradients, self.alias, self.carry = gradients, dict(alias or {}), dict(carry or {})
+        self.check, self.limits = check, limits
         self.options, self.dropout = dict(options or {}), Dropout in (options or {}).values()
         flat: dict[str, Any] = {}
         for option, kind in self.options.items():
@@ -135,7 +141,12 @@ class Op:
         if gradients is not None:
             self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
             self._function, self._functional = function_of(self), functional_of(self)
-            self.underivable = underivable_of(self)
+            why = "its gradient is computed by a kernel and has no derivative of its own"
+            why += "; use impl='reference' for second derivatives"
+            self.underivable = underivable_of(f"{name}_backward", self.backward_op, len(self.differentiable), why)
+        else:
+            why = "its kernels have no gradient; use impl='reference' for one, or call it under torch.no_grad()"
+            self.underivable = underivable_of(name, self.forward_op, len(self.output_names), why)
         dispatch.TABLE[name] = {device: (*names, "reference") for device, names in on.items()}
         OPS[name] = self
 
@@ -228,11 +239,15 @@ class Op:
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
         empty = check(self.name, self.inputs, tensors)
         first = tensors[0]
+        if self.check is not None:
+            self.check(*tensors, **options)
         if self.dropout:
             options["dropout"].check(self.name, first.device)
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
         if chosen == "reference" or empty:
             return self.reference(*tensors, **options)
+        if self.limits is not None:
+            self.limits(*tensors)
         flat = list(tensors)
         for name, kind in self.options.items():
             flat += options[name].flat() if kind is Dropout else (options[name],)
@@ -242,6 +257,8 @@ class Op:
         elif self.gradients is not None and _recorded(tensors):
             outputs = self._function.apply(*flat)
             return outputs if len(outputs) > 1 else outputs[0]
+        elif self.gradients is None and (torch._C._are_functorch_transforms_active() or _recorded(tensors)):
+            outputs = self.named(flat, self.underivable.apply(*flat[:-1], False, flat[-1]))
         else:
             outputs = self.call(flat, False)
         found = tuple(outputs[name] for name in self.returns)

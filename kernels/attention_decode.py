@@ -17,8 +17,9 @@ import triton.language as tl
 
 from . import tuning
 from .aot import ARCHS, INTERPRETER, AotSpec, config_arch
-from .attention_tiles import LOG2E, block_d
+from .attention_tiles import LOG2E, block_d, check_batch
 from .interpreter import cast
+from .launch import launch
 
 SPLIT = 128  # keys a program of the first kernel
 INTERPRETER_CONFIG = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -125,20 +126,19 @@ def decode(
 
     starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b] of the S there are, and is 0 where
     there is none.
-    Reads nothing back to the host. Raises ValueError for a head size outside 16..128.
+    Reads nothing back to the host. Raises ValueError for a head size outside 16..128 or more than 65535 sequences.
     """
     B, H, S, D = k_cache.shape
+    check_batch(B)
     split, combine = (_config(kernel, config_arch(q.device), q.element_size(), D) for kernel in ("split", "combine"))
     n_splits = triton.cdiv(S, SPLIT)
     out = torch.empty_like(q)
     acc = torch.empty((B, H, n_splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B, H, n_splits, 2), dtype=torch.float32, device=q.device)
     tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
-    with torch.cuda.device_of(q):
-        split_kernel[(n_splits, H, B)](
-            q, k_cache, v_cache, starts, lengths, acc, stats, scale, S, H, **tile, **split, KEYS=SPLIT
-        )  # fmt: skip
-        combine_kernel[(B * H,)](acc, stats, out, n_splits, **tile, **combine)
+    tensors = (q, k_cache, v_cache, starts, lengths, acc, stats)
+    launch(split_kernel, (n_splits, H, B), *tensors, scale, S, H, KEYS=SPLIT, **tile, **split)
+    launch(combine_kernel, (B * H,), acc, stats, out, n_splits, **tile, **combine)
     return out
 
 

@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import pkgutil
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -92,38 +91,6 @@ def explain_patch_of(name: str) -> str:
 
 
 ARCHS = (80, 90, 100)
-_DTYPE = re.compile(r" (?=fp32|bf16|fp16|C=)")  # what comes before it in a configuration's name is the kernel
-
-
-def kernel_modules() -> list[str]:
-    """The stems in kernels/ that ship Triton kernels."""
-    package = importlib.import_module("gpt2_fast.kernels")
-    stems = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [s for s in stems if hasattr(importlib.import_module(f"gpt2_fast.kernels.{s}"), "aot_specs")]
-
-
-def _inspect_one(job: tuple[str, int, int]) -> tuple[str, int, dict | None, str]:
-    """Runs in a worker: compiles one spec for one target; (name, arch, report or None, error)."""
-    stem, index, arch = job
-    from gpt2_fast.kernels import aot
-
-    spec = importlib.import_module(f"gpt2_fast.kernels.{stem}").aot_specs()[index]
-    try:
-        return spec.name, arch, aot.inspect(aot.compile_spec(spec, arch)), ""
-    except Exception as error:
-        return spec.name, arch, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-
-
-def _jobs(archs: tuple[int, ...], quick: bool) -> list[tuple[str, int, int]]:
-    """(stem, index of its spec, target) of what is to be compiled; quick: one bfloat16 configuration a kernel."""
-    jobs: dict[tuple, tuple[str, int, int]] = {}
-    for stem in kernel_modules():
-        for index, spec in enumerate(importlib.import_module(f"gpt2_fast.kernels.{stem}").aot_specs()):
-            for arch in set(spec.archs) & set(archs):
-                key = (_DTYPE.split(spec.name)[0], arch) if quick else (stem, index, arch)
-                if key not in jobs or "bf16" in spec.name:
-                    jobs[key] = (stem, index, arch)
-    return sorted(jobs.values())
 
 
 def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
@@ -137,15 +104,15 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
         print(missing)
         return 1
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces kernels by Python: nothing to compile
-    from gpt2_fast.kernels import aot
+    from gpt2_fast.kernels import aot, shipped
 
-    jobs = _jobs(archs, quick)
+    jobs = shipped.jobs(archs, quick)
     print(
         f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
     )
     failures = 0
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for name, arch, result, error in pool.map(_inspect_one, jobs, chunksize=4):
+        for name, arch, result, error in pool.map(shipped.report, jobs, chunksize=4):
             found = [error] if result is None else aot.problems(result)
             failures += bool(found)
             line = f"{name:<64} sm_{arch:<4} "

@@ -8,6 +8,7 @@ products, so what lives is one chunk and dweight (after Wijmans et al. 2024, arX
 arXiv:2410.10989). For "mean" and "sum" the gradients are therefore made in the forward pass, where scale_i is
 known but for the upstream gradient, one number that multiplies them in backward. For "none" scale_i is the upstream
 gradient itself: backward makes the chunks of logits again. dweight of several chunks is added up in float32.
+The gradients of the forward pass are handed to autograd as they are: there is no second buffer of V * C numbers.
 
 torch keeps logits, their log-softmax and its gradient whole: three times N * V numbers.
 """
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_fast.ops.linear import add_product, product
-from gpt2_fast.ops.runtime import buffers, dispatch
+from gpt2_fast.ops.runtime import buffers, cpp
+from gpt2_fast.ops.runtime.contract import FLOAT, SAME, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
-from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.runtime.library import define
+from gpt2_fast.ops.runtime.declare import Backend, Op
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 
-OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 ROW_ALIGNMENT = 64  # a row of logits on a GPU is so many elements long, or a multiple
 # Bytes of one chunk of logits: enough rows to keep the products at full speed, since every chunk reads the weight
@@ -36,65 +37,33 @@ def linear_cross_entropy_reference(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
+    num_items: Tensor | float | None = None,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """What is correct: see `linear_cross_entropy`. Any device and floating dtype, under autograd."""
+    if not torch._C._are_functorch_transforms_active():  # whose tensors have no one value
+        _check_labels(labels.reshape(-1), ignore_index, weight.shape[0])
     logits = x.reshape(-1, x.shape[-1]) @ weight.t()
-    if logits.dtype in dispatch.LOW_PRECISION:
+    if logits.dtype in LOW_PRECISION:
         logits = logits.float()
     if reduction == "mean" and num_items is not None:
-        return F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum") / num_items
+        total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
+        return total / num_items
     loss = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
-
-
-# losses [N] float32; dx and dweight of sum(losses * row_scale), row_scale float32 [1] or [N], empty if not needed.
-define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, Tensor row_scale, int ignore_index, bool need_dx,"
-    " bool need_dweight, str impl) -> (Tensor losses, Tensor dx, Tensor dweight)"
-)
-
-
-@torch.library.register_fake("gpt2_fast::linear_cross_entropy")
-def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
-    losses = x.new_empty(x.shape[0], dtype=torch.float32)
-    dx = x.new_empty(x.shape if need_dx else 0)
-    return losses, dx, weight.new_empty(weight.shape if need_dweight else 0)
-
-
-def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_grad):
-    """losses of a chunk and, in place of its logits, dlogits."""
-    lse = torch.empty_like(losses)
-    dispatch.extension().softmax_xent(
-        address(logits), address(labels), address(losses), address(lse), address(logits if write_grad else None),
-        address(row_scale), 0 if row_scale.numel() == 1 else 1, *logits.shape, ignore_index, DTYPE_CODES[logits.dtype],
-    )  # fmt: skip
-
-
-def _softmax_xent_triton(logits, labels, losses, row_scale, ignore_index, write_grad):
-    from gpt2_fast.kernels import linear_cross_entropy as kernel
-
-    kernel.softmax_xent_(logits, labels, losses, torch.empty_like(losses), ignore_index, row_scale, write_grad)
-
-
-_SOFTMAX_XENT = {"cpp": _softmax_xent_cpp, "triton": _softmax_xent_triton}
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
     """Refuses a label outside [0, vocabulary) before anything is computed; on a GPU, at the next sync."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    where = f"is outside the vocabulary of {vocabulary} and is not ignore_index {ignore_index}"
     if labels.device.type != "cpu":
-        message = f"{OP}: a label is outside the vocabulary of {vocabulary} and is not ignore_index {ignore_index}"
-        torch._assert_async(~bad.any(), message)
+        torch._assert_async(~bad.any(), f"linear_cross_entropy: a label {where}")
     elif bad.any():
         i = int(bad.nonzero()[0])
-        raise IndexError(
-            f"{OP}: label {int(labels[i])} at position {i} is outside the vocabulary of {vocabulary}"
-            f" and is not ignore_index {ignore_index}"
-        )
+        raise IndexError(f"linear_cross_entropy: label {int(labels[i])} at position {i} {where}")
 
 
 def chunk_rows(device_type: str, vocabulary: int, itemsize: int) -> int:
@@ -112,51 +81,59 @@ def _aligned(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
-@torch.library.impl("gpt2_fast::linear_cross_entropy", ("CPU", "CUDA"))
-def _(x, weight, labels, row_scale, ignore_index, need_dx, need_dweight, impl):
-    _check_labels(labels, ignore_index, weight.shape[0])
-    dtype = x.dtype
+def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_grad):
+    """losses of a chunk and, in place of its logits, dlogits."""
+    n, V = logits.shape
+    cpp.softmax_xent(
+        logits=logits, labels=labels, losses=losses, lse=torch.empty_like(losses),
+        dlogits=logits if write_grad else None, row_scale=row_scale, scale_stride=int(row_scale.numel() > 1),
+        n=n, V=V, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def _softmax_xent_triton(logits, labels, losses, row_scale, ignore_index, write_grad):
+    from gpt2_fast.kernels import linear_cross_entropy as kernel
+
+    kernel.softmax_xent_(logits, labels, losses, torch.empty_like(losses), ignore_index, row_scale, write_grad)
+
+
+_SOFTMAX_XENT = {"cpp": _softmax_xent_cpp, "triton": _softmax_xent_triton}
+
+
+def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """losses [N] float32, and dx and dweight of sum(losses * row_scale), row_scale float32 [1] or [N]."""
+    x, weight, labels, dtype = a.x.view(-1, a.C), a.weight, a.labels.view(-1), a.x.dtype
     if x.device.type == "cpu" and not (dtype == torch.bfloat16 and cpu_policy().native_bfloat16):
         x, weight = x.float(), weight.float()  # once, not once a chunk
-    x, weight, labels, row_scale = (t.contiguous() for t in (x, weight, labels, row_scale))
-    n_rows, vocabulary = x.shape[0], weight.shape[0]
     weight = _aligned(weight)
-    rows = chunk_rows(x.device.type, vocabulary, x.element_size())
-    losses = x.new_empty(n_rows, dtype=torch.float32)
-    dx = buffers.empty(x, x.shape, x.dtype) if need_dx else x.new_empty(0)
-    dweight = torch.zeros_like(weight) if need_dweight and not n_rows else weight.new_empty(0)
-    for start in range(0, n_rows, rows):
-        chunk = slice(start, min(start + rows, n_rows))
+    rows = chunk_rows(x.device.type, a.V, x.element_size())
+    losses = x.new_empty(a.N, dtype=torch.float32)
+    dx = buffers.empty(x, x.shape, x.dtype) if need_dx else None
+    dweight = None
+    for start in range(0, a.N, rows):
+        chunk = slice(start, min(start + rows, a.N))
         logits = product(x[chunk], weight.t())
         scale = row_scale if row_scale.numel() == 1 else row_scale[chunk]
-        of_words = logits[:, :vocabulary]
-        _SOFTMAX_XENT[impl](of_words, labels[chunk], losses[chunk], scale, ignore_index, need_dx or need_dweight)
+        of_words = logits[:, : a.V]
+        _SOFTMAX_XENT[a.impl](of_words, labels[chunk], losses[chunk], scale, a.ignore_index, need_dx or need_dweight)
         if need_dx:
             dx[chunk] = product(logits, weight)
-        if (
-            need_dweight and start == 0
-        ):  # the first writes, so nothing has to be zero before; a single one rounds as well
-            dweight = product(logits.t(), x[chunk], out_dtype=dtype if rows >= n_rows else torch.float32)
+        if need_dweight and dweight is None:  # the first writes: nothing has to be zero; a single one rounds as well
+            dweight = product(logits.t(), x[chunk], out_dtype=dtype if rows >= a.N else torch.float32)
         elif need_dweight:
             add_product(dweight, logits.t(), x[chunk])
         del logits  # before the next chunk's are made
     if need_dweight:
-        dweight.resize_(vocabulary, x.shape[1])  # no view: who is handed it may add to it
-    return losses, dx.to(dtype), dweight.to(dtype)
+        dweight = dweight.resize_(a.V, a.C).to(dtype)  # no view: who is handed it may add to it
+    return losses, None if dx is None else dx.to(dtype).view(a.x.shape), dweight
 
 
-def _total(losses: Tensor, scale: Tensor) -> Tensor:
-    """sum(losses) * scale, a float32 scalar. In float64, whose order of addition is lost in the last rounding."""
-    return (losses.sum(dtype=torch.float64) * scale[0]).float()
-
-
-def _denominator(labels: Tensor, ignore_index: int, num_items: int | Tensor | None) -> Tensor:
-    """What "mean" divides by, float32 [1] on labels' device, without a host sync."""
-    if num_items is None:
-        return (labels != ignore_index).sum(dtype=torch.float32).reshape(1)
-    if isinstance(num_items, Tensor):
-        return num_items.detach().to(labels.device, torch.float32).reshape(1)
-    return torch.full((1,), float(num_items), device=labels.device)
+def _scale(a) -> Tensor:
+    """What the sum of the losses is multiplied by, float32 [1], without a host sync."""
+    if a.reduction == "sum":
+        return torch.ones(1, device=a.x.device)
+    kept = (a.labels != a.ignore_index).sum(dtype=torch.float32) if a.num_items is None else a.num_items
+    return 1.0 / kept.reshape(1)
 
 
 def _gain(scale: Tensor) -> Tensor:
@@ -168,92 +145,82 @@ def _gain(scale: Tensor) -> Tensor:
     return torch.exp2(torch.log2((1.0 / scale).clamp(1.0, 128.0)).floor())
 
 
-def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+def _outputs(a):
+    """scale: of the rows, in gradients made ahead. gain: what they are larger by; float16 alone has it."""
+    per_row, one = a.reduction == "none", ((1,), torch.float32)
+    needs_x, needs_weight = a.needs["x"] and not per_row, a.needs["weight"] and not per_row
+    return {
+        "loss": (a.labels.shape if per_row else (), torch.float32),
+        "scale": None if per_row else one,
+        "gain": one if not per_row and a.x.dtype == torch.float16 else None,
+        "dx_ahead": (a.x.shape, a.x.dtype) if needs_x else None,
+        "dweight_ahead": (a.weight.shape, a.x.dtype) if needs_weight else None,
+    }
+
+
+def _gradients(a):
+    return {
+        "dx": (a.x.shape, a.x.dtype) if a.needs["x"] else None,
+        "dweight": (a.weight.shape, a.x.dtype) if a.needs["weight"] else None,
+    }
+
+
+def _forward(a, out):
+    _check_labels(a.labels.view(-1), a.ignore_index, a.V)
+    if a.reduction == "none":
+        losses, _, _ = _by_chunks(a, torch.ones(1, device=a.x.device), False, False)
+        out.loss = losses.view(a.labels.shape)
+        return
+    scale = out.scale = _scale(a)
+    if a.x.dtype == torch.float16:
+        out.gain = _gain(scale)
+        out.scale = scale * out.gain
+    losses, out.dx_ahead, out.dweight_ahead = _by_chunks(a, out.scale, a.needs["x"], a.needs["weight"])
+    # In float64, whose order of addition is lost in the last rounding.
+    out.loss = (losses.sum(dtype=torch.float64) * scale[0]).float()
+
+
+def _backward(a, out):
+    row_scale = a.dloss.float().view(-1) if a.reduction == "none" else a.scale
+    _, out.dx, out.dweight = _by_chunks(a, row_scale, a.needs["x"], a.needs["weight"])
+    if a.reduction != "none":
+        out.dx, out.dweight = (None if g is None else _scaled(g, a, True) for g in (out.dx, out.dweight))
+
+
+def _scaled(gradient: Tensor, a, in_place: bool) -> Tensor:
     """In float32 for float16: GradScaler's first factor, 65536, is beyond it."""
+    factor = a.dloss if a.gain is None else a.dloss / a.gain
+    # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
+    if in_place and factor.device.type == "cpu" and float(factor) == 1.0:
+        return gradient
     if gradient.dtype == torch.float16:
         return (gradient.float() * factor).to(gradient.dtype)
     factor = factor.to(gradient.dtype)
     return gradient.mul_(factor) if in_place else gradient * factor
 
 
-class _Reduced(torch.autograd.Function):
-    """sum(losses) * scale, for "mean" and "sum"."""
+BOTH = Backend(_forward, _backward)  # they differ in _SOFTMAX_XENT alone
 
-    @staticmethod
-    def forward(ctx, x, weight, labels, scale, ignore_index, impl):
-        ctx.gain, total_scale = None, scale
-        if x.dtype == torch.float16:
-            ctx.gain = _gain(scale)
-            scale = scale * ctx.gain
-        losses, dx, dweight = torch.ops.gpt2_fast.linear_cross_entropy(
-            x, weight, labels, scale, ignore_index, *ctx.needs_input_grad[:2], impl
-        )
-        ctx.options = (ignore_index, impl)
-        # The gradients are handed over, not copied: saved tensors would still be referenced when autograd decides
-        # whether it may keep dweight as weight.grad. A second backward makes them again.
-        ctx.traced = torch.compiler.is_compiling()
-        ctx.save_for_backward(x, weight, labels, scale, *((dx, dweight) if ctx.traced else ()))
-        ctx.gradients = None if ctx.traced else (dx, dweight)
-        return _total(losses, total_scale)
-
-    @staticmethod
-    def backward(ctx, dloss):
-        if ctx.traced:
-            gradients = ctx.saved_tensors[4:]
-        elif ctx.gradients is not None:
-            gradients, ctx.gradients = ctx.gradients, None
-        else:
-            x, weight, labels, scale = ctx.saved_tensors
-            ignore_index, impl = ctx.options
-            gradients = torch.ops.gpt2_fast.linear_cross_entropy(
-                x, weight, labels, scale, ignore_index, *ctx.needs_input_grad[:2], impl
-            )[1:]
-        factor = dloss if ctx.gain is None else dloss / ctx.gain
-        # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
-        scaled = ctx.traced or dloss.device.type != "cpu" or float(factor) != 1.0
-        dx, dweight = (
-            (_times(g, factor, in_place=not ctx.traced) if scaled else g) if needed else None  # no second V x C numbers
-            for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
-        )
-        return dx, dweight, *(None,) * 4
-
-
-class _PerRow(torch.autograd.Function):
-    """losses, for "none"."""
-
-    @staticmethod
-    def forward(ctx, x, weight, labels, ignore_index, impl):
-        ctx.save_for_backward(x, weight, labels)
-        ctx.options = (ignore_index, impl)
-        one = torch.ones(1, device=x.device)
-        return torch.ops.gpt2_fast.linear_cross_entropy(x, weight, labels, one, ignore_index, False, False, impl)[0]
-
-    @staticmethod
-    def backward(ctx, dlosses):
-        x, weight, labels = ctx.saved_tensors
-        need = ctx.needs_input_grad[:2]
-        gradients = torch.ops.gpt2_fast.linear_cross_entropy(
-            x, weight, labels, dlosses.float(), ctx.options[0], *need, ctx.options[1]
-        )[1:]
-        return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 3
-
-
-def _validate(x, weight, labels, reduction, num_items):
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{OP}: x ends in {x.shape[-1]} and weight is {tuple(weight.shape)}; it must be [V, C]")
-    if labels.shape != x.shape[:-1]:
-        raise ValueError(f"{OP}: labels are {tuple(labels.shape)} and x {tuple(x.shape)}; a label for every row")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"{OP}: labels are {labels.dtype}; they must be int64")
-    for name, t in (("weight", weight), ("labels", labels)):
-        if t.device != x.device:
-            raise ValueError(f"{OP}: {name} is on {t.device} and x on {x.device}; move them to one device")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{OP}: reduction is {reduction!r}; choose {', '.join(REDUCTIONS)}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{OP}: num_items is the denominator of reduction='mean', not of {reduction!r}")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"{OP}: num_items is {tuple(num_items.shape)}; it must be one number")
+OP = Op(
+    "linear_cross_entropy",
+    inputs=(
+        Input("x", "... C", FLOAT),
+        Input("weight", "V C", SAME),
+        Input("labels", "...", (torch.int64,)),
+        Input("num_items", "", (torch.float32,), optional=True),
+    ),
+    options={"ignore_index": int, "reduction": str},
+    reference=linear_cross_entropy_reference,
+    outputs=_outputs,
+    output_names=("loss", "scale", "gain", "dx_ahead", "dweight_ahead"),
+    returns=("loss",),
+    saved={"x": "... C", "weight": "V C", "labels": "...", "scale": "1", "gain": "1"},
+    gradients=_gradients,
+    ahead=("dx_ahead", "dweight_ahead"),
+    scaled=_scaled,
+    backends={"cpp": BOTH, "triton": BOTH},
+    on={"cpu": ("cpp",), "cuda": ("triton",)},
+)
 
 
 def linear_cross_entropy(
@@ -280,38 +247,29 @@ def linear_cross_entropy(
         impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
-        float32, a scalar or, for "none", labels' shape with 0 in ignored rows.
+        float32 (float64 for float64 inputs), a scalar or, for "none", labels' shape with 0 in ignored rows.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a reduction that do not fit.
+        TypeError, ValueError: inputs, shapes, dtypes, devices or a reduction that do not fit.
         IndexError: a label outside the vocabulary (on a GPU: a device assertion, seen at the next sync).
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate(x, weight, labels, reduction, num_items)
-    if torch.is_autocast_enabled(x.device.type):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}; choose {', '.join(REDUCTIONS)}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(
+            f"linear_cross_entropy: num_items is what reduction='mean' divides by; with {reduction!r} pass None"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"linear_cross_entropy: num_items is {tuple(num_items.shape)}; it must be one number")
+        num_items = num_items.detach().to(x.device, torch.float32).reshape(())
+    elif num_items is not None:
+        num_items = torch.full((), float(num_items), device=x.device)
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if weight.dtype != x.dtype:
-        raise ValueError(f"{OP}: weight is {weight.dtype} and x {x.dtype}; they must match")
-    name = dispatch.choose(OP, impl, x.device, x.dtype)
-    if name == "reference":
-        _check_labels(labels.reshape(-1), ignore_index, weight.shape[0])
-        return linear_cross_entropy_reference(
-            x, weight, labels, ignore_index=ignore_index, reduction=reduction, num_items=num_items
-        )
-    x_NC, labels_N = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
-    if reduction == "mean":
-        scale = 1.0 / _denominator(labels_N, ignore_index, num_items)
-    else:
-        scale = torch.ones(1, device=x.device)
-    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        losses = torch.ops.gpt2_fast.linear_cross_entropy(
-            x_NC, weight, labels_N, scale, ignore_index, False, False, name
-        )[0]
-        return losses.view(labels.shape) if reduction == "none" else _total(losses, scale)
-    if reduction == "none":
-        return _PerRow.apply(x_NC, weight, labels_N, ignore_index, name).view(labels.shape)
-    return _Reduced.apply(x_NC, weight, labels_N, scale, ignore_index, name)
+    return OP(x, weight, labels, num_items, ignore_index=ignore_index, reduction=reduction, impl=impl)
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

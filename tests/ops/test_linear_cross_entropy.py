@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
@@ -154,7 +155,7 @@ def test_weight_keeps_the_gradient_it_is_given(upstream):
     """weight.grad is the buffer that the forward pass filled, not a copy of V x C numbers."""
     x, weight, labels = _inputs()
     loss = linear_cross_entropy(x, weight, labels)
-    address = loss.grad_fn.gradients[1].data_ptr()
+    address = loss.grad_fn.ahead[1].data_ptr()
     loss.backward(torch.tensor(upstream, device=DEVICE))
     assert weight.grad.data_ptr() == address
 
@@ -202,11 +203,16 @@ def test_same_bits_twice(impl):
         assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
-def test_operator_contract():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_operator_contract(reduction):
     x, weight, labels = (t.detach().cpu() for t in _inputs())
-    for need in ((True, True), (False, False)):
-        arguments = (x, weight, labels, torch.ones(1), -100, *need, "cpp")
-        torch.library.opcheck(torch.ops.gpt2_fast.linear_cross_entropy.default, arguments)
+    for needs in ([True, True, False, False], [False] * 4):
+        arguments = (x, weight, labels, None, -100, reduction, needs, "cpp")
+        torch.library.opcheck(room.OP.forward_op, arguments)
+    loss, scale, *_ = room.OP.forward_op(*arguments)
+    kept = (x, weight, labels, None if reduction == "none" else scale, None)
+    arguments = (torch.ones_like(loss) * 0.5, *kept, -100, reduction, [True, False, False, False], "cpp")
+    torch.library.opcheck(room.OP.backward_op, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -234,15 +240,15 @@ def test_a_chunk_is_all_of_the_logits_that_exists():
 @pytest.mark.parametrize("rows", [100, 4], ids=["one chunk", "chunks"])
 def test_rows_of_zeros_that_align_the_weight_change_nothing(monkeypatch, rows):
     """What is done on a GPU, in Triton's interpreter: loss, gradients and their memory are of the words alone."""
-    x, weight, labels = (t.cpu() for t in _inputs())
+    x, weight, labels = (t.detach().cpu() for t in _inputs())
     monkeypatch.setattr(room, "chunk_rows", lambda *_: rows)
-    scale = torch.full((1,), 0.3)
-    plain = torch.ops.gpt2_fast.linear_cross_entropy(x, weight, labels, scale, -100, True, True, "triton")
+    arguments = (x, weight, labels, torch.tensor(3.5), -100, "mean", [True, True, False, False], "triton")
+    plain = room.OP.run_forward(*arguments)
     monkeypatch.setattr(room, "_aligned", lambda w: torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % 64)))
-    aligned = torch.ops.gpt2_fast.linear_cross_entropy(x, weight, labels, scale, -100, True, True, "triton")
+    aligned = room.OP.run_forward(*arguments)
     torch.testing.assert_close(aligned, plain, rtol=1e-5, atol=1e-6)
-    assert aligned[2].shape == weight.shape
-    assert not aligned[2]._is_view()
+    assert aligned[4].shape == weight.shape
+    assert not aligned[4]._is_view()
 
 
 @pytest.mark.parametrize("impl", ["cpp", "triton", "reference"] if DEVICE == "cpu" else ["cpp", "reference"])
@@ -273,19 +279,95 @@ except RuntimeError as error:
     assert "a label is outside the vocabulary of 50 and is not ignore_index -100" in done.stderr
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_num_items_of_any_shape_gives_a_scalar(impl, shape):
+    x, weight, labels = _inputs()
+    expected = linear_cross_entropy_reference(x, weight, labels, reduction="sum") / 7
+    loss = linear_cross_entropy(x, weight, labels, num_items=torch.full(shape, 7, device=DEVICE), impl=impl)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_second_derivative_raises(reduction):
+    """Of the kernels'; it would be 0 for "none" and wrong for the others. The reference's is right."""
+    x, weight, labels = _inputs()
+    loss = linear_cross_entropy(x, weight, labels, reduction=reduction).sum() ** 2
+    gradients = torch.autograd.grad(loss, (x, weight), create_graph=True)
+    truth = linear_cross_entropy_reference(x, weight, labels, reduction=reduction).sum() ** 2
+    torch.testing.assert_close(gradients, torch.autograd.grad(truth, (x, weight)), rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: .* use impl='reference' for second derivatives"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_transforms_of_torch_func(reduction):
+    """grad, and vmap of it over samples: each with the values of autograd on the samples alone."""
+    x, weight, labels = torch.randn(3, 9, 20), torch.randn(50, 20), torch.randint(50, (3, 9))
+
+    def loss(x, weight, labels):
+        return linear_cross_entropy(x, weight, labels, reduction=reduction).sum() * 0.5
+
+    derivative = torch.func.grad(loss, argnums=(0, 1))
+    by_sample = torch.func.vmap(derivative, in_dims=(0, None, 0))(x, weight, labels)
+    for i in range(3):
+        leaves = x[i].clone().requires_grad_(), weight.clone().requires_grad_()
+        reference = linear_cross_entropy_reference(*leaves, labels[i], reduction=reduction).sum() * 0.5
+        expected = torch.autograd.grad(reference, leaves)
+        torch.testing.assert_close(derivative(x[i], weight, labels[i]), expected)
+        torch.testing.assert_close(tuple(g[i] for g in by_sample), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows(reduction):
+    """As F.cross_entropy: nan, 0, or nothing; the gradients are 0."""
+    x, weight = torch.empty(0, 4, 20, requires_grad=True), torch.randn(50, 20, requires_grad=True)
+    labels = torch.empty(0, 4, dtype=torch.int64)
+    loss = linear_cross_entropy(x, weight, labels, reduction=reduction)
+    expected = F.cross_entropy((x @ weight.t()).view(-1, 50), labels.view(-1), reduction=reduction)
+    torch.testing.assert_close(loss, expected.view(labels.shape) if reduction == "none" else expected, equal_nan=True)
+    gradients = torch.autograd.grad(loss.sum(), (x, weight))
+    assert gradients[0].shape == x.shape
+    assert not gradients[1].nan_to_num().any()
+
+
+def test_a_compiler_takes_any_number_of_rows():
+    inputs = [(torch.randn(n, 20), torch.randint(50, (n,))) for n in (9, 9, 5, 7)]
+    weight = torch.randn(50, 20, requires_grad=True)
+    step = lambda x, labels: linear_cross_entropy(x, weight, labels) * 0.5
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x, labels in inputs:
+        x.requires_grad_()
+        found = [torch.autograd.grad(f(x, labels), (x, weight)) for f in (step, compiled)]
+        torch.testing.assert_close(found[1], found[0])
+
+
+def test_strided_and_expanded_gradients_of_rows():
+    x, weight, labels = _inputs()
+    upstream = torch.tensor([2.0, 3.0]).expand(9, 2)[:, 1]
+    found = []
+    for run in (linear_cross_entropy, linear_cross_entropy_reference):
+        found.append(torch.autograd.grad(run(x, weight, labels, reduction="none"), (x, weight), upstream.to(DEVICE)))
+    torch.testing.assert_close(*found)
+
+
 def test_bad_input_is_named():
     x, weight, labels = _inputs()
-    with pytest.raises(ValueError, match=r"x ends in 20 and weight is \(20, 50\); it must be \[V, C\]"):
+    with pytest.raises(ValueError, match=r"weight is \(20, 50\); it must be \[V, C\] with .*C = 20"):
         linear_cross_entropy(x, weight.t(), labels)
-    with pytest.raises(ValueError, match=r"labels are \(8,\) and x \(9, 20\)"):
+    with pytest.raises(ValueError, match=r"labels is \(8,\); it must be \[...\] with ... = \(9,\)"):
         linear_cross_entropy(x, weight, labels[:-1])
-    with pytest.raises(ValueError, match=r"labels are torch.int32; they must be int64"):
+    with pytest.raises(ValueError, match=r"labels is torch.int32; it must be torch.int64"):
         linear_cross_entropy(x, weight, labels.int())
-    with pytest.raises(ValueError, match=r"weight is torch.bfloat16 and x torch.float32"):
+    with pytest.raises(ValueError, match=r"weight is torch.bfloat16; it must be torch.float32"):
         linear_cross_entropy(x, weight.bfloat16(), labels)
     with pytest.raises(ValueError, match=r"reduction is 'average'; choose mean, sum, none"):
         linear_cross_entropy(x, weight, labels, reduction="average")
-    with pytest.raises(ValueError, match=r"num_items is the denominator of reduction='mean', not of 'sum'"):
+    with pytest.raises(ValueError, match=r"num_items is what reduction='mean' divides by; with 'sum' pass None"):
         linear_cross_entropy(x, weight, labels, reduction="sum", num_items=3)
+    with pytest.raises(ValueError, match=r"num_items is \(2,\); it must be one number"):
+        linear_cross_entropy(x, weight, labels, num_items=torch.ones(2))
+    with pytest.raises(ValueError, match=r"x is \(9, 0\); C of \[..., C\] must be at least 1"):
+        linear_cross_entropy(x[:, :0], weight[:, :0], labels)
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
         linear_cross_entropy(x.double(), weight.double(), labels, impl=IMPLS[0])

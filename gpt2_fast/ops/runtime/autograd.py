@@ -31,7 +31,11 @@ def _keep(op: Op, ctx, flat: tuple, named: dict[str, Tensor | None]) -> None:
     kept = [next((named[n] for n in names if named[n] is not None), None) for names in op.saved_names]
     kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
     options = flat[len(op.inputs) : -1]
-    ctx.save_for_backward(*kept, *(options[i] for i in op.tensor_options))
+    # A gradient made ahead is not saved: it would still be referenced when autograd decides whether it may keep it as
+    # a parameter's gradient. A compiler keeps what a graph saves, and copies.
+    ahead = [named[name] for name in op.ahead]
+    ctx.ahead, recorded = ([], ahead) if torch.compiler.is_compiling() else (ahead, [])
+    ctx.save_for_backward(*kept, *(options[i] for i in op.tensor_options), *recorded)
     carried = () if op.carry is None else op.carry_values(named)
     ctx.options = [None if i in op.tensor_options else value for i, value in enumerate(options)]
     ctx.carried, ctx.impl = carried, flat[-1]
@@ -43,17 +47,24 @@ def _keep(op: Op, ctx, flat: tuple, named: dict[str, Tensor | None]) -> None:
 
 def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """What backward returns: a gradient for each input that wants one, None for everything else."""
-    saved, options = ctx.saved_tensors, list(ctx.options)
-    kept = saved[: len(op.saved_names)]
-    for i, t in zip(op.tensor_options, saved[len(kept) :], strict=True):
-        options[i] = t
+    saved, options = list(ctx.saved_tensors), list(ctx.options)
+    kept, saved = saved[: len(op.saved_names)], saved[len(op.saved_names) :]
+    for i in op.tensor_options:
+        options[i] = saved.pop(0)
+    in_place, ahead, ctx.ahead = bool(ctx.ahead), ctx.ahead or saved, []
     needs = ctx.needs_input_grad[: len(op.inputs)]
     if grads[0] is None:
         like = next(t for t in kept if t is not None)
         grads = (like.new_zeros(ctx.first[0], dtype=ctx.first[1]), *grads[1:])
     flat = (*grads, *kept, *options, *ctx.carried, list(needs), ctx.impl)
     recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    found = op.by_input(op.underivable.apply(*flat) if recorded else op.call_backward(flat))
+    if recorded:
+        made = op.underivable.apply(*flat)
+    elif any(g is not None for g in ahead):
+        made = op.rescale(ahead, flat, in_place)
+    else:
+        made = op.call_backward(flat)
+    found = op.by_input(made)
     for i, (g, dtype) in enumerate(zip(found, ctx.dtypes, strict=True)):
         if g is not None:
             found[i] = None if not needs[i] else g if g.dtype == dtype else g.to(dtype)
@@ -93,7 +104,7 @@ def function_of(op: Op) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *flat):
-            named = op.call(flat, True)
+            named = op.call(flat, ctx.needs_input_grad[: len(op.inputs)])
             _keep(op, ctx, flat, named)
             return tuple(named[name] for name in op.returns)
 
@@ -111,7 +122,8 @@ def functional_of(op: Op) -> type[torch.autograd.Function]:
     class Functional(torch.autograd.Function):
         @staticmethod
         def forward(*flat):
-            return as_tuple(op.forward_op(*flat[:-1], True, flat[-1]))
+            ask = [False] * len(op.inputs) if op.ahead else True  # nothing ahead: backward is recorded here
+            return as_tuple(op.forward_op(*flat[:-1], ask, flat[-1]))
 
         @staticmethod
         def setup_context(ctx, inputs, output):

@@ -102,6 +102,11 @@ class Op:
         gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
         alias: an input whose gradient, where it is not made, is that of another: {"x": "residual"}.
         carry: name -> (type, function of `a`): what backward knows of forward besides.
+        ahead: outputs of forward that are gradients already, in the order of the inputs that have one: forward sees
+            in `a.needs` which are wanted. The first backward hands them on, scaled by `scaled`; a later one, for
+            which they are gone, or one that is itself recorded, makes them by backward.
+        scaled: (gradient, a, in_place) -> the gradient for the upstream gradients that are in `a`. in_place: it may
+            be written over.
 
     The gradient of an input is rounded to its dtype. Backward is not called for inputs that want none.
     """
@@ -124,11 +129,14 @@ class Op:
         gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
         alias: Mapping[str, str] | None = None,
         carry: Mapping[str, tuple[Any, Callable[[Arguments], Any]]] | None = None,
+        ahead: Sequence[str] = (),
+        scaled: Callable[[Tensor, Arguments, bool], Tensor] | None = None,
     ):
         self.name, self.inputs, self.reference, self.backends = name, tuple(inputs), reference, backends
         self.outputs, self.output_names, self.returns = outputs, tuple(output_names), tuple(returns)
         self.gradients, self.alias, self.carry = gradients, dict(alias or {}), dict(carry or {})
         self.check, self.limits = check, limits
+        self.ahead, self.scaled = tuple(ahead), scaled
         self.options, self.dropout = dict(options or {}), Dropout in (options or {}).values()
         flat: dict[str, Any] = {}
         for option, kind in self.options.items():
@@ -156,9 +164,11 @@ class Op:
         shapes = {i.name: i.shape for i in self.inputs}
         read = reader({i.name: i.read for i in self.inputs})
         self.names = [*shapes, *self.flat_options]
-        names = [*self.names, "save", "impl"]
+        ask = "needs" if self.ahead else "save"  # what is wanted of forward beside its values
+        names = [*self.names, ask, "impl"]
         self.run_forward, fake = self._bodies(names, shapes, read, self.outputs, self.output_names, "forward")
-        schema = f"{self.name}({', '.join([*tensors, *options, 'bool save', 'str impl'])}) -> "
+        options.append(f"bool[] {ask}" if self.ahead else f"bool {ask}")
+        schema = f"{self.name}({', '.join([*tensors, *options, 'str impl'])}) -> "
         self.forward_op = register(schema + _tensors(self.output_names), self.run_forward, fake)
 
     def _define_backward(self, saved: dict[str, str]) -> None:
@@ -166,7 +176,7 @@ class Op:
         tensors = [*(f"d{name}" for name in self.returns), *saved]
         options = [f"{SCHEMA[kind]} {name}" for name, kind in self.flat_options.items()]
         options += [f"{SCHEMA[kind]} {name}" for name, (kind, _) in self.carry.items()]
-        names = [*tensors, *self.flat_options, *self.carry, "needs", "impl"]
+        names = self.backward_names = [*tensors, *self.flat_options, *self.carry, "needs", "impl"]
         read = reader({name: reads.get(name, CONTIGUOUS) for name in tensors})
         made = [f"d{name}" for name in self.differentiable]
         self.run_backward, fake = self._bodies(names, saved, read, self.gradients, made, "backward")
@@ -180,7 +190,7 @@ class Op:
 
         def arguments(flat: Sequence[Any]) -> Arguments:
             values = dict(zip(names, flat, strict=True))
-            if which == "backward":
+            if "needs" in values:
                 values["needs"] = dict(zip(inputs, values["needs"], strict=True))
             read(values)
             add_sizes(values)
@@ -211,14 +221,20 @@ class Op:
             values[name] = t if t.numel() else None
         return values
 
-    def call(self, flat: Sequence[Any], save: bool) -> dict[str, Any]:
-        """Runs forward on the inputs, the flat options and the implementation."""
+    def call(self, flat: Sequence[Any], needs: Sequence[bool] = ()) -> dict[str, Any]:
+        """Runs forward on the inputs, the flat options and the implementation, for the inputs that want a gradient."""
         run = self.forward_op if traced(flat) else self.run_forward
-        return self.named(flat, run(*flat[:-1], save, flat[-1]))
+        ask = (needs or [False] * len(self.inputs)) if self.ahead else any(needs)
+        return self.named(flat, run(*flat[:-1], ask, flat[-1]))
 
     def call_backward(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
         """Runs backward on gradients, what was kept, options, what is carried, needs and the implementation."""
         return as_tuple((self.backward_op if traced(flat) else self.run_backward)(*flat))
+
+    def rescale(self, ahead: Sequence[Tensor | None], flat: Sequence[Any], in_place: bool) -> list[Tensor | None]:
+        """The gradients that forward made `ahead`, for the upstream gradients among backward's arguments."""
+        a = Arguments(dict(zip(self.backward_names, flat, strict=True)))
+        return [None if g is None else self.scaled(g, a, in_place) for g in ahead]
 
     def carry_values(self, named: dict[str, Any]) -> list[Any]:
         """What backward knows of forward besides what is kept."""
@@ -227,7 +243,9 @@ class Op:
 
     def by_input(self, made: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of each input from what backward made."""
-        found = {name: g if g.numel() else None for name, g in zip(self.differentiable, made, strict=True)}
+        found = {
+            name: g if g is not None and g.numel() else None for name, g in zip(self.differentiable, made, strict=True)
+        }
         for name, other in self.alias.items():
             found[name] = found[other] if found[name] is None else found[name]
         return [found.get(i.name) for i in self.inputs]
@@ -260,7 +278,7 @@ class Op:
         elif self.gradients is None and (torch._C._are_functorch_transforms_active() or _recorded(tensors)):
             outputs = self.named(flat, self.underivable.apply(*flat[:-1], False, flat[-1]))
         else:
-            outputs = self.call(flat, False)
+            outputs = self.call(flat)
         found = tuple(outputs[name] for name in self.returns)
         return found if len(found) > 1 else found[0]
 

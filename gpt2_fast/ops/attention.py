@@ -268,6 +268,17 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         yield qkv, options
 
 
+def decode_samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Inputs (q, k_cache, v_cache, options) of `attention_decode`, smallest first; one sequence of three sees nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for B, H, S, D, scale in [(1, 2, 1, 16, None), (3, 1, 7, 20, 0.3), (3, 2, 131, 64, None)]:
+        shapes = ((B, H, D), (B, H, S, D), (B, H, S, D))
+        tensors = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        starts, lengths = torch.tensor([0, S // 3, S][:B]), torch.tensor([S, max(S - 1, 1), S][:B])
+        bounds = {"starts": starts.to(device, torch.int32), "lengths": lengths.to(device, torch.int32)}
+        yield (*tensors, bounds | {"scale": scale})
+
+
 def cost(B: int, T: int, H: int, D: int, itemsize: int) -> dict[str, dict[str, int]]:
     """Bytes and FLOPs of one call each way: every input and output once, lse in float32, and of the products (two
     forward, five backward) the visible pairs of query and key alone."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops.linear import add_product, product
+from gpt2_fast.ops.runtime.products import add_product, product
 from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, SAME, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy

@@ -90,6 +90,8 @@ def _imports(module: str) -> set[str]:
         while name not in MODULES:
             name = name.rpartition(".")[0]
         found.add(name)
+    if MODULES[module].name == "__init__.py" and module != "gpt2_fast":  # what a package exports is behind its name
+        found |= {other for other in MODULES if other.rpartition(".")[0] == module}
     return found - {module}
 
 

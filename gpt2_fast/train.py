@@ -25,7 +25,7 @@ from gpt2_fast.data import load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
-from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.model import GPT2LMHeadModel, Impl
 from gpt2_fast.ops.embedding import check_ids
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.optim import AdamW
@@ -92,7 +92,8 @@ def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     clip = config.grad_clip or None
-    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, clip_grad_norm=clip)
+    betas, impl = (config.beta1, config.beta2), Impl(config.impl, parameters[0].device.type)("adamw")
+    optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, clip_grad_norm=clip, impl=impl)
     if config.dtype != "float32":
         optimizer.cast(model, getattr(torch, config.dtype))
     return optimizer

@@ -1,4 +1,5 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
+# Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,17 @@ TRAIN ?= --steps 200 --context 128 --lr 2e-3 --eval-batches 10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: train test lint clean
+# Another release of one package, in a folder that comes before .venv's packages: the torch beside it stays one and the
+# same, and .venv stays as pinned. The oldest transformers comes with the newest hub and tokenizers that it takes.
+OVERLAY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target
+OLDEST_TRANSFORMERS := transformers==4.57.1 huggingface_hub==0.36.2 tokenizers==0.22.2
+# $(call with,FOLDER,PACKAGE): every test file that names the package, run with the release that lies in the folder.
+with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
+	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
+	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
+
+.PHONY: train test lint clean test-install test-transformers test-oldest-transformers test-newest-transformers \
+	test-newest-triton
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
@@ -19,6 +30,23 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-install: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m install tests/test_install.py
+
+test-transformers: test-oldest-transformers test-newest-transformers
+
+test-oldest-transformers: $(VENV)/.installed-test
+	$(OVERLAY) $(VENV)/transformers-oldest --no-deps $(OLDEST_TRANSFORMERS)
+	@$(call with,transformers-oldest,transformers)
+
+test-newest-transformers: $(VENV)/.installed-test
+	$(OVERLAY) $(VENV)/transformers-newest transformers
+	@$(call with,transformers-newest,transformers)
+
+test-newest-triton: $(VENV)/.installed-test
+	$(OVERLAY) $(VENV)/triton-newest --no-deps triton
+	@$(call with,triton-newest,triton)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -136,7 +136,8 @@ class NinjaBuild(build_ext):
         import ninja
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # Not build_temp, which is a new folder at each `pip install -e .`: what did not change is not compiled again.
+        build = ROOT / "build" / "ninja"
         build.mkdir(parents=True, exist_ok=True)
         cuda_sources = target.parent / "cuda_src"
         cuda_sources.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2_fast.doctor import PACKAGES, cpu_name, version
 from gpt2_fast.files import atomic_write
+from gpt2_fast.report.machine import PACKAGES, cpu_name, version
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpt2_fast import GPT2Config
-from gpt2_fast.inspect import flops_per_token
+from gpt2_fast.report.inspect import flops_per_token
 
 
 def conventions(config: GPT2Config, context: int) -> dict[str, int]:

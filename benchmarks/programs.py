@@ -20,7 +20,7 @@ from benchmarks.measure import clock, peak_bytes
 from benchmarks.peers import nanogpt
 from gpt2_fast import GPT2Config, GPT2LMHeadModel, retain_memory
 from gpt2_fast import train as training
-from gpt2_fast.train_config import TrainConfig
+from gpt2_fast.train.config import TrainConfig
 
 # The rate at which one batch, learnt again and again, has a loss that falls evenly: a larger one magnifies rounding.
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 3e-5, (0.9, 0.95), 0.1, 1.0

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS, ROOT, markdown_table
 from benchmarks.ops.harness import SIZES, Size
-from gpt2_fast.cards import card_peak
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.ops import (
     adamw,
@@ -26,6 +25,7 @@ from gpt2_fast.ops import (
     linear,
     linear_cross_entropy,
 )
+from gpt2_fast.report.machine import card_peak
 
 DOCUMENT = ROOT / "benchmarks" / "ROOFLINE.md"
 # By NVIDIA's data sheet of the H100 SXM; 3.35 TB/s is its memory.

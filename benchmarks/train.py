@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import measure, train_report
 from benchmarks.programs import PROGRAMS, SIZES
-from gpt2_fast.cards import card_peak
+from gpt2_fast.report.machine import card_peak
 
 DTYPES = ("float32", "bfloat16")
 # A CUDA graph is captured in the fourth step, so five are not counted on a GPU.

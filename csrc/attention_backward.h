@@ -4,13 +4,14 @@
 // does all groups of a head or each thread one, so the bits do not depend on the number of threads.
 #pragma once
 
+#include "attention.h"
 #include "attention_tile.h"
 
 namespace gpt2 {
 namespace GPT2_ISA {
 namespace {
 
-constexpr int64_t GROUP = 256;  // keys of a task
+constexpr int64_t GROUP = ATTENTION_KEY_GROUP;  // keys of a task
 
 thread_local Scratch scratch;
 

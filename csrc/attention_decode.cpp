@@ -13,7 +13,7 @@ namespace gpt2 {
 namespace GPT2_ISA {
 namespace {
 
-constexpr int64_t SPLIT = 256;
+constexpr int64_t SPLIT = ATTENTION_KEY_GROUP;
 constexpr int64_t KEYS = 64;       // scores at a time
 constexpr int64_t HEAD_MAX = 128;  // largest D
 constexpr int64_t SERIAL_WORK = 1 << 15;  // cache elements below which starting threads costs more than it saves

@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_load", &gpt2::cuda_load, "loads a fatbin, cubin or PTX into the device's primary context");
   m.def("cuda_function", &gpt2::cuda_function, "a kernel of a loaded module");
   m.def("cuda_launch", &gpt2::cuda_launch, "launches (device, function, grid, block, stream, one struct as bytes)");
+  m.attr("ATTENTION_KEY_GROUP") = gpt2::ATTENTION_KEY_GROUP;
   m.attr("SOURCE_HASH") = GPT2_SOURCE_HASH;
 #ifdef __VERSION__
   m.attr("COMPILER") = __VERSION__;

@@ -72,6 +72,9 @@ struct Tile {
     } \
   } while (0)
 
+// What embedding.h lists before the dtypes: a CUDA launch passes it as the struct.
+static_assert(sizeof(EmbeddingForward) == 16 * 8 && sizeof(EmbeddingBackward) == 16 * 8);
+
 // Below this many elements a row of threads costs more to wake than it saves (decoding embeds B rows).
 constexpr int64_t SERIAL_ELEMENTS = 1 << 14;
 

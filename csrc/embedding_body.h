@@ -17,7 +17,8 @@
 
 namespace gpt2 {
 
-// Python packs both structs field by field (gpt2_fast/ops/embedding.py): every field is 8 bytes.
+// A CUDA launch passes the arguments of the kernel of the same name in embedding.h, 8 bytes each, as these structs: their
+// fields are in that order, and what follows (dtypes) is not read.
 struct EmbeddingForward {
   const int64_t* ids;        // [rows]
   const int64_t* positions;  // [position_period], or 0: position t

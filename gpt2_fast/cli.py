@@ -43,7 +43,7 @@ TRAIN_HELP = {
 
 
 def _add_train(commands) -> None:
-    from gpt2_fast.train_config import TrainConfig
+    from gpt2_fast.train.config import TrainConfig
 
     parser = commands.add_parser(
         "train", help="train a GPT-2", description="Trains a GPT-2 and leaves metrics.jsonl, loss.png and checkpoint/."
@@ -98,10 +98,10 @@ def _add_generate(commands) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
+    from gpt2_fast.data.tokenizer import get_tokenizer
     from gpt2_fast.generate import complete
     from gpt2_fast.model import GPT2LMHeadModel
-    from gpt2_fast.tokenizer import get_tokenizer
-    from gpt2_fast.train import resolve_device
+    from gpt2_fast.report.machine import resolve_device
 
     _check_published(arguments.model)
     device = resolve_device(arguments.device)
@@ -166,26 +166,26 @@ def _add_eval(commands) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     import torch
 
-    from gpt2_fast import eval_tasks
-    from gpt2_fast.train import resolve_device
+    from gpt2_fast.evaluate import tasks
+    from gpt2_fast.report.machine import resolve_device
 
     files = {task: path for task in EVAL_FILES if (path := getattr(arguments, task)) is not None}
     if not files:
         raise ValueError(f"eval needs a file: {', '.join('--' + task for task in EVAL_FILES)}")
-    eval_tasks.check_options(files, arguments.batch_size, arguments.limit)
+    tasks.check_options(files, arguments.batch_size, arguments.limit)
     _check_published(arguments.model)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
-    model = eval_tasks.load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
+    model = tasks.load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
     head = {"model": arguments.model, "dtype": arguments.dtype, "device": str(device)}
     results = []
-    for result in eval_tasks.evaluate_files(
+    for result in tasks.evaluate_files(
         model, files, stride=arguments.stride, context=arguments.context, batch_size=arguments.batch_size,
         limit=arguments.limit,
     ):  # fmt: skip
-        print(eval_tasks.table([result]), flush=True)
+        print(tasks.table([result]), flush=True)
         results.append(result)
     if arguments.json is not None:
-        eval_tasks.write_json(arguments.json, {**head, "results": results})
+        tasks.write_json(arguments.json, {**head, "results": results})
     return 0
 
 
@@ -209,9 +209,9 @@ def _add_inspect(commands) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from gpt2_fast import inspect
     from gpt2_fast.checkpoint import load_pretrained
     from gpt2_fast.config import PRESETS, GPT2Config
+    from gpt2_fast.report import inspect
 
     kinds = ("weights", "attention", "positions", "histograms")
     kind = next((k for k in kinds if getattr(arguments, k) not in (None, False)), None)
@@ -222,7 +222,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             config, weights = load_pretrained(arguments.model)
         print(inspect.report(config, weights, arguments.model))
         return 0
-    from gpt2_fast.plots import save_figure
+    from gpt2_fast.report.figures import save_figure
 
     _check_published(arguments.model)
     out = arguments.out or f"{kind}.png"
@@ -233,24 +233,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _picture(kind: str, arguments: argparse.Namespace, config, weights):
     """The matplotlib Figure of one kind of picture."""
-    from gpt2_fast import inspect, inspect_plots
-    from gpt2_fast.tokenizer import get_tokenizer
+    from gpt2_fast.data.tokenizer import get_tokenizer
+    from gpt2_fast.report import inspect, model_figures
 
     if kind == "weights":
         if arguments.weights not in weights:
             raise ValueError(f"the model has no tensor {arguments.weights!r}; gpt2-fast inspect MODEL lists them")
-        return inspect_plots.weight_figure(weights[arguments.weights], arguments.weights)
+        return model_figures.weight_figure(weights[arguments.weights], arguments.weights)
     if kind == "positions":
-        return inspect_plots.positions_figure(weights["transformer.wpe.weight"])
+        return model_figures.positions_figure(weights["transformer.wpe.weight"])
     if kind == "histograms":
-        return inspect_plots.histograms_figure(weights, config.n_layer)
+        return model_figures.histograms_figure(weights, config.n_layer)
     if not 0 <= arguments.head < config.n_head:
         raise ValueError(f"head is {arguments.head}; the model has heads 0 to {config.n_head - 1}")
     tokenizer = get_tokenizer()
     ids = tokenizer.encode(arguments.attention)
     pattern = inspect.attention_pattern(config, weights, ids, arguments.layer)[arguments.head]
     title = f"Attention, layer {arguments.layer}, head {arguments.head}"
-    return inspect_plots.attention_figure(pattern, inspect.token_labels(tokenizer, ids), title)
+    return model_figures.attention_figure(pattern, inspect.token_labels(tokenizer, ids), title)
 
 
 def _add_doctor(commands) -> None:
@@ -268,7 +268,7 @@ def _add_doctor(commands) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from gpt2_fast import doctor
+    from gpt2_fast.report import doctor
 
     if arguments.patch is not None:
         print(doctor.explain_patch_of(arguments.patch))
@@ -293,7 +293,7 @@ def _add_convert(commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from gpt2_fast import convert
+    from gpt2_fast.checkpoint import convert
 
     dtype = None if arguments.dtype is None else convert.DTYPES[arguments.dtype]
     written = convert.convert(arguments.source, arguments.target, to=arguments.to, dtype=dtype)

@@ -7,8 +7,8 @@ A block is the paper's, pre-LayerNorm (h is the residual stream):
     h = h + dropout(c_proj(attention(ln_1(h))))
     h = h + dropout(c_proj(gelu(c_fc(ln_2(h)))))
 
-but cut where the operations fuse: each adds what the previous half computed before it normalises, so a block
-receives (y = ln_1(h), h) and returns (y = ln_1 of the next block, or ln_f; h).
+The sum at the end of a half is left to the LayerNorm that comes next, which makes one pass of both. So what goes from
+half to half is a pair: m, what the last one computed, and h, the stream that it is still to be added to.
 """
 
 from __future__ import annotations
@@ -16,20 +16,33 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.ops.add_layernorm import add_layernorm
-from gpt2_fast.ops.attention import attention, attention_decode, segments_from
-from gpt2_fast.ops.embedding import embedding
-from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS, layernorm_linear_gelu
-from gpt2_fast.ops.linear import linear
-from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
-from gpt2_fast.ops.runtime import dispatch, philox
+from gpt2_fast.generate.hf import generate_batch
+from gpt2_fast.modules import foreign
+from gpt2_fast.ops.attention import segments_from
+from gpt2_fast.ops.bound import Operations
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, new_key
+from gpt2_fast.outputs import CausalLMOutput, Head
+
+
+class Call(NamedTuple):
+    """What one forward pass shares: the dropout key, the segments of `attention`, and a cache; each may be None."""
+
+    key: Tensor | None = None
+    segments: Tensor | None = None
+    cache: object = None
+
+    def dropout(self, module: nn.Module, p: float, site: int) -> Dropout:
+        """The dropout of `module` at one site of the model."""
+        return Dropout(p, self.key, site) if module.training and p > 0.0 else NO_DROPOUT
 
 
 class Conv1D(nn.Module):
@@ -45,12 +58,23 @@ class Conv1D(nn.Module):
         """[in, out]: what a block multiplies by, however a layer that stands in for this one stores it."""
         return self.weight
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight_io + self.bias
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a product may read the module's weight_io and bias instead of calling it."""
+    return "weight_io" in type(module).__dict__ and foreign(module, type(module)) is None
+
 
 class GPT2Attention(nn.Module):
     """Causal self-attention of one layer: [B, T, C] -> [B, T, C]."""
 
-    def __init__(self, config: GPT2Config, layer_idx: int, linear_class: Callable[[int, int], nn.Module] = Conv1D):
+    def __init__(
+        self, config: GPT2Config, layer_idx: int, ops: Operations, linear_class: Callable[[int, int], nn.Module]
+    ):
         super().__init__()
+        self.ops = ops
         self.n_head, self.head_dim, self.layer_idx = config.n_head, config.n_embd // config.n_head, layer_idx
         self.scale = 1 / math.sqrt(self.head_dim) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -59,67 +83,79 @@ class GPT2Attention(nn.Module):
         self.c_attn = linear_class(config.n_embd, 3 * config.n_embd)
         self.c_proj = linear_class(config.n_embd, config.n_embd)
 
-    def forward(self, y: Tensor, segments: Tensor | None, rng: Tensor | None, cache, impl: Impl) -> Tensor:
+    def forward(self, y: Tensor, call: Call) -> Tensor:
         B, T, C = y.shape
-        qkv = linear(y, self.c_attn.weight_io, self.c_attn.bias, impl=impl("linear"))
-        qkv = qkv.view(B, T, 3, self.n_head, self.head_dim)
+        qkv = project(self.ops, y, self.c_attn).view(B, T, 3, self.n_head, self.head_dim)
+        cache = call.cache
         if cache is not None:
             cache.write(self.layer_idx, qkv)
         if cache is None or cache.prefilling:
-            dropout_p = self.attn_pdrop if self.training else 0.0
-            out_BTHD = attention(
-                qkv, scale=self.scale, segments=segments, dropout_p=dropout_p, rng=rng,
-                site=3 * self.layer_idx + 1, impl=impl("attention"),
-            )  # fmt: skip
+            dropout = call.dropout(self, self.attn_pdrop, 3 * self.layer_idx + 1)
+            out_BTHD = self.ops.attention(qkv, scale=self.scale, segments=call.segments, dropout=dropout)
         else:
-            out_BTHD = attention_decode(
-                qkv[:, 0, 0], *cache.layer(self.layer_idx), starts=cache.starts, lengths=cache.lengths,
-                scale=self.scale, impl=impl("attention_decode"),
-            )  # fmt: skip
-        return linear(out_BTHD.reshape(B, T, C), self.c_proj.weight_io, self.c_proj.bias, impl=impl("linear"))
+            keys, values = cache.layer(self.layer_idx)
+            out_BTHD = self.ops.attention_decode(
+                qkv[:, 0, 0], keys, values, starts=cache.starts, lengths=cache.lengths, scale=self.scale
+            )
+        return project(self.ops, out_BTHD.reshape(B, T, C), self.c_proj)
 
 
 class GPT2MLP(nn.Module):
-    """The parameters of the MLP; its first half is fused with what precedes it, see GPT2Block."""
+    """The MLP with the LayerNorm and the sum before it: what is pending and the stream in, the same out."""
 
-    def __init__(self, config: GPT2Config, linear_class: Callable[[int, int], nn.Module] = Conv1D):
+    def __init__(self, config: GPT2Config, ops: Operations, linear_class: Callable[[int, int], nn.Module]):
         super().__init__()
+        self.ops, self.activation = ops, config.activation_function
         self.c_fc = linear_class(config.n_embd, config.n_inner_)
         self.c_proj = linear_class(config.n_inner_, config.n_embd)
 
+    def forward(self, a: Tensor, h: Tensor, ln: nn.LayerNorm, dropout: Dropout) -> tuple[Tensor, Tensor]:
+        c_fc, c_proj = self.c_fc, self.c_proj
+        if is_plain_linear(c_fc) and is_plain_linear(c_proj) and foreign(ln, nn.LayerNorm) is None:
+            return self.ops.mlp(
+                a, h, ln.weight, ln.bias, c_fc.weight_io, c_fc.bias, c_proj.weight_io, c_proj.bias,
+                eps=ln.eps, dropout=dropout, activation=self.activation,
+            )  # fmt: skip
+        y, h = add_layernorm(self.ops, a, h, ln, dropout)
+        f = project(self.ops, y, c_fc)
+        f = F.gelu(f, approximate="none" if self.activation == "gelu" else "tanh")
+        return project(self.ops, f, c_proj), h
+
 
 class GPT2Block(nn.Module):
-    def __init__(self, config: GPT2Config, layer_idx: int, linear_class: Callable[[int, int], nn.Module] = Conv1D):
+    """One layer: (m, h) -> (m, h), each [B, T, C]; the stream is h + dropout(m)."""
+
+    def __init__(
+        self, config: GPT2Config, layer_idx: int, ops: Operations, linear_class: Callable[[int, int], nn.Module]
+    ):
         super().__init__()
-        self.layer_idx, self.resid_pdrop, self.eps = layer_idx, config.resid_pdrop, config.layer_norm_epsilon
-        self.activation = config.activation_function
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=self.eps)
-        self.attn = GPT2Attention(config, layer_idx, linear_class)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=self.eps)
-        self.mlp = GPT2MLP(config, linear_class)
+        self.ops, self.layer_idx, self.resid_pdrop = ops, layer_idx, config.resid_pdrop
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2Attention(config, layer_idx, ops, linear_class)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2MLP(config, ops, linear_class)
 
-    def forward(self, y, h, next_ln, segments, rng, cache, impl: Impl) -> tuple[Tensor, Tensor]:
-        """(ln_1(h), h) -> (next_ln(h'), h'), each [B, T, C]."""
-        dropout = {"dropout_p": self.resid_pdrop if self.training else 0.0, "rng": rng, "eps": self.eps}
-        site = 3 * self.layer_idx
-        a = self.attn(y, segments, rng, cache, impl)
-        f, h, u = layernorm_linear_gelu(
-            a, h, self.ln_2.weight, self.ln_2.bias, self.mlp.c_fc.weight_io, self.mlp.c_fc.bias,
-            **dropout, site=site + 2, activation=self.activation, return_u=True, impl=impl("layernorm_linear_gelu"),
-        )  # fmt: skip
-        m = linear(f, self.mlp.c_proj.weight_io, self.mlp.c_proj.bias, gelu_of=u,
-                   approximate=ACTIVATIONS[self.activation], impl=impl("linear"))  # fmt: skip
-        return add_layernorm(m, h, next_ln.weight, next_ln.bias, **dropout, site=site + 3, impl=impl("add_layernorm"))
+    def forward(self, m: Tensor, h: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        site, p = 3 * self.layer_idx, self.resid_pdrop
+        y, h = add_layernorm(self.ops, m, h, self.ln_1, call.dropout(self, p, site))
+        a = self.attn(y, call)
+        return self.mlp(a, h, self.ln_2, call.dropout(self, p, site + 2))
 
 
-class Impl:
-    """The model's `impl` for each op: the named one where the op has it, else the op's own choice."""
+def add_layernorm(
+    ops: Operations, m: Tensor, h: Tensor | None, ln: nn.LayerNorm, dropout: Dropout
+) -> tuple[Tensor, Tensor]:
+    """(ln(h + dropout(m)), h + dropout(m)), each [B, T, C]. Without h the stream is m, and nothing is dropped."""
+    dropout = NO_DROPOUT if h is None else dropout
+    if foreign(ln, nn.LayerNorm):
+        h = dropout.rows(m) if h is None else h + dropout.rows(m)
+        return ln(h), h
+    return ops.add_layernorm(m, h, ln.weight, ln.bias, eps=ln.eps, dropout=dropout)
 
-    def __init__(self, name: str, device_type: str):
-        self.name, self.device_type = name, device_type
 
-    def __call__(self, op: str) -> str:
-        return self.name if self.name in dispatch.implementations(op, self.device_type) else "auto"
+def project(ops: Operations, x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x): as one operation where the layer is plainly ours, else by calling it, hooks and all."""
+    return ops.linear(x, layer.weight_io, layer.bias) if is_plain_linear(layer) else layer(x)
 
 
 class GPT2Model(nn.Module):
@@ -130,15 +166,18 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: GPT2Config, impl: str = "auto", linear_class: Callable[[int, int], nn.Module] = Conv1D):
         super().__init__()
-        if impl not in (known := {"auto", *(name for op in dispatch.TABLE for name in dispatch.names(op))}):
-            raise ValueError(f"impl is {impl!r}; choose one of {', '.join(sorted(known))}")
-        self.config, self.impl = config, impl
+        self.config, self.ops = config, Operations(impl)
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList([GPT2Block(config, i, linear_class) for i in range(config.n_layer)])
+        self.h = nn.ModuleList([GPT2Block(config, i, self.ops, linear_class) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.apply(self._init_weights)
+
+    @property
+    def impl(self) -> str:
+        """What the operations run on, as it was asked for."""
+        return self.ops.impl
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range), zero biases; c_proj divided by sqrt(2 n_layer), for the residual sums it feeds."""
@@ -156,33 +195,38 @@ class GPT2Model(nn.Module):
         token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache=None,
-        return_table: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Hidden states; with return_table, wte for a tied head besides, see `embedding`."""
+    ) -> Tensor:
         self._validate(input_ids, position_ids)
-        impl = Impl(self.impl, input_ids.device.type)
         c = self.config
         drops = self.training and max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
-        rng = philox.new_key(input_ids.device) if drops else None
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        h, table = embedding(
-            input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, token_type_ids=token_type_ids,
-            dropout_p=c.embd_pdrop if self.training else 0.0, rng=rng, site=0, return_table=True,
-            impl=impl("embedding"),
-        )  # fmt: skip
-        ln_1 = self.h[0].ln_1
-        y, h = add_layernorm(h, None, ln_1.weight, ln_1.bias, eps=c.layer_norm_epsilon, impl=impl("add_layernorm"))
-        following = [block.ln_1 for block in self.h][1:] + [self.ln_f]
-        for block, next_ln in zip(self.h, following, strict=True):
+        call = Call(new_key(input_ids.device) if drops else None, segments, cache)
+        m, h = self._embed(input_ids, position_ids, token_type_ids, call), None
+        for block in self.h:
             if self.gradient_checkpointing and self.training:
                 # The key travels as an argument, so a second forward drops the same elements with no RNG state kept.
-                y, h = checkpoint(block, y, h, next_ln, segments, rng, cache, impl,
-                                  use_reentrant=False, preserve_rng_state=False)  # fmt: skip
+                m, h = checkpoint(block, m, h, call, use_reentrant=False, preserve_rng_state=False)
             else:
-                y, h = block(y, h, next_ln, segments, rng, cache, impl)
-        return (y, table) if return_table else y
+                m, h = block(m, h, call)
+        dropout = call.dropout(self, c.resid_pdrop, 3 * c.n_layer)
+        return add_layernorm(self.ops, m, h, self.ln_f, dropout)[0]
+
+    def _embed(
+        self, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None, call: Call
+    ) -> Tensor:
+        """dropout(wte(ids) + wpe(positions) (+ wte(types))) [B, T, C]."""
+        dropout = call.dropout(self, self.config.embd_pdrop, 0)
+        if is_plain_table(self.wte) and is_plain_table(self.wpe):
+            return self.ops.embedding(
+                input_ids, self.wte.weight, self.wpe.weight,
+                position_ids=position_ids, token_type_ids=token_type_ids, dropout=dropout,
+            )  # fmt: skip
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        h = self.wte(input_ids) + self.wpe(position_ids)
+        return dropout.rows(h if token_type_ids is None else h + self.wte(token_type_ids))
 
     def _validate(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -192,35 +236,15 @@ class GPT2Model(nn.Module):
                 f"input_ids has {input_ids.shape[1]} positions and the model n_positions {self.config.n_positions}; "
                 "shorten the input"
             )
-        if input_ids.device != self.wte.weight.device:
-            raise ValueError(f"input_ids is on {input_ids.device} and the model on {self.wte.weight.device}; move one")
+        if input_ids.device != self.ln_f.weight.device:
+            raise ValueError(f"input_ids is on {input_ids.device} and the model on {self.ln_f.weight.device}; move one")
 
 
-class CausalLMOutput:
-    """`.loss` (float32 scalar, or None without labels) and `.logits` [B, T, V], computed when first asked for.
-
-    Unpacks and indexes as transformers' output does: (loss, logits) with labels, (logits,) without.
-    """
-
-    def __init__(self, loss: Tensor | None, hidden: Tensor, head: Tensor, impl: str):
-        self.loss, self.last_hidden_state = loss, hidden
-        self._head, self._impl, self._logits = head, impl, None
-
-    @property
-    def logits(self) -> Tensor:
-        if self._logits is None:
-            # Under autocast the hidden states are of its dtype, and may outlive its block.
-            head = self._head.to(self.last_hidden_state.dtype)
-            self._logits = linear(self.last_hidden_state, head.t(), impl=self._impl)
-        return self._logits
-
-    def __iter__(self):
-        return iter((self.logits,) if self.loss is None else (self.loss, self.logits))
-
-    def __getitem__(self, index):
-        if index == 0 and self.loss is not None:
-            return self.loss
-        return getattr(self, index) if isinstance(index, str) else tuple(self)[index]
+def is_plain_table(table: nn.Module) -> bool:
+    """Whether `embedding` may read the table instead of calling it: an nn.Embedding without options or hooks."""
+    if foreign(table, nn.Embedding):
+        return False
+    return table.padding_idx is None and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -272,15 +296,39 @@ class GPT2LMHeadModel(nn.Module):
         # A mapped file's tensors start at any multiple of 8 bytes, torch's own at 64, as vector loads like it.
         state = {name: tensor.clone() if tensor.data_ptr() % 64 else tensor for name, tensor in state.items()}
         model.load_state_dict(state, strict=True, assign=True)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.transformer.wte.weight
         return model.to(device).eval()
+
+    def tie_weights(self) -> None:
+        """Makes the head's weight the token embedding's, where config.tie_word_embeddings says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """nn.Module's, which with assign=True would leave a tied head a copy of its own.
+
+        Raises ValueError where a tied model is given a head and a token embedding that differ.
+        """
+        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._check_tied()
+        self.tie_weights()
+        return loaded
+
+    def _check_tied(self) -> None:
+        head, wte = self.lm_head.weight, self.transformer.wte.weight
+        if not self.config.tie_word_embeddings or head is wte or head.is_meta or wte.is_meta:
+            return
+        if head.shape != wte.shape or not torch.equal(head, wte):
+            raise ValueError(
+                "lm_head.weight and transformer.wte.weight differ and config.tie_word_embeddings is true; call "
+                "tie_weights(), which keeps the embedding's, or set it to false"
+            )
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained loads.
 
         dtype: of the stored weights; None keeps the model's. Raises OSError where the folder cannot be written.
         """
+        self._check_tied()
         state = self.state_dict()
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -289,12 +337,10 @@ class GPT2LMHeadModel(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
         """input_ids int64 [B, T] and what follows them, int64 [B, T + new], as transformers' `generate` gives it.
 
-        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch.generate_batch`;
+        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch`;
         max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, stop_strings, streamer, seed and others.
         Raises ValueError, one line, for what it does not do.
         """
-        from gpt2_fast.generate_batch import generate_batch  # above this module: imported where it is needed
-
         return generate_batch(self, input_ids, attention_mask, **options)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
@@ -335,19 +381,12 @@ class GPT2LMHeadModel(nn.Module):
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
-        hidden, head = self.transformer(
-            input_ids, attention_mask, position_ids, token_type_ids, document_ids, return_table=True
-        )
-        if self.lm_head.weight is not self.transformer.wte.weight:
-            head = self.lm_head.weight
-        impl = Impl(self.transformer.impl, hidden.device.type)
-        loss = None
+        hidden = self.transformer(input_ids, attention_mask, position_ids, token_type_ids, document_ids)
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels is {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}")
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if targets is not None:
-            loss = linear_cross_entropy(
-                hidden, head, targets, num_items=num_items_in_batch, impl=impl("linear_cross_entropy")
-            )
-        return CausalLMOutput(loss, hidden, head, impl("linear"))
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        head = Head(self.lm_head, self.transformer.ops)
+        if targets is None:
+            return CausalLMOutput(None, hidden, head, head.logits(hidden))
+        return CausalLMOutput(head.loss(hidden, targets, num_items_in_batch), hidden, head)

@@ -26,14 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from gpt2_fast import cards
 from gpt2_fast import checkpoint as checkpoints
-from gpt2_fast.decoder import ModelDecoder
-from gpt2_fast.formats import COMPILED, check_expressible, nanogpt_arguments, nanogpt_config, nanogpt_state
-from gpt2_fast.model import CausalLMOutput, GPT2Model, Impl
-from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
+from gpt2_fast.checkpoint.state_dict import check_expressible
+from gpt2_fast.generate.decoders import ModelDecoder
+from gpt2_fast.generate.sampling import sample
+from gpt2_fast.model import GPT2Model
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
-from gpt2_fast.sampling import sample
+from gpt2_fast.outputs import CausalLMOutput, Head
+from gpt2_fast.report import machine
 
 IGNORED_TARGET = -1
 
@@ -157,16 +159,11 @@ class GPT(nn.Module):
         Without targets the logits [B, 1, V] of the last position, and None. With targets int64 [B, T], already
         shifted and -1 where nothing is scored, all logits as a `LazyLogits` [B, T, V], and the mean loss, float32.
         """
-        hidden, head = self.transformer(idx, return_table=True)
-        if self.lm_head.weight is not self.transformer.wte.weight:
-            head = self.lm_head.weight
-        impl = Impl(self.transformer.impl, idx.device.type)
+        hidden, head = self.transformer(idx), Head(self.lm_head, self.transformer.ops)
         if targets is None:
-            return CausalLMOutput(None, hidden[:, -1:], head, impl("linear")).logits, None
-        loss = linear_cross_entropy(
-            hidden, head, targets, ignore_index=IGNORED_TARGET, impl=impl("linear_cross_entropy")
-        )
-        return LazyLogits(CausalLMOutput(loss, hidden, head, impl("linear"))), loss
+            return head.logits(hidden[:, -1:]), None
+        loss = head.loss(hidden, targets, None, ignore_index=IGNORED_TARGET)
+        return LazyLogits(CausalLMOutput(loss, hidden, head)), loss
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions alone. Raises ValueError for more than there are."""
@@ -213,7 +210,7 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        impl = Impl(self.transformer.impl, device_type)("adamw")
+        impl = dispatch.of_model(self.transformer.impl, "adamw", device_type)
         return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, impl=impl)
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
@@ -228,7 +225,7 @@ class GPT(nn.Module):
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
         achieved = flops_per_token * c.block_size * fwdbwd_per_iter / dt
-        return achieved / cards.peak(self.lm_head.weight.device)
+        return achieved / machine.peak(self.lm_head.weight.device)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:

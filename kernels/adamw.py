@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, LAUNCH_OPTIONS, AotSpec, config_arch, make_spec
+from .aot import ARCHS, AotSpec, config_arch, make_spec
 from .interpreter import cast
+from .launch import launch
 
 COLUMNS = 10
 CHUNK = 8192  # elements a program
@@ -223,18 +224,11 @@ def grad_norm(
     chunks = rows.numel()
     partial = torch.empty(chunks, dtype=torch.float32, device=table.device)
     if chunks:
-        norm_partial_kernel[(chunks,)](
-            table,
-            rows,
-            partial,
-            CHUNK=chunk,
-            ALIGNED=aligned,
-            **_block("norm", table.device, chunk),
-            **LAUNCH_OPTIONS,
-        )
+        config = _block("norm", table.device, chunk)
+        launch(norm_partial_kernel, (chunks,), table, rows, partial, CHUNK=chunk, ALIGNED=aligned, **config)
     # also for no chunks at all: the norm of nothing is 0
     total = tuning.config("adamw", "total", config_arch(table.device))
-    norm_total_kernel[(1,)](partial, norm, chunks, **total, **LAUNCH_OPTIONS)
+    launch(norm_total_kernel, (1,), partial, norm, chunks, **total)
 
 
 def step(
@@ -252,17 +246,8 @@ def step(
     max_norm. aligned: whether every address of the table is a multiple of 16.
     """
     if rows.numel():
-        update_kernel[(rows.numel(),)](
-            table,
-            rows,
-            hyper,
-            norm,
-            float(max_norm),
-            CHUNK=chunk,
-            ALIGNED=aligned,
-            **_block("update", table.device, chunk),
-            **LAUNCH_OPTIONS,
-        )
+        tensors, config = (table, rows, hyper, norm), _block("update", table.device, chunk)
+        launch(update_kernel, (rows.numel(),), *tensors, float(max_norm), CHUNK=chunk, ALIGNED=aligned, **config)
 
 
 def _block(name: str, device: torch.device, chunk: int) -> dict[str, int]:

@@ -22,15 +22,16 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, LAUNCH_OPTIONS, AotSpec, config_arch, make_spec
+from .aot import ARCHS, AotSpec, config_arch, make_spec
 from .bias import PARTIALS, reduce_partials
 from .interpreter import cast
+from .launch import launch
 from .philox import keep_rows, keep_scale, load_key, threshold_bits
 
 WIDEST = 16384  # channels of a row that these kernels hold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "site"])
 def forward_kernel(
     x_ptr,  # [N, C]
     residual_ptr,  # [N, C] or None
@@ -78,7 +79,7 @@ def forward_kernel(
         tl.store(y_ptr + offsets, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "site"])
 def backward_kernel(
     dy_ptr,  # [N, C]
     dh_ptr,  # [N, C] or None
@@ -174,7 +175,7 @@ def _tile(
     if block > WIDEST:
         raise ValueError(f"n_embd {channels} is above {WIDEST}, the widest row these kernels hold")
     config = tuning.config("add_layernorm", direction, arch, itemsize, width=block, dropout=dropout)
-    return {"C": channels, "BLOCK_C": block, **config, **LAUNCH_OPTIONS}, config["ROWS"]
+    return {"C": channels, "BLOCK_C": block, **config}, config["ROWS"]
 
 
 def _dropout(dropout_p: float, rng: torch.Tensor | None, site: int) -> dict[str, object]:
@@ -196,9 +197,8 @@ def _rows_forward(x, residual, weight, bias, y, eps, dropout_p, rng, site):
         drop = _dropout(0.0 if residual is None else dropout_p, rng, site)
         itemsize = (x if residual is None else residual).element_size()
         tile, step = _tile(channels, config_arch(x.device), itemsize, drop["DROPOUT"])
-        forward_kernel[(triton.cdiv(rows, step),)](
-            x, residual, weight, bias, y, h, mean, rstd, N=rows, eps=eps, **drop, **tile
-        )
+        tensors = (x, residual, weight, bias, y, h, mean, rstd)
+        launch(forward_kernel, (triton.cdiv(rows, step),), *tensors, N=rows, eps=eps, **drop, **tile)
     return h, mean, rstd
 
 
@@ -246,7 +246,7 @@ def normalize(
     y = torch.empty(h.shape, dtype=dtype, device=h.device)
     if rows:
         tile, step = _tile(channels, config_arch(h.device), h.element_size())
-        normalize_kernel[(triton.cdiv(rows, step),)](h, weight, bias, mean, rstd, y, N=rows, **tile)
+        launch(normalize_kernel, (triton.cdiv(rows, step),), h, weight, bias, mean, rstd, y, N=rows, **tile)
     return y
 
 
@@ -276,7 +276,8 @@ def backward(
     tile, step = _tile(channels, config_arch(h.device), h.element_size(), drop["DROPOUT"], "backward")
     programs = min(PARTIALS, max(1, triton.cdiv(rows, step)))
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
-    backward_kernel[(programs,)](dy, dh, h, weight, mean, rstd, dx, dresidual, partials, N=rows, **drop, **tile)
+    tensors = (dy, dh, h, weight, mean, rstd, dx, dresidual, partials)
+    launch(backward_kernel, (programs,), *tensors, N=rows, **drop, **tile)
     dweight, dbias = reduce_partials(partials)
     return dx, dresidual, dweight, dbias
 

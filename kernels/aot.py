@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 INTERPRETER = 0  # config_arch of a CPU tensor
 
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
+_EXECUTABLE = 4  # SHF_EXECINSTR, a section's flag (System V ABI, "Sections")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
@@ -145,7 +149,9 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
     """Reads the machine code of `compiled`.
 
     Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a
-    block), shared_limit (None for an unknown capability) and mma: {tensor-core opcode: count in the code}.
+    block), shared_limit (None for an unknown capability), mma: {tensor-core opcode: count in the code}, waits: how
+    often the code waits for sm_90's products (as many waits as products: they run one at a time), and sha256, the
+    `code_hash`.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.cubin)
@@ -163,7 +169,30 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
         "shared_bytes": compiled.shared_bytes,
         "shared_limit": SHARED_LIMIT.get(compiled.arch),
         "mma": dict(mma),
+        "waits": len(_WAIT.findall(code)),
+        "sha256": code_hash(compiled.cubin),
     }
+
+
+def code_hash(cubin: bytes) -> str:
+    """SHA-256, in hexadecimal, of a cubin's instructions alone: what its sections of executable code hold.
+
+    Names, paths, line numbers and debug information lie in other sections, so a kernel that moves keeps its hash.
+    Raises ValueError for what is no 64-bit ELF file or holds no code.
+    """
+    if cubin[:5] != b"\x7fELF\x02":
+        raise ValueError("not a cubin: no 64-bit ELF header")
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    digest, found = hashlib.sha256(), False
+    for index in range(count):
+        _, _, flags, _, offset, length = struct.unpack_from("<IIQQQQ", cubin, table + index * size)
+        if flags & _EXECUTABLE:
+            digest.update(cubin[offset : offset + length])
+            found = found or length > 0
+    if not found:
+        raise ValueError("the cubin holds no code")
+    return digest.hexdigest()
 
 
 def problems(report: dict[str, Any]) -> list[str]:

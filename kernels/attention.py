@@ -29,6 +29,7 @@ from .attention_tiles import (
     LN2,
     LOG2E,
     block_d,
+    check_batch,
     config,
     document,
     hide,
@@ -37,6 +38,7 @@ from .attention_tiles import (
     store_tile,
 )
 from .interpreter import cast, dot
+from .launch import launch
 from .philox import keep_scale, keep_tile, load_key, threshold_bits
 
 
@@ -155,15 +157,15 @@ def forward(
 
     scale > 0 multiplies the scores. segments: int32 [B, T]. rng: int64 [1], read when dropout_p > 0.
     Returns out [B, T, H, D] in qkv's dtype and lse [B, H, T] float32, natural log.
-    Raises ValueError for a head size outside 16..128, a scale that is not positive, or dropout without rng.
+    Raises ValueError for a head size outside 16..128, a scale that is not positive, dropout without rng, or more than
+    65535 sequences.
     """
     common = _common(qkv, scale, dropout_p, rng, site)
     rng = rng if dropout_p > 0.0 else None
     B, T, _, H, D = qkv.shape
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
-    with torch.cuda.device_of(qkv):
-        _launch("forward", (qkv, segments, rng, out, lse), common)
+    _launch("forward", (qkv, segments, rng, out, lse), common)
     return out, lse
 
 
@@ -186,15 +188,15 @@ def backward(
     rng = rng if dropout_p > 0.0 else None
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    with torch.cuda.device_of(qkv):
-        _launch("backward_dq", (qkv, segments, rng, out, dout, lse, delta, dqkv), common)
-        _launch("backward_dkdv", (qkv, segments, rng, dout, lse, delta, dqkv), common)
+    _launch("backward_dq", (qkv, segments, rng, out, dout, lse, delta, dqkv), common)
+    _launch("backward_dkdv", (qkv, segments, rng, dout, lse, delta, dqkv), common)
     return dqkv
 
 
 def _common(qkv: torch.Tensor, scale: float, dropout_p: float, rng: torch.Tensor | None, site: int) -> tuple:
     """The scalar arguments that end every kernel's run-time list, checked."""
-    _, T, _, H, D = qkv.shape
+    B, T, _, H, D = qkv.shape
+    check_batch(B)
     block_d(D)
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -209,15 +211,8 @@ def _launch(name: str, tensors: tuple, common: tuple) -> None:
     B, T, _, H, D = qkv.shape
     tile = config(name, config_arch(qkv.device), qkv.element_size(), D, rng is not None)
     grid = (triton.cdiv(T, tile["BLOCK_M" if owned == "queries" else "BLOCK_N"]), H, B)
-    kernel[grid](
-        *tensors,
-        *common,
-        HEAD_DIM=D,
-        BLOCK_D=block_d(D),
-        SEGMENTS=segments is not None,
-        DROPOUT=rng is not None,
-        **tile,
-    )
+    forms = {"SEGMENTS": segments is not None, "DROPOUT": rng is not None}
+    launch(kernel, grid, *tensors, *common, HEAD_DIM=D, BLOCK_D=block_d(D), **forms, **tile)
 
 
 # What a program of each kernel owns: a block of queries or of keys.

@@ -17,8 +17,9 @@ import triton.language as tl
 
 from . import tuning
 from .aot import ARCHS, INTERPRETER, AotSpec, config_arch
-from .attention_tiles import LOG2E, block_d
+from .attention_tiles import LOG2E, block_d, check_batch
 from .interpreter import cast
+from .launch import launch
 
 SPLIT = 128  # keys a program of the first kernel
 INTERPRETER_CONFIG = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -52,7 +53,7 @@ def split_kernel(
     split = tl.program_id(0)
     b = tl.program_id(2)
     head = b.to(tl.int64) * H + tl.program_id(1)
-    first = tl.load(starts_ptr + b) + split * KEYS
+    first = tl.minimum(tl.maximum(tl.load(starts_ptr + b), 0), S) + split * KEYS
     end = tl.minimum(tl.minimum(first + KEYS, tl.load(lengths_ptr + b)), S)
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD_DIM
@@ -123,21 +124,21 @@ def decode(
 ) -> torch.Tensor:
     """Output [B, H, D] of q [B, H, D] against k_cache and v_cache [B, H, S, D] (contiguous, one dtype).
 
-    starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b], and is 0 where that is empty.
-    Reads nothing back to the host. Raises ValueError for a head size outside 16..128.
+    starts, lengths: int32 [B]; sequence b sees keys starts[b] <= j < lengths[b] of the S there are, and is 0 where
+    there is none.
+    Reads nothing back to the host. Raises ValueError for a head size outside 16..128 or more than 65535 sequences.
     """
     B, H, S, D = k_cache.shape
+    check_batch(B)
     split, combine = (_config(kernel, config_arch(q.device), q.element_size(), D) for kernel in ("split", "combine"))
     n_splits = triton.cdiv(S, SPLIT)
     out = torch.empty_like(q)
     acc = torch.empty((B, H, n_splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B, H, n_splits, 2), dtype=torch.float32, device=q.device)
     tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
-    with torch.cuda.device_of(q):
-        split_kernel[(n_splits, H, B)](
-            q, k_cache, v_cache, starts, lengths, acc, stats, scale, S, H, **tile, **split, KEYS=SPLIT
-        )  # fmt: skip
-        combine_kernel[(B * H,)](acc, stats, out, n_splits, **tile, **combine)
+    tensors = (q, k_cache, v_cache, starts, lengths, acc, stats)
+    launch(split_kernel, (n_splits, H, B), *tensors, scale, S, H, KEYS=SPLIT, **tile, **split)
+    launch(combine_kernel, (B * H,), acc, stats, out, n_splits, **tile, **combine)
     return out
 
 

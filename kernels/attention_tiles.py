@@ -6,6 +6,7 @@ import triton.language as tl
 from . import tuning
 from .aot import INTERPRETER
 from .interpreter import cast
+from .launch import GRID_LIMIT
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -110,6 +111,12 @@ def block_d(head_dim: int) -> int:
     if not 16 <= head_dim <= 128:
         raise ValueError(f"head size {head_dim}: the Triton attention kernels take 16 to 128")
     return max(32, triton.next_power_of_2(head_dim))
+
+
+def check_batch(sequences: int) -> None:
+    """Raises ValueError for a batch that the grid's last axis, a sequence a program, cannot hold."""
+    if sequences > GRID_LIMIT[2]:
+        raise ValueError(f"a batch of {sequences} sequences is above {GRID_LIMIT[2]}, the most in one launch; split it")
 
 
 def config(kernel: str, arch: int, itemsize: int, head_dim: int, dropout: bool) -> dict[str, int]:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .launch import launch
 
 # Rows of partial sums, the launch shape of every stage one.
 PARTIALS = 512
@@ -62,36 +63,19 @@ def reduce_partials(partials: torch.Tensor) -> torch.Tensor:
     out = torch.empty((kinds, cols), dtype=torch.float32, device=partials.device)
     config = tuning.config("bias", "reduce_partials", config_arch(partials.device))
     grid = (triton.cdiv(cols, config["BLOCK_C"]), kinds)
-    reduce_partials_kernel[grid](
-        partials,
-        out,
-        rows,
-        cols,
-        BLOCK_P=config["BLOCK_P"],
-        BLOCK_C=config["BLOCK_C"],
-        num_warps=config["num_warps"],
-        **LAUNCH_OPTIONS,
-    )
+    launch(reduce_partials_kernel, grid, partials, out, rows, cols, **config)
     return out
 
 
 def column_sum(x: torch.Tensor) -> torch.Tensor:
     """x [N, C] contiguous -> float32 [C], the sum over N: the bias gradient of a linear layer."""
     rows, cols = x.shape
-    config = tuning.config("bias", "column_sum", config_arch(x.device))
-    programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
+    config = dict(tuning.config("bias", "column_sum", config_arch(x.device)))
+    programs = max(1, min(config.pop("programs"), triton.cdiv(rows, config["BLOCK_N"])))
     partials = torch.empty((1, programs, cols), dtype=torch.float32, device=x.device)
-    column_sum_kernel[(triton.cdiv(cols, config["BLOCK_C"]), programs)](
-        x,
-        partials,
-        rows,
-        cols,
-        BLOCK_N=config["BLOCK_N"],
-        BLOCK_C=config["BLOCK_C"],
-        num_warps=config["num_warps"],
-        **LAUNCH_OPTIONS,
-    )
-    return reduce_partials(partials)[0]
+    grid = (triton.cdiv(cols, config["BLOCK_C"]), programs)
+    launch(column_sum_kernel, grid, x, partials, rows, cols, **config)
+    return reduce_partials(partials).squeeze(0)
 
 
 def aot_specs() -> list[AotSpec]:

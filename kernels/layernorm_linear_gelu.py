@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 
 from . import add_layernorm, tuning
-from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .bias import reduce_partials
 from .interpreter import cast, dot
+from .launch import launch
 
 OP = "layernorm_linear_gelu"
 FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU
@@ -191,7 +192,9 @@ def _few_rows(h, mean, rstd, ln_weight, ln_bias, weight, bias, erf) -> tuple[tor
     if rows:
         config = _config(config_arch(h.device), weight.element_size())
         tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"])
-        matmul_kernel[(tiles,)](
+        launch(
+            matmul_kernel,
+            (tiles,),
             h,
             mean,
             rstd,
@@ -207,7 +210,6 @@ def _few_rows(h, mean, rstd, ln_weight, ln_bias, weight, bias, erf) -> tuple[tor
             ERF=erf,
             GROUP_M=GROUP_M,
             **config,
-            **LAUNCH_OPTIONS,
         )
     return y, u
 
@@ -217,7 +219,7 @@ def gelu_forward(u: torch.Tensor, erf: bool) -> torch.Tensor:
     y = torch.empty_like(u)
     config = tuning.config(OP, "gelu_forward", config_arch(u.device))
     grid = (triton.cdiv(u.numel(), config["BLOCK"]),)
-    gelu_forward_kernel[grid](u, y, u.numel(), ERF=erf, **config, **LAUNCH_OPTIONS)
+    launch(gelu_forward_kernel, grid, u, y, u.numel(), ERF=erf, **config)
     return y
 
 
@@ -225,23 +227,12 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.T
     """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, float32 [F]."""
     rows, features = u.shape
     du = torch.empty_like(u)
-    config = tuning.config(OP, "gelu_backward", config_arch(u.device))
-    programs = max(1, min(config["programs"], triton.cdiv(rows, config["BLOCK_N"])))
+    config = dict(tuning.config(OP, "gelu_backward", config_arch(u.device)))
+    programs = max(1, min(config.pop("programs"), triton.cdiv(rows, config["BLOCK_N"])))
     partials = torch.empty((1, programs, features), dtype=torch.float32, device=u.device)
-    gelu_backward_kernel[(triton.cdiv(features, config["BLOCK_F"]), programs)](
-        dy,
-        u,
-        du,
-        partials,
-        rows,
-        features,
-        ERF=erf,
-        BLOCK_N=config["BLOCK_N"],
-        BLOCK_F=config["BLOCK_F"],
-        num_warps=config["num_warps"],
-        **LAUNCH_OPTIONS,
-    )
-    return du, reduce_partials(partials)[0]
+    grid = (triton.cdiv(features, config["BLOCK_F"]), programs)
+    launch(gelu_backward_kernel, grid, dy, u, du, partials, rows, features, ERF=erf, **config)
+    return du, reduce_partials(partials).squeeze(0)
 
 
 def backward(

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, INTERPRETER, LAUNCH_OPTIONS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .interpreter import cast
+from .launch import launch
 
 # Tiles under way, without which a row waits for each of its tiles: the pipeliner leaves loops without products alone
 # unless it is told.
@@ -122,7 +123,9 @@ def softmax_xent_(
         return
     if logits.stride(1) != 1:
         raise ValueError("logits must have unit stride over the vocabulary")
-    softmax_xent_kernel[(rows,)](
+    launch(
+        softmax_xent_kernel,
+        (rows,),
         logits,
         labels,
         losses,
@@ -134,8 +137,8 @@ def softmax_xent_(
         ROW_SCALE=row_scale.numel() > 1,
         WRITE_GRAD=write_grad,
         ALIGN=16 // logits.element_size(),
+        strided=("logits_ptr",),
         **_config(config_arch(logits.device), logits.element_size()),
-        **LAUNCH_OPTIONS,
     )
 
 

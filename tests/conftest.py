@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, no network, Triton in its interpreter where there is no GPU."""
+"""What every test runs under: poisoned memory, no Hugging Face hub, Triton in its interpreter where there is no GPU."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # A few units in the last place, for outputs where plain PyTorch happens to round nothing at all.
 TINY = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-45}
@@ -85,3 +86,26 @@ def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor], what: str = "") -
         assert x.dtype == y.dtype, f"{what} tensor {i}: {x.dtype} and {y.dtype}"
         x, y = (t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (x, y))
         assert torch.equal(x, y), f"{what} tensor {i}: two runs differ in their bits"
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the package's operators that are called within it, with copies of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "gpt2_fast":
+            copies = [t.detach().clone() if isinstance(t, Tensor) else t for t in args]
+            self.calls.append((operator, tuple(copies), dict(kwargs or {})))
+        return operator(*args, **(kwargs or {}))
+
+
+def check_operators(run: Callable[[], object]) -> list[str]:
+    """Holds the operators that `run` calls to torch.library.opcheck; their names, in order."""
+    with _Operators() as mode:
+        run()
+    for operator, args, kwargs in mode.calls:
+        torch.library.opcheck(operator, args, kwargs)
+    return [operator._schema.name.split("::")[1] for operator, _, _ in mode.calls]

@@ -18,7 +18,7 @@ from benchmarks.mfu import conventions
 from benchmarks.peers import nanogpt
 from benchmarks.programs import PROGRAMS, Setting, batch
 from gpt2_fast import GPT2Config
-from gpt2_fast.cards import card_peak
+from gpt2_fast.report.machine import card_peak
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ("--model", "smoke", "--batch-size", "2", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "2")

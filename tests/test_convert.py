@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_fast import GPT2Config, GPT2LMHeadModel, checkpoint, cli, convert, formats
-from gpt2_fast.checkpoint import EMBEDDING, HEAD, expected_shapes
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, checkpoint, cli
+from gpt2_fast.checkpoint import EMBEDDING, HEAD, convert, expected_shapes, llmc, nanogpt
 
 CONFIG = GPT2Config(
     vocab_size=130, n_positions=16, n_embd=24, n_layer=3, n_head=3, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
@@ -49,9 +49,9 @@ def write_source(folder, kind, state, config=CONFIG):
     if kind == "hf":
         checkpoint.save_pretrained(path, state, config)
     elif kind == "nanogpt":
-        formats.write_nanogpt(path, state, config)
+        nanogpt.write_nanogpt(path, state, config)
     else:
-        formats.write_llmc(path, state, config, dtype=state[EMBEDDING].dtype)
+        llmc.write_llmc(path, state, config, dtype=state[EMBEDDING].dtype)
     return path
 
 
@@ -118,9 +118,9 @@ def test_there_and_back_in_every_direction(tmp_path, start, over, dtype):
 def test_llmc_layout(tmp_path, version, dtype):
     """Byte for byte what llm.c writes, and read back from it."""
     state, path = random_state(dtype=dtype), tmp_path / "model.bin"
-    formats.write_llmc(path, state, CONFIG, dtype=dtype)
+    llmc.write_llmc(path, state, CONFIG, dtype=dtype)
     assert path.read_bytes() == llmc_bytes(state, version)
-    config, again, _ = formats.read_llmc(path)
+    config, again, _ = llmc.read_llmc(path)
     assert config == CONFIG
     assert_same_bits(again, state)
     assert again[HEAD] is again[EMBEDDING]
@@ -129,10 +129,10 @@ def test_llmc_layout(tmp_path, version, dtype):
 def test_llmc_vocabulary_of_gpt2(tmp_path):
     config = GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
     state = random_state(config)
-    formats.write_llmc(tmp_path / "model.bin", state, config, dtype=torch.float32)
+    llmc.write_llmc(tmp_path / "model.bin", state, config, dtype=torch.float32)
     header = np.fromfile(tmp_path / "model.bin", dtype=np.int32, count=256)
     assert header[:9].tolist() == [20240326, 3, 8, 50257, 1, 1, 8, 50304, 0]
-    again, tensors, _ = formats.read_llmc(tmp_path / "model.bin")
+    again, tensors, _ = llmc.read_llmc(tmp_path / "model.bin")
     assert again == dataclasses.replace(config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     assert_same_bits(tensors, state)
 
@@ -140,7 +140,7 @@ def test_llmc_vocabulary_of_gpt2(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt_checkpoint(tmp_path, prefix):
     state = random_state()
-    config, again, notes = formats.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, prefix=prefix))
+    config, again, notes = nanogpt.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, prefix=prefix))
     assert_same_bits(again, state)
     dropout = {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
     assert config == dataclasses.replace(CONFIG, activation_function="gelu", **dropout)
@@ -149,7 +149,7 @@ def test_nanogpt_checkpoint(tmp_path, prefix):
 
 def test_nanogpt_without_biases_gets_zeros(tmp_path):
     state = random_state()
-    _, again, notes = formats.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, bias=False))
+    _, again, notes = nanogpt.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, bias=False))
     zeros = {n: torch.zeros_like(t) if n.endswith(".bias") else t for n, t in state.items()}
     assert_same_bits(again, zeros)
     assert len(notes) == 1
@@ -179,7 +179,7 @@ def test_gelu_that_a_format_does_not_compute_is_noted(tmp_path, activation, to, 
 def test_nanogpt_keeps_a_padded_vocabulary(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=50304, n_embd=8, n_head=1, n_layer=1)
     state = random_state(config)
-    again, tensors, _ = formats.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, config))
+    again, tensors, _ = nanogpt.read_nanogpt(nanogpt_file(tmp_path / "ckpt.pt", state, config))
     assert (again.vocab_size, again.eos_token_id, again.bos_token_id) == (50304, 50256, 50256)
     assert_same_bits(tensors, state)
 
@@ -187,7 +187,7 @@ def test_nanogpt_keeps_a_padded_vocabulary(tmp_path):
 def test_what_nanogpt_loads(tmp_path):
     """The keys and shapes of nanoGPT's own module, so that its strict load_state_dict takes them."""
     state = random_state()
-    formats.write_nanogpt(tmp_path / "ckpt.pt", state, CONFIG)
+    nanogpt.write_nanogpt(tmp_path / "ckpt.pt", state, CONFIG)
     data = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert data["model_args"] == {
         "n_layer": 3, "n_head": 3, "n_embd": 24, "block_size": 16, "vocab_size": 130, "bias": True, "dropout": 0.0
@@ -200,7 +200,7 @@ def test_what_nanogpt_loads(tmp_path):
 def test_nanogpt_weights_compute_the_same(tmp_path):
     """nanoGPT's forward in float64, written out with [out, in] weights, gives our logits."""
     state, F = random_state(dtype=torch.float64), torch.nn.functional
-    formats.write_nanogpt(tmp_path / "ckpt.pt", {n: t * 0.1 for n, t in state.items()}, CONFIG)
+    nanogpt.write_nanogpt(tmp_path / "ckpt.pt", {n: t * 0.1 for n, t in state.items()}, CONFIG)
     w = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     ids = torch.randint(CONFIG.vocab_size, (2, 7))
 
@@ -272,7 +272,7 @@ def test_models_that_a_format_cannot_express(tmp_path, kind, change, words):
 def test_nanogpt_has_one_dropout(tmp_path):
     config = dataclasses.replace(CONFIG, attn_pdrop=0.3)
     with pytest.raises(ValueError, match="nanoGPT has one dropout"):
-        formats.write_nanogpt(tmp_path / "ckpt.pt", random_state(), config)
+        nanogpt.write_nanogpt(tmp_path / "ckpt.pt", random_state(), config)
 
 
 def _header(data, index, value):
@@ -356,7 +356,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "model.bin").write_bytes(b"before")
     state["transformer.ln_f.bias"] = state["transformer.ln_f.bias"].to("meta")  # the last tensor cannot be written
     with pytest.raises(NotImplementedError):
-        formats.write_llmc(tmp_path / "model.bin", state, CONFIG, dtype=torch.float32)
+        llmc.write_llmc(tmp_path / "model.bin", state, CONFIG, dtype=torch.float32)
     assert (tmp_path / "model.bin").read_bytes() == b"before"
 
     def fails_half_way(data, file):
@@ -366,7 +366,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "ckpt.pt").write_bytes(b"before")
     monkeypatch.setattr(torch, "save", fails_half_way)
     with pytest.raises(OSError, match="No space left"):
-        formats.write_nanogpt(tmp_path / "ckpt.pt", random_state(), CONFIG)
+        nanogpt.write_nanogpt(tmp_path / "ckpt.pt", random_state(), CONFIG)
     assert (tmp_path / "ckpt.pt").read_bytes() == b"before"
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.bin"]
 

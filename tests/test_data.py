@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_fast import GPT2Config, GPT2LMHeadModel, data
+from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.cli import main
-from gpt2_fast.data import Shard, TokenDataset, load_data, load_tokens, read_bin, write_bin
-from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast.data import Shard, TokenDataset, batches, corpus, load_data, load_tokens, read_bin, write_bin
+from gpt2_fast.data import text as texts
+from gpt2_fast.data.tokenizer import get_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +150,8 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_text_in_blocks_has_the_ids_of_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 50)
-    monkeypatch.setattr(data, "PIECE", 11)
+    monkeypatch.setattr(texts, "BLOCK", 50)
+    monkeypatch.setattr(texts, "PIECE", 11)
     text = "def f(x):\r\n    return  'naïve — 世界'\n\n\n" * 30
     (tmp_path / "a.txt").write_bytes(text.encode())
     tokens = load_tokens(tmp_path / "a.txt", context=8)
@@ -183,7 +184,7 @@ def write_jsonl(path, documents):
 
 
 def test_jsonl_is_a_document_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 5)
+    monkeypatch.setattr(texts, "PIECE", 5)
     path = write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS[:2], "", *DOCUMENTS[2:]])
     tokens = load_tokens(path, context=2).shards[0].tokens.tolist()
     assert tokens == [i for text in DOCUMENTS for i in [*get_tokenizer().encode(text), 50256]]
@@ -196,7 +197,7 @@ def test_jsonl_is_a_document_a_line(tmp_path, monkeypatch):
 def test_jsonl_is_tokenised_once(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     first = load_tokens(path, context=2).shards[0].tokens.tolist()
-    monkeypatch.setattr(data, "_encode", None)
+    monkeypatch.setattr(texts, "_encode", None)
     assert load_tokens(path, context=2).shards[0].tokens.tolist() == first
 
 
@@ -221,7 +222,7 @@ def test_bad_jsonl_names_the_line_and_leaves_nothing(tmp_path, line, words):
     with pytest.raises(ValueError) as error:
         load_data(tmp_path / "a.jsonl", context=2)
     assert_one_line(error.value, [words])
-    assert not any((data.cache_dir() / "tokens").iterdir())
+    assert not any((texts.cache_dir() / "tokens").iterdir())
 
 
 def test_fine_tuning_on_jsonl(tmp_path):
@@ -247,19 +248,19 @@ def test_fine_tuning_on_jsonl(tmp_path):
 def test_jsonl_without_text(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl has no text"):
         load_data(write_jsonl(tmp_path / "a.jsonl", ["", ""]), context=2)
-    assert not any((data.cache_dir() / "tokens").iterdir())
+    assert not any((texts.cache_dir() / "tokens").iterdir())
 
 
 def test_cut_character_does_not_make_a_file_binary(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 4095 + "é".encode())
     (tmp_path / "b.txt").write_bytes(b"x" * 4000 + b"\xff" + b"x" * 200)
-    assert [data._is_text(tmp_path / name) for name in ("a.txt", "b.txt")] == [True, False]
+    assert [texts._is_text(tmp_path / name) for name in ("a.txt", "b.txt")] == [True, False]
 
 
 def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
     calls = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda text: calls.append(text) or encode(text))
+    encode = texts._encode
+    monkeypatch.setattr(texts, "_encode", lambda text: calls.append(text) or encode(text))
     path = tmp_path / "a.txt"
 
     def first_ids():
@@ -273,18 +274,18 @@ def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
     os.utime(path, ns=(1, 1))
     assert first_ids() == ("one two eight<|endoftext|>", 2)
     # A cache file that lost its end is made again.
-    for cached in (data.cache_dir() / "tokens").iterdir():
+    for cached in (texts.cache_dir() / "tokens").iterdir():
         cached.write_bytes(cached.read_bytes()[:-2])
     assert first_ids() == ("one two eight<|endoftext|>", 3)
 
 
 def test_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
-    library = data._standard_library()
+    library = corpus._standard_library()
     names = [name for name, _ in library]
     assert {"argparse.py", "json/decoder.py", "turtle.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
     assert names != sorted(names)
-    monkeypatch.setattr(data, "_standard_library", lambda: [item for item in library if item[0] == "heapq.py"])
+    monkeypatch.setattr(corpus, "_standard_library", lambda: [item for item in library if item[0] == "heapq.py"])
     train, val = load_data(context=16)
     text = get_tokenizer().decode(np.concatenate([train.shards[0].tokens, val.shards[0].tokens]))
     with open(dict(library)["heapq.py"], encoding="utf-8", newline="") as file:
@@ -327,7 +328,7 @@ def test_id_outside_the_vocabulary(tmp_path, monkeypatch):
         load_tokens(path, context=2, vocab_size=300)
     assert_one_line(error.value, [path, "token id 300 at position 2", "vocabulary of 300"])
     # What opening did not look at is seen in the batch.
-    monkeypatch.setattr(data, "CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(batches, "CHECKED_AT_ONCE", 2)
     tokens = load_tokens(path, context=2, vocab_size=300)
     with pytest.raises(ValueError, match="token id 300 at position"):
         tokens.batch(0, batch_size=20)

@@ -10,9 +10,8 @@ import torch
 from conftest import DEVICE
 from test_model import pair, tokens
 
-from gpt2_fast import decoder as decoders
-from gpt2_fast.decoder import GraphDecoder, ModelDecoder, PackedDecoder, make_decoder, packed_model
-from gpt2_fast.generate import generate
+from gpt2_fast.generate import decoders, generate
+from gpt2_fast.generate.decoders import GraphDecoder, ModelDecoder, PackedDecoder, make_decoder, packed_model
 from gpt2_fast.ops.decode_step import PackedModel
 from gpt2_fast.optim import AdamW
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gpt2_fast.cli import main
-from gpt2_fast.doctor import version
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import TABLE, ImplementationUnavailable
+from gpt2_fast.report.machine import version
 
 ROW = re.compile(r"^(\S+).* sm_(80|90|100) +(\d+) +(\d+) +(\d+)  (.*?)(?:  FAILED: .*)?$")
 FAILURE = re.compile(r"^(.*\S) +sm_\d+ .*  FAILED: (.*)$", re.MULTILINE)
@@ -38,6 +38,28 @@ def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
     assert passed == [("cpp", "the C++ extension is not built; run: pip install -e .")]
     assert main(["doctor"]) == 0
     assert "not cpp: the C++ extension is not built; run: pip install -e ." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("requires", "fix"),
+    [
+        (["filelock", 'triton==3.7.1; sys_platform == "linux"'], "run: pip install triton==3.7.1"),
+        (["filelock", 'pytest-triton>=1; extra == "x"'], "a CUDA build of torch brings the one that fits"),
+        (None, "a CUDA build of torch brings the one that fits"),
+    ],
+)
+def test_advises_no_other_triton_than_torchs_own(requires, fix, monkeypatch, capsys):
+    """Another Triton beside a torch that requires one breaks torch.compile, and pip says so only afterwards."""
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.metadata, "requires", lambda name: requires)
+    dispatch.triton_missing.cache_clear()
+    try:
+        assert fix in dispatch.triton_missing()
+        assert not re.search(r"install triton(?!==3\.7\.1)", dispatch.triton_missing())
+        assert main(["doctor", "--kernels"]) == 1
+        assert fix in capsys.readouterr().out
+    finally:
+        dispatch.triton_missing.cache_clear()
 
 
 def test_a_named_implementation_never_falls_back(monkeypatch):

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
-from gpt2_fast import GPT2Config, GPT2LMHeadModel, cli, eval_tasks, evaluate, jsonl
-from gpt2_fast.convert import convert
-from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, cli
+from gpt2_fast.checkpoint.convert import convert
+from gpt2_fast.data import jsonl
+from gpt2_fast.data.tokenizer import get_tokenizer
+from gpt2_fast.evaluate import losses, tasks
 
 CONFIG = GPT2Config(n_positions=48, n_embd=16, n_layer=1, n_head=1)
 IDS_CONFIG = GPT2Config(n_positions=48, n_embd=32, n_layer=2, n_head=2, vocab_size=211, bos_token_id=5, eos_token_id=5)
@@ -110,7 +112,7 @@ def test_perplexity_is_the_documented_value(small, length, context, stride):
     ids = torch.randint(IDS_CONFIG.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
     expected = documented_perplexity(theirs, ids, context or IDS_CONFIG.n_positions, stride)
     for batch_size in (1, 4):
-        found = evaluate.perplexity(ours, ids[0], stride=stride, context=context, batch_size=batch_size)
+        found = losses.perplexity(ours, ids[0], stride=stride, context=context, batch_size=batch_size)
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert found["loss"] == pytest.approx(math.log(expected), rel=1e-6)
     windows = len(range(0, length, stride)) if stride == 48 else 1
@@ -119,14 +121,14 @@ def test_perplexity_is_the_documented_value(small, length, context, stride):
 
 def test_perplexity_with_a_limit_is_that_of_the_beginning(small):
     ids = torch.randint(IDS_CONFIG.vocab_size, (200,))
-    whole = evaluate.perplexity(small[0], ids[: 48 + 2 * 24], stride=24)
-    assert evaluate.perplexity(small[0], ids, stride=24, limit=3) == whole
+    whole = losses.perplexity(small[0], ids[: 48 + 2 * 24], stride=24)
+    assert losses.perplexity(small[0], ids, stride=24, limit=3) == whole
 
 
 def test_model_keeps_its_mode(small):
     for mode in (True, False):
         small[0].train(mode)
-        evaluate.perplexity(small[0], list(range(9)))
+        losses.perplexity(small[0], list(range(9)))
         assert small[0].training is mode
     assert all(p.grad is None for p in small[0].parameters())
 
@@ -144,19 +146,19 @@ def test_loglikelihoods_and_greedy_are_transformers(small):
         pairs.append((context, greedy[length:]))
         pairs.append((context, [*greedy[length:-1], 7]))
     pairs.append(([], [11, 12]))
-    sums, matches = evaluate.loglikelihoods(ours, pairs, batch_size=3, greedy=True)
+    sums, matches = losses.loglikelihoods(ours, pairs, batch_size=3, greedy=True)
     expected = [reference_loglikelihood(theirs, context or [5], continuation) for context, continuation in pairs]
     torch.testing.assert_close(sums, torch.tensor([e[0] for e in expected], dtype=torch.float64), rtol=1e-5, atol=1e-4)
     assert matches.tolist() == [e[1] for e in expected]
     assert 3 < sum(matches.tolist()) < len(pairs) - 3
-    assert evaluate.loglikelihoods(ours, pairs[:2])[1] is None
+    assert losses.loglikelihoods(ours, pairs[:2])[1] is None
 
 
 def test_greedy_by_chunks(small, monkeypatch):
     pairs = [([i], [i + 1, 9]) for i in range(5)]
-    whole = evaluate.loglikelihoods(small[0], pairs, greedy=True)
-    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 3)
-    assert torch.equal(evaluate.loglikelihoods(small[0], pairs, greedy=True)[1], whole[1])
+    whole = losses.loglikelihoods(small[0], pairs, greedy=True)
+    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 3)
+    assert torch.equal(losses.loglikelihoods(small[0], pairs, greedy=True)[1], whole[1])
 
 
 def hellaswag_by_hand(model, convention):
@@ -185,14 +187,14 @@ def test_hellaswag_chooses_as_the_convention_does(pair, tmp_path, convention):
     for i, measure in enumerate(("acc", "acc_norm")):
         lines = [{**line, "label": str(choice)} for line, choice in zip(LINES, choices[:, i], strict=True)]
         path = write_lines(tmp_path / f"{i}.jsonl", [*lines[:3], "\n", *lines[3:]])
-        found = eval_tasks.hellaswag(ours, path, batch_size=(1, 5)[i])
+        found = tasks.hellaswag(ours, path, batch_size=(1, 5)[i])
         assert found[f"{convention}_{measure}"] == 1.0
         assert found[f"{convention}_{('acc_norm', 'acc')[i]}"] == (choices[:, 0] == choices[:, 1]).mean()
         assert found["examples"] == len(LINES)
 
 
 def test_hellaswag_text_is_cleaned_as_lm_eval_does():
-    example = eval_tasks._hellaswag_example(WIKIHOW, "line 1")
+    example = tasks._hellaswag_example(WIKIHOW, "line 1")
     assert example.cleaned == (
         "Home and Garden: How to boil an egg. Fill a pot with water. Put the pot on the stove",
         [" Wait until it boils.", "and throw it away, far away.", "egg. egg", "naïvely."],
@@ -201,12 +203,12 @@ def test_hellaswag_text_is_cleaned_as_lm_eval_does():
 
 def test_hellaswag_without_the_parts_is_llmc_alone(pair, tmp_path):
     lines = [{key: line[key] for key in ("ctx", "endings", "label")} for line in LINES]
-    found = eval_tasks.hellaswag(pair[0], write_lines(tmp_path / "a.jsonl", lines))
+    found = tasks.hellaswag(pair[0], write_lines(tmp_path / "a.jsonl", lines))
     assert set(found) == {"llmc_acc", "llmc_acc_norm", "examples"}
-    whole = eval_tasks.hellaswag(pair[0], write_lines(tmp_path / "b.jsonl", LINES))
+    whole = tasks.hellaswag(pair[0], write_lines(tmp_path / "b.jsonl", LINES))
     assert found["llmc_acc"] == whole["llmc_acc"]
     record = {"task": "hellaswag", "file": "a.jsonl", "measures": found}
-    assert "lm-eval's two need activity_label" in eval_tasks.table([record])
+    assert "lm-eval's two need activity_label" in tasks.table([record])
 
 
 def test_lambada(pair, tmp_path):
@@ -216,11 +218,11 @@ def test_lambada(pair, tmp_path):
     for text in WORDS:
         context, word = text[: text.rindex(" ")], text[text.rindex(" ") :]
         expected.append(reference_loglikelihood(theirs, *map(get_tokenizer().encode, (context, word))))
-    found = eval_tasks.lambada(ours, path, batch_size=3)
+    found = tasks.lambada(ours, path, batch_size=3)
     assert found["acc"] == np.mean([hit for _, hit in expected]) == 0.5
     assert found["perplexity"] == pytest.approx(math.exp(-np.mean([value for value, _ in expected])), rel=1e-4)
     assert found["examples"] == len(WORDS)
-    assert eval_tasks.lambada(ours, path, limit=2)["acc"] == 1.0
+    assert tasks.lambada(ours, path, limit=2)["acc"] == 1.0
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["nanoGPT", "llm.c"])
@@ -230,12 +232,12 @@ def test_shard_loss(pair, tmp_path, header):
     words = np.zeros(256, dtype="<i4")
     words[:3] = 20240520, 1, len(ids)
     (tmp_path / "val.bin").write_bytes((words.tobytes() if header else b"") + ids.tobytes())
-    data = eval_tasks.load_tokens(tmp_path / "val.bin", context=24)
+    data = tasks.load_tokens(tmp_path / "val.bin", context=24)
     windows = torch.from_numpy(ids.astype(np.int64)[:97]).unfold(0, 25, 24)  # four windows of 24 and the next token
     with torch.no_grad():
         logits = theirs(windows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-    found = evaluate.dataset_loss(ours, data, batch_size=3)
+    found = losses.dataset_loss(ours, data, batch_size=3)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["tokens"] == 96
     assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -244,9 +246,9 @@ def test_shard_loss(pair, tmp_path, header):
 def test_text_is_tokenised_as_transformers_does(tmp_path, monkeypatch):
     get_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.setattr(eval_tasks, "_TEXT_PIECE", 20)
+    monkeypatch.setattr(tasks, "_TEXT_PIECE", 20)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXT).input_ids
-    assert eval_tasks.encode_text(get_tokenizer(), tmp_path / "text.txt").tolist() == theirs
+    assert tasks.encode_text(get_tokenizer(), tmp_path / "text.txt").tolist() == theirs
     assert 50256 in theirs
 
 
@@ -263,11 +265,11 @@ def test_command(pair, folder, tmp_path, capsys):
     written = json.loads(out.read_text())
     assert written["model"] == folder
     assert written["dtype"] == "float32"
-    ids = eval_tasks.encode_text(get_tokenizer(), tmp_path / "text.txt")
+    ids = tasks.encode_text(get_tokenizer(), tmp_path / "text.txt")
     expected = {
-        "text": evaluate.perplexity(pair[0], ids, stride=16, limit=5),
-        "hellaswag": eval_tasks.hellaswag(pair[0], hellaswag, limit=5),
-        "lambada": eval_tasks.lambada(pair[0], lambada, limit=5),
+        "text": losses.perplexity(pair[0], ids, stride=16, limit=5),
+        "hellaswag": tasks.hellaswag(pair[0], hellaswag, limit=5),
+        "lambada": tasks.lambada(pair[0], lambada, limit=5),
     }
     assert {record["task"]: record["measures"] for record in written["results"]} == expected
     assert f"{expected['lambada']['acc']:.4f} ± 0.2887" in printed  # sqrt(0.5 * 0.5 / 3)
@@ -291,7 +293,7 @@ def test_other_checkpoints_and_dtypes(pair, folder, tmp_path, capsys):
     assert losses[0] == losses[2]
     assert losses[1] == losses[3] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert eval_tasks.load_model(str(tmp_path / "ckpt.pt")).config.n_embd == CONFIG.n_embd
+    assert tasks.load_model(str(tmp_path / "ckpt.pt")).config.n_embd == CONFIG.n_embd
 
 
 BAD = {
@@ -319,7 +321,7 @@ def test_bad_line_is_named(pair, tmp_path, task, line, words):
     good = {"hellaswag": LINES[0], "lambada": {"text": "a b"}}[task]
     path = write_lines(tmp_path / "data.jsonl", [good, line])
     with pytest.raises(ValueError) as error:
-        getattr(eval_tasks, task)(pair[0], path)
+        getattr(tasks, task)(pair[0], path)
     assert f"{path} {words}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -330,7 +332,7 @@ def test_an_ending_too_long_is_named(pair, tmp_path):
     with pytest.raises(
         ValueError, match=r"a\.jsonl line 2: what is to be scored has \d+ tokens; this model takes 1 to 48"
     ):
-        eval_tasks.hellaswag(pair[0], path)
+        tasks.hellaswag(pair[0], path)
 
 
 def test_jsonl_that_cannot_be_read(tmp_path):
@@ -374,6 +376,6 @@ def test_another_vocabulary_is_refused(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=16, n_layer=1, n_head=1, vocab_size=61))
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a b"}])
     with pytest.raises(ValueError, match="vocab_size 61 and GPT-2's tokenizer 50257"):
-        eval_tasks.lambada(model, path)
+        tasks.lambada(model, path)
     with pytest.raises(ValueError, match="pair 1: what is to be scored has 9 tokens; this model takes 1 to 8"):
-        evaluate.loglikelihoods(model, [([1], [2]), ([1], [2] * 9)])
+        losses.loglikelihoods(model, [([1], [2]), ([1], [2] * 9)])

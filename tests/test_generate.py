@@ -9,11 +9,11 @@ from test_model import pair, tokens
 
 from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.data.tokenizer import get_tokenizer
 from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
+from gpt2_fast.generate.sampling import Sampler, Sampling, row_uniforms
+from gpt2_fast.generate.text import StopStrings
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.sampling import Sampler, Sampling, row_uniforms
-from gpt2_fast.text_stream import StopStrings
-from gpt2_fast.tokenizer import get_tokenizer
 
 
 def test_greedy_equals_transformers():

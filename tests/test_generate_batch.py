@@ -8,7 +8,7 @@ import transformers
 from conftest import DEVICE
 from test_model import pair, tokens
 
-from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast.data.tokenizer import get_tokenizer
 
 EOS, PAD = 63, 7
 

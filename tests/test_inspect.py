@@ -10,10 +10,11 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from gpt2_fast import checkpoint, cli, inspect, inspect_plots
+from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import PRESETS, GPT2Config, num_params
+from gpt2_fast.data.tokenizer import get_tokenizer
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast.report import inspect, model_figures
 
 TINY = {"n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 2}
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -114,11 +115,14 @@ def test_inference_memory_and_flops():
     assert inspect.flops_per_token(config, 5)["forward"] == 2 * model.num_parameters() + 2 * 3 * 32 * 5
 
 
-@pytest.mark.parametrize("scaling", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
-def test_attention_is_transformers(scaling):
-    config, weights = tiny(**scaling)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"activation_function": "gelu"}],
+)
+def test_attention_is_transformers(options):
+    config, weights = tiny(**options)
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**TINY, vocab_size=61, attn_implementation="eager", **scaling)
+        transformers.GPT2Config(**TINY, vocab_size=61, attn_implementation="eager", **options)
     ).eval()
     theirs.load_state_dict(weights)
     with torch.no_grad():
@@ -151,7 +155,7 @@ def test_labels():
 
 def test_weight_picture_is_the_tensor():
     weight = torch.randn(310, 400)
-    figure = inspect_plots.weight_figure(weight, "transformer.h.1.attn.c_attn.weight")
+    figure = model_figures.weight_figure(weight, "transformer.h.1.attn.c_attn.weight")
     assert isinstance(figure, Figure)
     axes, bar = figure.axes
     (image,) = axes.images
@@ -160,10 +164,10 @@ def test_weight_picture_is_the_tensor():
     assert image.colorbar.ax is bar
     assert (image.norm.vmin, image.norm.vmax) == (weight[:300, :300].min(), weight[:300, :300].max())
     assert axes.get_title(loc="left") == "transformer.h.1.attn.c_attn.weight"
-    whole = inspect_plots.weight_figure(weight.bfloat16(), "a", size=None).axes[0].images[0]
+    whole = model_figures.weight_figure(weight.bfloat16(), "a", size=None).axes[0].images[0]
     assert np.array_equal(whole.get_array(), weight.bfloat16().float().numpy())
     vector = torch.randn(50)
-    line = inspect_plots.weight_figure(vector, "a").axes[0].lines[0]
+    line = model_figures.weight_figure(vector, "a").axes[0].lines[0]
     assert np.array_equal(line.get_ydata(), vector.numpy())
 
 
@@ -171,7 +175,7 @@ def test_attention_picture_is_the_pattern(tmp_path, recwarn):
     pattern = torch.rand(5, 5).tril()
     pattern /= pattern.sum(-1, keepdim=True)
     labels = ["a", "$5", "$6", "日", "_x^"]
-    figure = inspect_plots.attention_figure(pattern, labels, "Attention, layer 0, head 0")
+    figure = model_figures.attention_figure(pattern, labels, "Attention, layer 0, head 0")
     axes = figure.axes[0]
     data = axes.images[0].get_array()
     assert np.array_equal(data.filled(0), pattern.numpy())
@@ -181,27 +185,27 @@ def test_attention_picture_is_the_pattern(tmp_path, recwarn):
     figure.savefig(tmp_path / "a.png")  # dollars are no mathematics, and every glyph is there
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
     with pytest.raises(ValueError, match="there are 2 labels"):
-        inspect_plots.attention_figure(pattern, ["a", "b"])
+        model_figures.attention_figure(pattern, ["a", "b"])
 
 
 def test_positions_picture_is_the_embedding():
     wpe = torch.randn(20, 12)
-    figure = inspect_plots.positions_figure(wpe, (0, 7, 11))
+    figure = model_figures.positions_figure(wpe, (0, 7, 11))
     curves, whole = figure.axes[:2]
     assert [line.get_ydata().tolist() for line in curves.lines] == [wpe[:, c].tolist() for c in (0, 7, 11)]
     assert np.array_equal(whole.images[0].get_array(), wpe.t().numpy())
-    assert [line.get_label() for line in inspect_plots.positions_figure(torch.randn(4, 300)).axes[0].lines] == [
+    assert [line.get_label() for line in model_figures.positions_figure(torch.randn(4, 300)).axes[0].lines] == [
         "channel 150", "channel 200", "channel 250",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="0 to 11"):
-        inspect_plots.positions_figure(wpe, (12,))
+        model_figures.positions_figure(wpe, (12,))
 
 
 def test_histograms_hold_the_weights():
     config, weights = tiny()
-    figure = inspect_plots.histograms_figure(weights, config.n_layer, bins=21)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(inspect_plots.MATRICES)
-    for axes, matrix in zip(figure.axes, inspect_plots.MATRICES, strict=True):
+    figure = model_figures.histograms_figure(weights, config.n_layer, bins=21)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(model_figures.MATRICES)
+    for axes, matrix in zip(figure.axes, model_figures.MATRICES, strict=True):
         values = [weights[f"transformer.h.{i}.{matrix}.weight"] for i in range(3)]
         reach = axes.get_xlim()[1]
         peaks = []

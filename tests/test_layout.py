@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import gpt2_fast
+from gpt2_fast import moved
 from gpt2_fast.ops.runtime.dispatch import TABLE, names
 
 ROOT = Path(__file__).parent.parent
 ROOM = {"attention_decode": "attention"}  # two kernels that share one room
 SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 
-# From the leaves up: a module imports from layers below its own, or from its own where that is marked True.
+# From the leaves up: a room imports from those on lines above its own, and a package from itself.
 LAYERS = [
-    ({"files", "cards", "config", "train_config", "sources", "patch_outputs", "jsonl"}, False),
-    ({"kernels"}, True),
-    ({"ops"}, True),
-    ({"tokenizer", "checkpoint", "patch_attention"}, False),
-    ({"model", "data", "optim", "formats", "plots", "patch_modules", "sampling", "text_stream"}, False),
-    ({"kv_cache"}, False),
-    ({"decoder"}, False),
-    ({"decoding"}, False),
-    ({"generate", "generate_batch", "convert", "inspect", "inspect_plots", "evaluate", "patching", "nanogpt"}, False),
-    ({"train", "doctor", "eval_tasks"}, False),
-    ({"cli"}, False),
+    {"config", "files", "lazy", "sources"},
+    {"kernels"},
+    {"ops"},
+    {"checkpoint", "data", "hf_patch"},
+    {"generate", "report"},
+    {"model", "optim"},
+    {"nanogpt", "evaluate"},
+    {"train"},
+    {"cli", "moved"},
+    {"__main__", "__init__"},
 ]
-
-LAZY = {("model", "generate_batch")}  # a method that is imported when it is called
+LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
 
 @pytest.mark.parametrize("op", TABLE)
@@ -43,42 +47,137 @@ def test_one_stem_in_every_folder(op):
         assert needed in text, f"gpt2_fast/ops/{room}.py has no {needed}"
 
 
-def _layer(module: str) -> int:
-    return next(i for i, (members, _) in enumerate(LAYERS) if module in members)
+def _modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, the kernels by the name that they are installed under."""
+    modules = {}
+    for folder, package in ((ROOT / "gpt2_fast", "gpt2_fast"), (ROOT / "kernels", "gpt2_fast.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            modules[".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return modules
 
 
-def _imports(path: Path) -> set[str]:
-    """The gpt2_fast modules, or packages of it, that a file imports anywhere in it."""
+MODULES = _modules()
+
+
+def _room(module: str) -> str:
+    """The package below gpt2_fast that a module is in, or the module itself where it lies in no package."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def _named(path: Path, module: str) -> set[str]:
+    """The dotted names that a file imports anywhere in it: absolute, relative, in functions, by import_module."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            dotted = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in dotted if name.startswith("gpt2_fast.")}
-    return found - {"_C"}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            # Of an f-string what stands in front of its first value.
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            found |= {name.value.rstrip(".")} if isinstance(name, ast.Constant) else set()
+    return {name for name in found if name.split(".")[0] == "gpt2_fast" and name != "gpt2_fast._C"}
+
+
+def _imports(module: str) -> set[str]:
+    """The modules of this package that one imports: a name in a module counts as that module."""
+    found = set()
+    for name in _named(MODULES[module], module):
+        while name not in MODULES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {module}
+
+
+ARROWS = {module: _imports(module) for module in MODULES}
+
+
+def test_every_module_has_a_room():
+    assert len(MODULES) > 50
+    homeless = [module for module in MODULES if _room(module) not in LAYER]
+    assert not homeless, f"{homeless[0]} is in none of LAYERS: put it into a package, or give it a line there"
+    assert LAYER.keys() == {_room(module) for module in MODULES}, "LAYERS has a room that is not there"
 
 
 def test_imports_run_one_way():
-    files = [p for p in (ROOT / "gpt2_fast").rglob("*.py") if p.name != "__init__.py"]
-    files += list((ROOT / "kernels").glob("*.py"))
-    assert len(files) > 20
-    for path in files:
-        module = "kernels" if path.parent.name == "kernels" else "ops" if "ops" in path.parts else path.stem
-        layer = _layer(module)
-        for imported in _imports(path):
-            own = imported == module and LAYERS[layer][1]
-            assert own or _layer(imported) < layer or (module, imported) in LAZY, (
-                f"{path.relative_to(ROOT)} imports {imported}, which is not below it"
-            )
+    for module, imported in ARROWS.items():
+        for target in imported:
+            own = _room(module) == _room(target)
+            assert own or LAYER[_room(target)] < LAYER[_room(module)], f"{module} imports {target}, which is not below"
+
+
+def test_no_module_is_in_a_circle():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for target in sorted(ARROWS[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in ARROWS:
+        visit(module, ())
 
 
 def test_implementations_never_import_each_other():
     """Kernels know neither the rooms nor the table."""
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert _imports(path) <= {"kernels"}, path.name
+    for module in MODULES:
+        if _room(module) == "kernels":
+            assert {_room(target) for target in ARROWS[module]} <= {"kernels"}, module
+
+
+def _tables() -> dict[str, tuple[str, ...]]:
+    """Package -> the names of the modules and packages in it."""
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    return {p: tuple(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == p) for p in packages}
+
+
+@pytest.mark.parametrize("package", sorted(_tables()))
+def test_a_package_says_what_is_in_it(package):
+    """It is installed; its docstring has a line a module; what it exports is there, and hides no module of it."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'"{package}"' in pyproject[pyproject.index("packages = [") :].split("]")[0]
+    if "ops" in package or package in ("gpt2_fast", "gpt2_fast.kernels"):
+        return
+    modules, text = _tables()[package], MODULES[package].read_text()
+    for name in modules:
+        assert re.search(rf"^{name}  +\S", text, re.M), f"the docstring of {package} has no line for {name}"
+    exported = importlib.import_module(package)
+    assert not set(exported.__all__) & set(modules)
+    for name in exported.__all__:
+        assert getattr(exported, name) is not None
+        assert name in dir(exported)
+
+
+@pytest.mark.parametrize("old", moved.MOVED)
+def test_a_moved_module_is_found_by_its_old_name(old):
+    new = importlib.import_module(f"gpt2_fast.{moved.MOVED[old]}")
+    assert importlib.import_module(f"gpt2_fast.{old}") is new is getattr(gpt2_fast, old)
+    assert new.__name__ == new.__spec__.name == f"gpt2_fast.{moved.MOVED[old]}"
+
+
+def test_the_old_names_are_found_in_a_new_process():
+    """Before any module has been imported by its new name, and by each kind of statement."""
+    code = """
+import gpt2_fast.tokenizer
+from gpt2_fast import inspect_plots, plots
+from gpt2_fast.sampling import Sampling
+from gpt2_fast.data import tokenizer
+assert gpt2_fast.tokenizer is tokenizer and plots.loss_figure and inspect_plots.MATRICES and Sampling.__module__
+assert gpt2_fast.doctor.explain_patch
+try:
+    import gpt2_fast.nothing
+except ModuleNotFoundError as error:
+    assert error.name == "gpt2_fast.nothing"
+assert not hasattr(gpt2_fast, "nothing") and not hasattr(gpt2_fast.data, "nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_stay_readable():

@@ -13,8 +13,10 @@ from numerics import assert_as_exact
 from torch import nn
 from torch.nn import functional as F
 
-from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel, cards, convert, nanogpt
+from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel, nanogpt
+from gpt2_fast.checkpoint import convert
 from gpt2_fast.nanogpt import GPT, GPTConfig, LazyLogits
+from gpt2_fast.report import machine
 
 SMALL = {"block_size": 32, "vocab_size": 65, "n_layer": 3, "n_head": 3, "n_embd": 48}
 
@@ -326,18 +328,18 @@ def test_compiles_whole(bias):
 
 def test_estimate_mfu(monkeypatch):
     ours = pair()[1]
-    monkeypatch.setattr(cards, "peak", lambda device: 1e9)
+    monkeypatch.setattr(machine, "peak", lambda device: 1e9)
     flops_a_token = 6 * (ours.get_num_params(False) - 32 * 48) + 12 * 3 * 48 * 32
     assert ours.estimate_mfu(fwdbwd_per_iter=5, dt=0.25) == pytest.approx(flops_a_token * 32 * 5 / 0.25 / 1e9)
     names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.4, "NVIDIA A10G": 70,
              "NVIDIA GH200 480GB": 989.4, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA H200": 989.4}  # fmt: skip
-    assert {name: cards.card_peak(name, "bfloat16") / 1e12 for name in names} == names
-    assert cards.card_peak("Some Other Card", "bfloat16") is None
+    assert {name: machine.card_peak(name, "bfloat16") / 1e12 for name in names} == names
+    assert machine.card_peak("Some Other Card", "bfloat16") is None
     monkeypatch.undo()
-    cards.measured_peak.cache_clear()
-    peak = cards.peak(torch.device("cpu"))
+    machine.measured_peak.cache_clear()
+    peak = machine.peak(torch.device("cpu"))
     assert 1e8 < peak < 1e14
-    assert cards.peak(torch.device("cpu")) == peak
+    assert machine.peak(torch.device("cpu")) == peak
 
 
 def test_bad_sizes_are_named():

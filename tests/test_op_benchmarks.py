@@ -155,10 +155,11 @@ def test_cost_of_layernorm_linear_gelu_is_its_inputs_and_outputs(dtype):
 def test_cost_of_attention_is_its_inputs_and_outputs_and_visible_pairs(dtype):
     B, T, H, D = 2, 5, 3, 16
     qkv = torch.randn(B, T, 3, H, D).to(dtype)
-    out, lse = OPS.attention(qkv, None, D**-0.5, 0.0, None, 0, "cpp")
+    options = (None, 0.0, None, 0)
+    out, lse = attention.OP.forward_op(qkv, None, *options, True, "cpp")
     cost = attention.cost(B, T, H, D, dtype.itemsize)
     assert cost["forward"]["bytes"] == _bytes(qkv, out, lse)
-    dqkv = OPS.attention_backward(out, qkv, out, lse, None, D**-0.5, 0.0, None, 0, "cpp")
+    dqkv = attention.OP.backward_op(out, qkv, None, out, lse, *options, [True, False], "cpp")
     assert cost["backward"]["bytes"] == _bytes(out, qkv, out, lse, dqkv)
     pairs = B * H * int(attention.visible_keys(T, None, qkv.device).sum())
     assert cost["forward"]["flops"] == pairs * 2 * (2 * D)  # Q K^T and P V, a multiply and an add each

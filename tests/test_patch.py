@@ -19,9 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E40
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
 
 import gpt2_fast  # noqa: E402
-from gpt2_fast import cli, doctor, patch_modules, patching  # noqa: E402
+from gpt2_fast import cli  # noqa: E402
+from gpt2_fast.hf_patch import attention, modules, swap  # noqa: E402
 from gpt2_fast.ops.attention import attention_reference  # noqa: E402
 from gpt2_fast.ops.runtime import philox  # noqa: E402
+from gpt2_fast.report import doctor  # noqa: E402
 
 B, T, V = 3, 11, 97
 SIZES = {"vocab_size": V, "n_positions": 40, "n_embd": 48, "n_head": 3, "n_layer": 2, "bos_token_id": 1,
@@ -95,7 +97,7 @@ def test_every_head(head, masked):
         return {name: visible(output[name], mask) for name in OUTPUTS if output.get(name) is not None}
 
     unpatched, patched = pair(head)
-    assert any(row.runs != "transformers" for row in patching.explain(patched))
+    assert any(row.runs != "transformers" for row in swap.explain(patched))
     assert_exact(unpatched, patched, run)
 
 
@@ -130,7 +132,7 @@ def test_what_the_loss_takes():
                  {"shift_labels": shifted}):  # fmt: skip
         options = {"labels": tokens, **more}
         expected, actual = unpatched(tokens, **options).loss, patched(tokens, **options).loss
-        assert type(patched(tokens, **options)).__module__ == "gpt2_fast.patch_outputs"
+        assert type(patched(tokens, **options)).__module__ == "gpt2_fast.hf_patch.outputs"
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
 
 
@@ -252,7 +254,7 @@ def test_calls_that_stay_with_transformers():
         for name in ("logits", "hidden_states", "attentions"):
             if expected.get(name) is not None:
                 torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
-    assert patching.patch_attention.is_ours(patched.config)
+    assert attention.is_ours(patched.config)
 
 
 def test_cross_attention_stays_with_transformers():
@@ -262,7 +264,7 @@ def test_cross_attention_stays_with_transformers():
     options = {"encoder_hidden_states": encoder, "encoder_attention_mask": mask, "attention_mask": LEFT}
     expected, actual = (model(tokens, **options).logits[LEFT.bool()] for model in (unpatched, patched))
     torch.testing.assert_close(actual, expected)
-    rows = [row for row in patching.explain(patched) if row.part in ("block", "attention")]
+    rows = [row for row in swap.explain(patched) if row.part in ("block", "attention")]
     assert [row.why for row in rows] == ["the model has cross-attention"] * 2
 
 
@@ -279,7 +281,8 @@ class PhiloxDropout(torch.nn.Module):
 
 def _reference_attention(module, query, key, value, attention_mask, **kwargs):
     qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
-    return attention_reference(qkv, dropout_p=0.3, rng=module.attn_dropout.keys[module.layer_idx + 1], site=1), None
+    dropout = philox.Dropout(0.3, module.attn_dropout.keys[module.layer_idx + 1], 1)
+    return attention_reference(qkv, dropout=dropout), None
 
 
 def test_dropout_masks():
@@ -435,18 +438,18 @@ def test_what_is_no_gpt2():
 
 
 def test_explain():
-    rows = {(row.module, row.part): (row.runs, row.why) for row in patching.explain(gpt2_fast.patch(build()))}
+    rows = {(row.module, row.part): (row.runs, row.why) for row in swap.explain(gpt2_fast.patch(build()))}
     assert all(runs != "transformers" for runs, _ in rows.values()), rows
     assert rows["(the model)", "head and loss"] == ("linear_cross_entropy", "")
     assert {runs for runs, _ in rows.values()} == {
         "embedding", "add_layernorm", "attention, attention_decode", "linear", "layernorm_linear_gelu",
         "linear_cross_entropy",
     }  # fmt: skip
-    assert {row.why for row in patching.explain(build()) if row.runs == "transformers"} >= {"it is not patched"}
+    assert {row.why for row in swap.explain(build()) if row.runs == "transformers"} >= {"it is not patched"}
     model = gpt2_fast.patch(build(activation_function="relu", n_head=6))
     model.transformer.h[1].ln_1.register_forward_hook(lambda *_: None)
     model.loss_function = lambda *_, **__: None
-    why = {row.module: row.why for row in patching.explain(model) if row.runs == "transformers"}
+    why = {row.module: row.why for row in swap.explain(model) if row.runs == "transformers"}
     assert why["transformer.h.0.attn"] == "head size 8 is outside 16 to 128"
     assert why["transformer.h.0.mlp"].endswith("not the tanh GELU")
     assert why["transformer.h.1.ln_1"] == "has hooks"
@@ -457,11 +460,11 @@ def test_set_attn_implementation_switches_attention_off_and_on():
     unpatched, patched = pair()
     tokens = ids()
     patched.set_attn_implementation("eager")
-    reason = patch_modules.attention_taken(patched.transformer.h[0])
+    reason = modules.attention_taken(patched.transformer.h[0])
     assert reason == "its implementation is 'eager'"
     torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
     gpt2_fast.patch(patched)
-    assert patch_modules.attention_taken(patched.transformer.h[0]) is None
+    assert modules.attention_taken(patched.transformer.h[0]) is None
     gpt2_fast.unpatch(patched)
     assert patched.config._attn_implementation == "eager"
     assert type(patched.transformer.h[0]) is modeling_gpt2.GPT2Block

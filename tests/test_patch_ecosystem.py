@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from test_patch import B, T, V, build, everything, ids, pair  # noqa: E402
 
 import gpt2_fast  # noqa: E402
-from gpt2_fast import patching  # noqa: E402
+from gpt2_fast.hf_patch import swap  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_peft_lora(targets, first):
     for expected, actual in zip(*results, strict=True):
         assert actual.abs().max() > 0
         torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-6)
-    why = {row.module: row.why for row in patching.explain(models[1]) if row.runs == "transformers"}
+    why = {row.module: row.why for row in swap.explain(models[1]) if row.runs == "transformers"}
     assert "is peft.tuners.lora" in why["base_model.model.transformer.h.0.attn.c_attn"]
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     merged = [model.merge_and_unload()(tokens).logits for model in map(copy.deepcopy, models)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gpt2_fast.plots import MAX_POINTS, loss_figure, read_metrics, save_figure, save_loss_plot, smoothed
+from gpt2_fast.report.figures import MAX_POINTS, loss_figure, read_metrics, save_figure, save_loss_plot, smoothed
 
 RECORDS = [
     {"step": 0, "val_loss": 10.5},

@@ -23,9 +23,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 import gpt2_fast
-from gpt2_fast import cli, config, convert
+from gpt2_fast import cli, config
+from gpt2_fast.checkpoint import convert
 from gpt2_fast.data import load_data, load_tokens
-from gpt2_fast.tokenizer import get_tokenizer
+from gpt2_fast.data.tokenizer import get_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SIZES = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}

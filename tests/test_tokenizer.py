@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from gpt2_fast import tokenizer as module
-from gpt2_fast.tokenizer import EOT, FILES, URL, Tokenizer, get_tokenizer, split_text
+from gpt2_fast.data import tokenizer as module
+from gpt2_fast.data.tokenizer import EOT, FILES, URL, Tokenizer, get_tokenizer, split_text
 
 TEXTS = [
     "",

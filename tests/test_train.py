@@ -16,7 +16,7 @@ import transformers
 
 from gpt2_fast.cli import main
 from gpt2_fast.train import Run, start_run
-from gpt2_fast.train_config import TrainConfig
+from gpt2_fast.train.config import TrainConfig
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i % 7}\n\n" for i in range(3000))
 

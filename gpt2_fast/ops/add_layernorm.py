@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops.runtime import cpp
+from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
@@ -70,6 +70,13 @@ def _backward_cpp(a, out):
     chunks = min(a.N, PARTIAL_CHUNKS)
     partial = a.h.new_empty(chunks, 2, a.C, dtype=torch.float32)
     cpp.add_layernorm_backward(out, a, chunks=chunks, partial=partial)
+
+
+def normalized(h: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
+    """y again, [..., C] in `dtype`, to the bits of the C++ forward, from h and the float32 [N] statistics it saved."""
+    y, weight, bias = buffers.empty(h, h.shape, dtype), *(t.float().contiguous() for t in (weight, bias))
+    cpp.add_layernorm_normalize(h=h, weight=weight, bias=bias, mean=mean, rstd=rstd, y=y, N=len(mean), C=h.shape[-1])
+    return y
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

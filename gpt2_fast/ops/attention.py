@@ -17,16 +17,17 @@ Heads are read in place and dqkv is written packed: none of the usual transposes
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.runtime import buffers, dispatch, philox
-from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, address
-from gpt2_fast.ops.runtime.library import define
+from gpt2_fast.ops.runtime import cpp, dispatch
+from gpt2_fast.ops.runtime.contract import FLOAT, Input
+from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, keep_tiles
 
-OP, DECODE = "attention", "attention_decode"
 HEAD_MIN, HEAD_MAX = 16, 128
-KEY_GROUP = 256  # keys of one backward task and of one split in decoding, as in csrc
 
 
 def visible_keys(T: int, segments: Tensor | None, device: torch.device) -> Tensor:
@@ -38,19 +39,17 @@ def visible_keys(T: int, segments: Tensor | None, device: torch.device) -> Tenso
     return causal & (document[:, None, :, None] == segments[:, None, None, :])
 
 
-def keep_mask(B: int, T: int, H: int, dropout_p: float, rng: Tensor, site: int) -> Tensor:
+def keep_mask(B: int, T: int, H: int, dropout: Dropout) -> Tensor:
     """The dropout mask, bool [B, H, T, T]: coordinates z = b H + h, row = query, column = key."""
-    return philox.keep_tiles(rng, site, B * H, T, dropout_p).view(B, H, T, T)
+    return keep_tiles(dropout.key, dropout.site, B * H, T, dropout.p).view(B, H, T, T)
 
 
 def attention_reference(
     qkv: Tensor,
+    segments: Tensor | None = None,
     *,
     scale: float | None = None,
-    segments: Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng: Tensor | None = None,
-    site: int = 0,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
     """What is correct: see `attention`. Any device and floating dtype, under autograd."""
     B, T, _, H, D = qkv.shape
@@ -60,14 +59,13 @@ def attention_reference(
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     # Masked once more: a query that sees nothing would otherwise weigh all keys alike.
     probabilities = scores.softmax(-1).masked_fill(hidden, 0.0)
-    if dropout_p > 0.0:
-        keep = keep_mask(B, T, H, dropout_p, rng, site)
-        probabilities = (probabilities * philox.scale(dropout_p)).masked_fill(~keep, 0.0)
+    if dropout.p > 0.0:
+        probabilities = (probabilities * dropout.scale).masked_fill(~keep_mask(B, T, H, dropout), 0.0)
     return (probabilities @ v).transpose(1, 2)
 
 
 def attention_decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, starts: Tensor, lengths: Tensor, scale: float | None = None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, lengths: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """What is correct: see `attention_decode`. Any device and floating dtype."""
     j = torch.arange(k_cache.shape[2], device=q.device)
@@ -95,121 +93,47 @@ def segments_from(attention_mask: Tensor | None = None, document_ids: Tensor | N
     return documents if attention_mask is None else torch.where(attention_mask != 0, documents, ~documents)
 
 
-define(
-    "attention(Tensor qkv, Tensor? segments, float scale, float dropout_p, Tensor? rng, int site, str impl)"
-    " -> (Tensor out, Tensor lse)"
-)
-define(
-    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? segments, float scale,"
-    " float dropout_p, Tensor? rng, int site, str impl) -> Tensor"
-)
-define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor lengths, float scale, str impl)"
-    " -> Tensor"
-)
+def _scale(a) -> float:
+    return a.D**-0.5 if a.scale is None else a.scale
 
 
-@torch.library.register_fake("gpt2_fast::attention")
-def _empty_forward(qkv, segments, scale, dropout_p, rng, site, impl):
-    B, T, _, H, D = qkv.shape
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
+def _groups(keys: int) -> int:
+    return -(-keys // dispatch.extension().ATTENTION_KEY_GROUP)
 
 
-@torch.library.register_fake("gpt2_fast::attention_backward")
-def _(dout, qkv, out, lse, segments, scale, dropout_p, rng, site, impl):
-    return qkv.new_empty(qkv.shape)
+def _forward_cpp(a, out):
+    cpp.attention_forward(out, a, scale=_scale(a))
 
 
-@torch.library.register_fake("gpt2_fast::attention_decode")
-def _(q, k_cache, v_cache, starts, lengths, scale, impl):
-    return q.new_empty(q.shape)
-
-
-def _forward_cpp(qkv, scale, segments, dropout_p, rng, site):
-    B, T, _, H, D = qkv.shape
-    out, lse = buffers.empty(qkv, (B, T, H, D), qkv.dtype), qkv.new_empty(B, H, T, dtype=torch.float32)
-    dispatch.extension().attention_forward(
-        address(qkv), address(out), address(lse), address(segments), B, T, H, D, scale, DTYPE_CODES[qkv.dtype],
-        *philox.arguments(dropout_p, rng, site),
-    )  # fmt: skip
-    return out, lse
-
-
-def _backward_cpp(dout, qkv, out, lse, scale, segments, dropout_p, rng, site):
-    B, T, _, H, D = qkv.shape
-    dqkv, partial = buffers.empty(qkv, qkv.shape, qkv.dtype), None
-    groups = -(-T // KEY_GROUP)
-    heads = B * H
+def _backward_cpp(a, out):
+    partial, groups, heads = None, _groups(a.T), a.B * a.H
     if groups > 1 and heads < 2 * torch.get_num_threads():
         # Too few heads to keep the threads busy: the keys of a head are shared out, each leaving its own part of dq.
-        partial = lse.new_empty(B, H, groups, T, -(-D // 16) * 16)
-    dispatch.extension().attention_backward(
-        address(dout), address(qkv), address(out), address(lse), address(segments), address(dqkv), address(partial),
-        B, T, H, D, scale, DTYPE_CODES[qkv.dtype], *philox.arguments(dropout_p, rng, site),
-    )  # fmt: skip
-    return dqkv
+        partial = a.lse.new_empty(a.B, a.H, groups, a.T, -(-a.D // 16) * 16)
+    cpp.attention_backward(out, a, scale=_scale(a), partial=partial)
 
 
-def _decode_cpp(q, k_cache, v_cache, starts, lengths, scale):
-    B, H, S, D = k_cache.shape
-    out = torch.empty_like(q)
-    partial = q.new_empty(B, H, -(-S // KEY_GROUP), -(-D // 16) * 16 + 16, dtype=torch.float32)
-    dispatch.extension().attention_decode(
-        address(q), address(k_cache), address(v_cache), address(out), address(starts), address(lengths),
-        address(partial), B, H, S, D, scale, DTYPE_CODES[q.dtype],
-    )  # fmt: skip
-    return out
+def _forward_triton(a, out):
+    from gpt2_fast.kernels import attention as kernel
+
+    out.out, out.lse = kernel.forward(a.qkv, _scale(a), a.segments, *a.dropout)
 
 
-def _kernels(impl: str):
-    """The forward, backward and decode launchers of `impl`."""
-    if impl == "cpp":
-        return _forward_cpp, _backward_cpp, _decode_cpp
-    from gpt2_fast.kernels import attention, attention_decode
+def _backward_triton(a, out):
+    from gpt2_fast.kernels import attention as kernel
 
-    return attention.forward, attention.backward, attention_decode.decode
+    out.dqkv = kernel.backward(a.dout, a.qkv, a.out, a.lse, _scale(a), a.segments, *a.dropout)
 
 
-@torch.library.impl("gpt2_fast::attention", ("CPU", "CUDA"))
-def _(qkv, segments, scale, dropout_p, rng, site, impl):
-    segments = None if segments is None else segments.contiguous()
-    return _kernels(impl)[0](qkv.contiguous(), scale, segments, dropout_p, rng, site)
+def _decode_cpp(a, out):
+    partial = a.q.new_empty(a.B, a.H, _groups(a.S), -(-a.D // 16) * 16 + 16, dtype=torch.float32)
+    cpp.attention_decode(out, a, scale=_scale(a), partial=partial)
 
 
-@torch.library.impl("gpt2_fast::attention_backward", ("CPU", "CUDA"))
-def _(dout, qkv, out, lse, segments, scale, dropout_p, rng, site, impl):
-    segments = None if segments is None else segments.contiguous()
-    tensors = (t.contiguous() for t in (dout, qkv, out, lse))
-    return _kernels(impl)[1](*tensors, scale, segments, dropout_p, rng, site)
+def _decode_triton(a, out):
+    from gpt2_fast.kernels import attention_decode as kernel
 
-
-@torch.library.impl("gpt2_fast::attention_decode", ("CPU", "CUDA"))
-def _(q, k_cache, v_cache, starts, lengths, scale, impl):
-    tensors = (t.contiguous() for t in (q, k_cache, v_cache, starts, lengths))
-    return _kernels(impl)[2](*tensors, scale)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, segments, scale, dropout_p, rng, site, impl):
-        qkv = qkv.contiguous()
-        out, lse = torch.ops.gpt2_fast.attention(qkv, segments, scale, dropout_p, rng, site, impl)
-        ctx.save_for_backward(qkv, out, lse, segments, rng)
-        ctx.options = (scale, dropout_p, site, impl)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        qkv, out, lse, segments, rng = ctx.saved_tensors
-        scale, dropout_p, site, impl = ctx.options
-        dqkv = torch.ops.gpt2_fast.attention_backward(dout, qkv, out, lse, segments, scale, dropout_p, rng, site, impl)
-        return dqkv, *(None,) * 6
-
-
-def _check_scale(op: str, scale: float | None, head_dim: int) -> float:
-    if scale is not None and not scale > 0.0:
-        raise ValueError(f"{op}: scale is {scale}; it must be positive")
-    return head_dim**-0.5 if scale is None else scale
+    out.out = kernel.decode(a.q, a.k_cache, a.v_cache, a.starts, a.lengths, _scale(a))
 
 
 def _check_head(op: str, head_dim: int) -> None:
@@ -220,22 +144,44 @@ def _check_head(op: str, head_dim: int) -> None:
         )
 
 
-def _validate(qkv, segments, dropout_p, rng):
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{OP}: qkv is {tuple(qkv.shape)}; it must be [B, T, 3, H, D]")
-    if not qkv.is_floating_point():
-        raise ValueError(f"{OP}: qkv is {qkv.dtype}; it must be a floating dtype")
-    if qkv.shape[1] == 0:
-        raise ValueError(f"{OP}: qkv is {tuple(qkv.shape)}; a sequence has at least one token")
-    if segments is not None:
-        if segments.shape != qkv.shape[:2] or segments.dtype != torch.int32:
-            raise ValueError(
-                f"{OP}: segments is {segments.dtype} {tuple(segments.shape)}; it must be int32 "
-                f"{tuple(qkv.shape[:2])}, see segments_from"
-            )
-        if segments.device != qkv.device:
-            raise ValueError(f"{OP}: segments is on {segments.device} and qkv on {qkv.device}; use one device")
-    philox.check(OP, dropout_p, rng, qkv.device)
+def _check_scale(op: str, scale: float | None) -> None:
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"{op}: scale is {scale}; it must be positive and finite, or None for D ** -0.5")
+
+
+OP = Op(
+    "attention",
+    inputs=(Input("qkv", "B T 3 H D", FLOAT), Input("segments", "B T", (torch.int32,), optional=True)),
+    options={"scale": float | None, "dropout": Dropout},
+    limits=lambda qkv, segments: _check_head("attention", qkv.shape[-1]),
+    reference=attention_reference,
+    outputs=lambda a: {"out": ((a.B, a.T, a.H, a.D), a.qkv.dtype), "lse": ((a.B, a.H, a.T), torch.float32)},
+    output_names=("out", "lse"),
+    returns=("out",),
+    saved={"qkv": "B T 3 H D", "segments": "B T", "out": "B T H D", "lse": "B H T"},
+    gradients=lambda a: {"dqkv": (a.qkv.shape, a.qkv.dtype)},
+    backends={"cpp": Backend(_forward_cpp, _backward_cpp), "triton": Backend(_forward_triton, _backward_triton)},
+    on={"cpu": ("cpp",), "cuda": ("triton",)},
+)
+
+DECODE = Op(
+    "attention_decode",
+    inputs=(
+        Input("q", "B H D", FLOAT),
+        Input("k_cache", "B H S D"),
+        Input("v_cache", "B H S D"),
+        Input("starts", "B", (torch.int32,)),
+        Input("lengths", "B", (torch.int32,)),
+    ),
+    options={"scale": float | None},
+    limits=lambda q, *_: _check_head("attention_decode", q.shape[-1]),
+    reference=attention_decode_reference,
+    outputs=lambda a: {"out": (a.q.shape, a.q.dtype)},
+    output_names=("out",),
+    returns=("out",),
+    backends={"cpp": Backend(_decode_cpp), "triton": Backend(_decode_triton)},
+    on={"cpu": ("cpp",), "cuda": ("triton",)},
+)
 
 
 def attention(
@@ -243,62 +189,29 @@ def attention(
     *,
     scale: float | None = None,
     segments: Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng: Tensor | None = None,
-    site: int = 0,
+    dropout: Dropout = NO_DROPOUT,
     impl: str = "auto",
 ) -> Tensor:
     """Causal self-attention of packed queries, keys and values, differentiable in qkv.
 
     Args:
-        qkv: [B, T, 3, H, D], T >= 1; D from 16 to 128. Inside `torch.autocast` it is cast to autocast's dtype.
+        qkv: [B, T, 3, H, D], D from 16 to 128. Inside `torch.autocast` it is cast to autocast's dtype.
         scale: > 0, of the scores; D ** -0.5 by default.
         segments: int32 [B, T] padding and documents (`segments_from`), or None: all one document.
-        dropout_p: probability of dropping a weight; 0 in eval mode.
-        rng: int64 [1] key of this forward pass (`philox.new_key`), needed when dropout_p > 0.
-        site: which dropout of the model this is.
+        dropout: of the weights.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
         [B, T, H, D] in qkv's dtype; 0 where a query sees nothing.
 
     Raises:
-        ValueError: shapes, dtypes, devices, scale or dropout_p that do not fit.
+        ValueError: shapes, dtypes, devices, scale or dropout that do not fit; a head size that no kernel takes.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate(qkv, segments, dropout_p, rng)
-    scale = _check_scale(OP, scale, qkv.shape[-1])
-    if torch.is_autocast_enabled(qkv.device.type):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    name = dispatch.choose(OP, impl, qkv.device, qkv.dtype)
-    if name == "reference":
-        return attention_reference(
-            qkv, scale=scale, segments=segments, dropout_p=dropout_p, rng=rng, site=site
-        )  # fmt: skip
-    _check_head(OP, qkv.shape[-1])
-    return _Attention.apply(qkv, segments, scale, dropout_p, rng, site, name)
-
-
-def _validate_decode(q, k_cache, v_cache, starts, lengths):
-    if q.dim() != 3 or k_cache.dim() != 4:
-        raise ValueError(
-            f"{DECODE}: q is {tuple(q.shape)} and k_cache {tuple(k_cache.shape)}; "
-            "they must be [B, H, D] and [B, H, S, D]"
-        )
-    B, H, S, D = k_cache.shape
-    if q.shape != (B, H, D) or v_cache.shape != k_cache.shape or S == 0:
-        raise ValueError(
-            f"{DECODE}: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} "
-            "do not fit; they must be [B, H, D] and twice [B, H, S, D]"
-        )
-    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.dtype != q.dtype or t.device != q.device:
-            raise ValueError(f"{DECODE}: {name} is {t.dtype} on {t.device} and q {q.dtype} on {q.device}")
-    for name, t in (("starts", starts), ("lengths", lengths)):
-        if t.shape != (B,) or t.dtype != torch.int32 or t.device != q.device:
-            raise ValueError(
-                f"{DECODE}: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; it must be int32 ({B},) on {q.device}"
-            )
+    _check_scale("attention", scale)
+    if isinstance(qkv, Tensor) and qkv.is_floating_point():
+        qkv = qkv.to(autocast_dtype(qkv))
+    return OP(qkv, segments, scale=scale, dropout=dropout, impl=impl)
 
 
 def attention_decode(
@@ -314,9 +227,10 @@ def attention_decode(
     """One query a head against cached keys and values. No gradient.
 
     Args:
-        q: [B, H, D].
+        q: [B, H, D], D from 16 to 128.
         k_cache, v_cache: [B, H, S, D] in q's dtype.
-        starts, lengths: int32 [B]; sequence b sees the keys starts[b] <= j < lengths[b] <= S.
+        starts, lengths: int32 [B]; sequence b sees the keys starts[b] <= j < lengths[b] of the S there are: what
+            points outside of the cache is not read.
         scale: > 0, of the scores; D ** -0.5 by default.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
 
@@ -324,16 +238,11 @@ def attention_decode(
         [B, H, D] in q's dtype; 0 where a sequence sees nothing.
 
     Raises:
-        ValueError: shapes, dtypes, devices or scale that do not fit.
+        ValueError: shapes, dtypes, devices or scale that do not fit; a head size that no kernel takes.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate_decode(q, k_cache, v_cache, starts, lengths)
-    scale = _check_scale(DECODE, scale, q.shape[-1])
-    name = dispatch.choose(DECODE, impl, q.device, q.dtype)
-    if name == "reference":
-        return attention_decode_reference(q, k_cache, v_cache, starts=starts, lengths=lengths, scale=scale)
-    _check_head(DECODE, q.shape[-1])
-    return torch.ops.gpt2_fast.attention_decode(q, k_cache, v_cache, starts, lengths, scale, name)
+    _check_scale("attention_decode", scale)
+    return DECODE(q, k_cache, v_cache, starts, lengths, scale=scale, impl=impl)
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -346,15 +255,16 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
     }
     for shape, options in [
         ((2, 1, 3, 2, 16), {}),
-        ((2, 17, 3, 2, 20), {"segments": segments_from(masks["left"]), "dropout_p": 0.2}),
+        ((2, 17, 3, 2, 20), {"segments": segments_from(masks["left"]), "dropout": 0.2}),
         ((2, 63, 3, 1, 64), {"segments": segments_from(masks["right"]), "scale": 0.3}),
         ((1, 129, 3, 2, 80), {"segments": segments_from(document_ids=masks["documents"])}),
-        ((1, 129, 3, 1, 128), {"dropout_p": 0.1}),
+        ((1, 129, 3, 1, 128), {"dropout": 0.1}),
     ]:
         qkv = torch.randn(shape, generator=generator).to(device, dtype)
         options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-        if "dropout_p" in options:
-            options |= {"rng": torch.tensor([0x1234_5678_9ABC_DEF0], device=device), "site": 4}
+        if "dropout" in options:
+            key = torch.tensor([0x1234_5678_9ABC_DEF0], device=device)
+            options["dropout"] = Dropout(options["dropout"], key, 4)
         yield qkv, options
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
 from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded, round_up
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import address
+from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
 
 OP = "decode_step"
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
@@ -70,7 +70,7 @@ class PackedModel:
     def _entries(self) -> list[int]:
         """DecodeModel of csrc/decode_step.h."""
         c = self.config
-        erf = ACTIVATIONS[c.activation_function] == "none"
+        erf = ACTIVATIONS[c.activation_function]
         sizes = [CODES[self.weights], erf, c.n_layer, c.n_embd, c.n_head, c.head_dim, c.n_inner_, c.vocab_size]
         layers = [entry for layer in self.layers for entry in layer.table()]
         vectors = map(address, (self.wpe, *self.ln_f))
@@ -204,7 +204,7 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
         out = probabilities @ cache.values[i, :, :, :last]
         h = h + linear(out.transpose(1, 2).reshape(B, T, -1), attn_proj)
         f = linear(normed(h, layer.ln_2), c_fc)
-        h = h + linear(F.gelu(f, approximate=ACTIVATIONS[config.activation_function]), mlp_proj)
+        h = h + linear(F.gelu(f, approximate=ACTIVATIONS[config.activation_function].approximate), mlp_proj)
     return linear(normed(h[:, -1], packed.ln_f), packed.lm_head)
 
 

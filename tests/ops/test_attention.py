@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
 
 from gpt2_fast.ops.attention import (
     attention,
@@ -16,8 +16,9 @@ from gpt2_fast.ops.attention import (
     samples,
     segments_from,
 )
-from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 INTERPRETED = DEVICE == "cpu"  # Triton takes most of a second a tile there
@@ -64,13 +65,13 @@ def test_sizes(isa, T, D):
 @pytest.mark.parametrize("T", [257, 530])
 def test_keys_in_several_groups(threads, T):
     """Past 256 keys dq is summed over groups: by one thread a head, or, with few heads, by several."""
-    rng = torch.tensor([77])
+    dropout = Dropout(0.1, torch.tensor([77]))
     segments = segments_from(torch.ones(1, T), (torch.arange(T) // 200)[None])
     qkv = torch.randn(1, T, 3, 2, 32)
     for count in (1, 4):  # 2 heads: sequential on 1 thread, shared out on 4
         threads(count)
         _check(qkv, {}, "cpp")
-        _check(qkv, {"segments": segments, "dropout_p": 0.1, "rng": rng}, "cpp")
+        _check(qkv, {"segments": segments, "dropout": dropout}, "cpp")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "all"])
@@ -112,8 +113,8 @@ def test_documents_do_not_see_each_other(impl):
     for start, end in ((0, 20), (20, 55), (57, 70)):
         alone = attention(qkv[:, start:end], impl=impl)
         torch.testing.assert_close(out[:, start:end], alone, rtol=1e-5, atol=1e-6)
-    rng = torch.tensor([99], device=DEVICE)
-    _check(qkv, {"segments": segments_from(mask, ids).to(DEVICE), "dropout_p": 0.2, "rng": rng}, impl)
+    dropout = Dropout(0.2, torch.tensor([99], device=DEVICE))
+    _check(qkv, {"segments": segments_from(mask, ids).to(DEVICE), "dropout": dropout}, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -121,13 +122,13 @@ def test_dropout_drops_the_reference_mask(impl):
     """With V the identity and equal scores, a row of the output is the row of kept weights."""
     T = D = 48 if impl == "triton" and INTERPRETED else 80
     device = "cpu" if impl == "cpp" else DEVICE
-    rng, p, site = torch.tensor([-987654321012345], device=device), 0.3, 11
+    dropout = Dropout(0.3, torch.tensor([-987654321012345], device=device), 11)
     qkv = torch.zeros(2, T, 3, 2, D, device=device)
     qkv[:, :, 2] = torch.eye(T, device=device)[None, :, None]
-    out = attention(qkv, dropout_p=p, rng=rng, site=site, impl=impl)  # (B, query, H, key)
-    keep = keep_mask(2, T, 2, p, rng, site).tril()
+    out = attention(qkv, dropout=dropout, impl=impl)  # (B, query, H, key)
+    keep = keep_mask(2, T, 2, dropout).tril()
     assert torch.equal(out.permute(0, 2, 1, 3) != 0, keep)
-    weights = keep * philox.scale(p) / torch.arange(1, T + 1, device=device)[:, None]
+    weights = keep * dropout.scale / torch.arange(1, T + 1, device=device)[:, None]
     torch.testing.assert_close(out.permute(0, 2, 1, 3), weights.float())
 
 
@@ -163,13 +164,13 @@ def test_strided_qkv():
 
 
 def test_same_bits_whatever_the_threads(threads):
-    rng = torch.tensor([5])
+    dropout = Dropout(0.1, torch.tensor([5]))
     for shape in ((2, 150, 3, 3, 64), (1, 600, 3, 1, 16)):
         qkv, upstream = torch.randn(shape, requires_grad=True), [torch.randn(shape[0], shape[1], *shape[3:])]
         runs = []
         for count in (2, 1, 3, 2):
             threads(count)
-            outputs, gradients = evaluate(lambda x: attention(x, dropout_p=0.1, rng=rng, impl="cpp"), [qkv], upstream)
+            outputs, gradients = evaluate(lambda x: attention(x, dropout=dropout, impl="cpp"), [qkv], upstream)
             runs.append([*outputs, *gradients])
         for run in runs[1:]:
             assert_same_bits(runs[0], run, str(shape))
@@ -259,54 +260,139 @@ def test_decode_alone_and_in_a_batch_same_bits(threads):
 
 
 def test_operator_contract():
-    qkv, segments, rng = torch.randn(2, 9, 3, 2, 16), torch.zeros(2, 9, dtype=torch.int32), torch.tensor([5])
-    arguments = (qkv, segments, 0.25, 0.1, rng, 1, "cpp")
-    torch.library.opcheck(torch.ops.gpt2_fast.attention.default, arguments)
-    out, lse = torch.ops.gpt2_fast.attention(*arguments)
-    torch.library.opcheck(
-        torch.ops.gpt2_fast.attention_backward.default,
-        (torch.randn_like(out), qkv, out, lse, segments, 0.25, 0.1, rng, 1, "cpp"),
-    )
-    bounds = (torch.zeros(2, dtype=torch.int32), torch.full((2,), 7, dtype=torch.int32))
+    qkv, segments = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.zeros(2, 9, dtype=torch.int32)
+    dropout = Dropout(0.1, torch.tensor([5]), 1)
+    names = check_operators(lambda: attention(qkv, segments=segments, dropout=dropout, impl="cpp").sum().backward())
+    assert names == ["attention", "attention_backward"]
+    bounds = {"starts": torch.zeros(2, dtype=torch.int32), "lengths": torch.full((2,), 7, dtype=torch.int32)}
     cache = (torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16))
-    torch.library.opcheck(
-        torch.ops.gpt2_fast.attention_decode.default, (torch.randn(2, 2, 16), *cache, *bounds, 0.25, "cpp")
-    )
+    assert check_operators(lambda: attention_decode(torch.randn(2, 2, 16), *cache, **bounds)) == ["attention_decode"]
 
 
 def test_compiles_whole():
-    segments, rng = segments_from(torch.tensor([[0, 0, 1, 1, 1, 1, 1]])), torch.tensor([5])
+    dropout = Dropout(0.1, torch.tensor([5]))
 
-    def step(qkv):
-        return attention(qkv * 1.5, segments=segments, dropout_p=0.1, rng=rng).square().sum()
+    def step(qkv, mask):
+        return attention(qkv * 1.5, segments=segments_from(mask), dropout=dropout).square().sum()
 
-    qkv, one = [torch.randn(1, 7, 3, 2, 16, requires_grad=True)], [torch.ones(())]
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(evaluate(compiled, qkv, one), evaluate(step, qkv, one))
+    one, compiled = [torch.ones(())], torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 9):
+        inputs = [torch.randn(1, T, 3, 2, 16, requires_grad=True), (torch.arange(T) > 1)[None]]
+        torch.testing.assert_close(evaluate(compiled, inputs, one), evaluate(step, inputs, one))
+
+
+def test_functional_transforms():
+    qkv = torch.randn(3, 2, 7, 3, 2, 16)
+    value = lambda x: attention(x, impl="cpp").square().sum()
+    one = [torch.func.grad(value)(x) for x in qkv]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(qkv), torch.stack(one))
+    torch.testing.assert_close(one[0], torch.func.grad(lambda x: attention_reference(x).square().sum())(qkv[0]))
+
+
+def test_second_derivative_raises():
+    qkv = torch.randn(1, 5, 3, 1, 16, requires_grad=True)
+    (dqkv,) = torch.autograd.grad(attention(qkv, impl="cpp").square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: its gradient .* use impl='reference'"):
+        dqkv.square().sum().backward()
+
+
+def test_decoding_has_no_gradient_and_says_so():
+    q, k, v = (t.requires_grad_() for t in _cache(2, 1, 9, 16, torch.float32, "cpu"))
+    bounds = {"starts": torch.zeros(2, dtype=torch.int32), "lengths": torch.full((2,), 7, dtype=torch.int32)}
+    out = attention_decode(q, k, v, **bounds, impl="cpp")
+    with torch.no_grad():
+        assert_same_bits([out], [attention_decode(q, k, v, **bounds, impl="cpp")])
+    with pytest.raises(RuntimeError, match="attention_decode: its kernels have no gradient; use impl='reference'"):
+        out.sum().backward()
+
+
+def test_strided_segments_and_caches():
+    """Every other token of a table of segments, a cache that is a part of a longer one."""
+    segments = segments_from(torch.ones(2, 18), torch.arange(36).view(2, 18) // 4)[:, ::2]
+    _check(torch.randn(2, 9, 3, 2, 16), {"segments": segments}, "cpp")
+    q, k, v = _cache(4, 2, 40, 16, torch.float32, "cpu")
+    bounds = torch.tensor([[0, 9], [2, 20], [1, 30], [0, 20]], dtype=torch.int32).t()
+    tensors = (q[::2], k[::2, :, :20], v[::2, :, :20])
+    actual = attention_decode(*tensors, starts=bounds[0, ::2], lengths=bounds[1, ::2], impl="cpp")
+    expected = attention_decode_reference(*tensors, bounds[0, ::2], bounds[1, ::2])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bounds_outside_of_the_cache_read_nothing_there(impl):
+    """Keys before the first and after the last are none; the tensors lie within larger ones whose rest is NaN."""
+    B, S = 8, 150
+    q = torch.randn(B, 1, 16, device=DEVICE)
+    k, v = (torch.full((B + 4, 1, S, 16), float("nan"), device=DEVICE)[2:-2] for _ in range(2))
+    for t in (k, v):
+        t.copy_(torch.randn(B, 1, S, 16))
+    most = 2**31 - 1
+    starts = torch.tensor([-1, -200, -most - 1, S + 5, most, most - 100, 0, 3], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([5, S, 7, S + 9, most, most, -7, most], dtype=torch.int32, device=DEVICE)
+    actual = attention_decode(q, k, v, starts=starts, lengths=lengths, impl=impl)
+    expected = attention_decode_reference(q, k, v, starts, lengths)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_python_and_the_kernels_agree_on_a_group_of_keys(monkeypatch, threads):
+    """The scratch memory of both is measured in groups whose size the extension says."""
+    asked, extension = [], dispatch.extension()
+    group = extension.ATTENTION_KEY_GROUP
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: asked.append(a) or new_empty(t, *a, **k))
+    threads(4)
+    qkv = torch.randn(1, group + 1, 3, 1, 20, requires_grad=True)
+    attention(qkv, impl="cpp").sum().backward()
+    assert (1, 1, 2, group + 1, 32) in asked
+    attention_decode(
+        *(t.detach() for t in (qkv[:, 0, 0], *qkv.permute(2, 0, 3, 1, 4)[1:])),
+        starts=torch.zeros(1, dtype=torch.int32), lengths=torch.ones(1, dtype=torch.int32), impl="cpp",
+    )  # fmt: skip
+    assert (1, 1, 2, 48) in asked
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_no_rows(impl):
+    qkv = torch.randn(0, 5, 3, 2, 16, requires_grad=True)
+    out = attention(qkv, impl=impl)
+    assert out.shape == (0, 5, 2, 16)
+    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    none, cache = torch.zeros(0, dtype=torch.int32), torch.randn(0, 2, 9, 16)
+    assert attention_decode(cache[:, :, 0], cache, cache, starts=none, lengths=none, impl=impl).shape == (0, 2, 16)
+
+
+def test_float64_is_the_references():
+    qkv = torch.randn(2, 5, 3, 2, 16, dtype=torch.float64)
+    assert_same_bits([attention(qkv)], [attention_reference(qkv)])
 
 
 def test_bad_input_is_named():
-    qkv, rng = torch.randn(2, 5, 3, 2, 16), torch.tensor([5])
-    with pytest.raises(ValueError, match=r"qkv is \(2, 5, 3, 32\); it must be \[B, T, 3, H, D\]"):
-        attention(qkv.view(2, 5, 3, 32))
-    with pytest.raises(ValueError, match="at least one token"):
-        attention(qkv[:, :0])
-    with pytest.raises(ValueError, match=r"qkv is torch.int64"):
-        attention(qkv.long())
-    with pytest.raises(ValueError, match="head size 8 is outside 16 to 128.*use impl='reference'"):
-        attention(qkv[..., :8])
-    with pytest.raises(ValueError, match=r"segments is torch.int64 \(2, 5\); it must be int32"):
-        attention(qkv, segments=torch.zeros(2, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"segments is torch.int32 \(2, 6\)"):
-        attention(qkv, segments=torch.zeros(2, 6, dtype=torch.int32))
-    with pytest.raises(ValueError, match="dropout_p is 1.5"):
-        attention(qkv, dropout_p=1.5, rng=rng)
-    with pytest.raises(ValueError, match="rng is None"):
-        attention(qkv, dropout_p=0.1)
-    with pytest.raises(ValueError, match="scale is -1.0; it must be positive"):
-        attention(qkv, scale=-1.0)
-    with pytest.raises(ValueError, match="no implementation 'cuda' on cpu"):
-        attention(qkv, impl="cuda")
+    qkv, key = torch.randn(2, 5, 3, 2, 16), torch.tensor([5])
+    for match, arguments, options in [
+        (r"attention: qkv is \(2, 5, 3, 32\); it must be \[B, T, 3, H, D\]", qkv.view(2, 5, 3, 32), {}),
+        (r"qkv is \(2, 5, 2, 2, 16\); it must be \[B, T, 3, H, D\]", qkv[:, :, 1:], {}),
+        (r"qkv is \(2, 0, 3, 2, 16\); T of .* must be at least 1", qkv[:, :0], {}),
+        (r"qkv is \(2, 5, 3, 2, 0\); D of .* must be at least 1", qkv[..., :0], {}),
+        (r"qkv is \(2, 5, 3, 0, 16\); H of .* must be at least 1", qkv[:, :, :, :0], {}),
+        (r"qkv is torch.int64; it must be a floating dtype", qkv.long(), {}),
+        (r"head size 8 is outside 16 to 128.*use impl='reference'", qkv[..., :8], {}),
+        (r"segments is torch.int64; it must be torch.int32", qkv, {"segments": torch.zeros(2, 5, dtype=torch.int64)}),
+        (r"segments is \(2, 6\); it must be \[B, T\] with B = 2, T = 5", qkv,
+         {"segments": torch.zeros(2, 6, dtype=torch.int32)}),
+        (r"segments is on meta and qkv on cpu", qkv,
+         {"segments": torch.zeros(2, 5, dtype=torch.int32, device="meta")}),
+        (r"dropout's p is 1.5", qkv, {"dropout": Dropout(1.5, key)}),
+        (r"its key is None", qkv, {"dropout": Dropout(0.1)}),
+        (r"scale is -1.0; it must be positive and finite", qkv, {"scale": -1.0}),
+        (r"scale is nan", qkv, {"scale": float("nan")}),
+        (r"scale is inf", qkv, {"scale": float("inf")}),
+        (r"no implementation 'cuda' on cpu", qkv, {"impl": "cuda"}),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match) as error:
+            attention(arguments, **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="qkv is a NoneType; it must be a tensor"):
+        attention(None)
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
         attention(qkv.double(), impl="cpp")
     with pytest.raises(ValueError, match="both None"):
@@ -317,11 +403,17 @@ def test_bad_input_is_named():
 
 def test_bad_decode_input_is_named():
     q, k, bounds = torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16), torch.ones(2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"q \(2, 3, 15\).*do not fit"):
-        attention_decode(q[..., :15], k, k, starts=bounds, lengths=bounds)
-    with pytest.raises(ValueError, match="v_cache is torch.bfloat16"):
-        attention_decode(q, k, k.bfloat16(), starts=bounds, lengths=bounds)
-    with pytest.raises(ValueError, match=r"lengths is torch.int64 \(2,\)"):
-        attention_decode(q, k, k, starts=bounds, lengths=bounds.long())
-    with pytest.raises(ValueError, match="scale is 0"):
-        attention_decode(q, k, k, starts=bounds, lengths=bounds, scale=0)
+    options = {"starts": bounds, "lengths": bounds}
+    for match, tensors, others in [
+        (r"attention_decode: k_cache is \(2, 3, 9, 16\); it must be \[B, H, S, D\] with B = 2, H = 3, .*D = 15",
+         (q[..., :15], k, k), {}),
+        (r"v_cache is \(2, 3, 8, 16\)", (q, k, k[:, :, 1:]), {}),
+        (r"k_cache is \(2, 3, 0, 16\); S of .* must be at least 1", (q, k[:, :, :0], k), {}),
+        (r"v_cache is torch.bfloat16; it must be torch.float32", (q, k, k.bfloat16()), {}),
+        (r"lengths is torch.int64; it must be torch.int32", (q, k, k), {"lengths": bounds.long()}),
+        (r"head size 8 is outside 16 to 128.*use impl='reference'", (q[..., :8], k[..., :8], k[..., :8]), {}),
+        (r"scale is 0", (q, k, k), {"scale": 0}),
+        (r"scale is nan", (q, k, k), {"scale": float("nan")}),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            attention_decode(*tensors, **options | others)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
 from cuda_on_cpu import CudaOnCpu
-from numerics import DTYPES, assert_same_bits, check_op, evaluate
+from numerics import DTYPES, assert_same_bits, check_op, check_operators, evaluate
 
-from gpt2_fast.ops.embedding import _Embedding, check_ids, embedding, embedding_reference, samples
-from gpt2_fast.ops.runtime import cuda, dispatch, philox
-from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable, address
+from gpt2_fast.ops.embedding import check_ids, embedding, embedding_reference, samples
+from gpt2_fast.ops.runtime import cpp, cuda, dispatch, philox
+from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPL = "cpp" if DEVICE == "cpu" else "cuda"
 
@@ -67,10 +70,10 @@ def test_result_dtype(dtype):
 
 
 def test_dropout_drops_the_reference_mask():
-    ids, rng = torch.randint(10, (3, 37), device=DEVICE), torch.tensor([-987654321012345], device=DEVICE)
+    ids, key = torch.randint(10, (3, 37), device=DEVICE), torch.tensor([-987654321012345], device=DEVICE)
     wte, wpe = torch.ones(10, 100, device=DEVICE, requires_grad=True), torch.zeros(37, 100, device=DEVICE)
-    h = embedding(ids, wte, wpe, dropout_p=0.3, rng=rng, site=7, impl=IMPL)
-    keep = philox.keep_rows(rng, 7, 3 * 37, 100, 0.3).view(3, 37, 100)
+    h = embedding(ids, wte, wpe, dropout=Dropout(0.3, key, 7), impl=IMPL)
+    keep = philox.keep_rows(key, 7, 3 * 37, 100, 0.3).view(3, 37, 100)
     assert torch.equal(h != 0, keep)
     torch.testing.assert_close(h[keep], torch.full_like(h[keep], philox.scale(0.3)))
     (dwte,) = torch.autograd.grad(h.sum(), wte)
@@ -87,12 +90,11 @@ def test_one_token_many_times():
 def test_same_bits_whatever_the_threads(threads):
     wte, wpe = (torch.randn(shape, requires_grad=True) for shape in ((50, 200), (129, 200)))
     ids, positions, types = (torch.randint(n, (7, 129)) for n in (50, 129, 2))
+    options = {"position_ids": positions, "token_type_ids": types, "dropout": Dropout(0.1, torch.tensor([5]))}
     upstream, runs = [torch.randn(7, 129, 200)], []
     for count in (2, 1, 2):
         threads(count)
-        runs.append(evaluate(
-            lambda a, b: embedding(ids, a, b, position_ids=positions, token_type_ids=types, dropout_p=0.1,
-                                   rng=torch.tensor([5]), impl="cpp"), [wte, wpe], upstream))  # fmt: skip
+        runs.append(evaluate(lambda a, b: embedding(ids, a, b, **options, impl="cpp"), [wte, wpe], upstream))
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[2][0], *runs[2][1]])
 
@@ -119,13 +121,9 @@ def emulated(on_cpu, monkeypatch):
     """`impl="cuda"` on CPU tensors: the room's CUDA path as it stands, its launches run by the CPU."""
     monkeypatch.setattr(cuda, "launch", on_cpu.launch)
     on_cpu.launched.clear()
-
-    def run(input_ids, wte, wpe, *, position_ids=None, token_type_ids=None, dropout_p=0.0, rng=None, site=0):
-        return _Embedding.apply(
-            input_ids, wte, wpe, position_ids, token_type_ids, dropout_p, rng, site, wte.dtype, "cuda"
-        )
-
-    return run
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, impl, *of: impl if impl == "cuda" else choose(op, impl, *of))
+    return functools.partial(embedding, impl="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,9 +185,9 @@ def test_table_beyond_32_bits(tmp_path):
     assert embedding(ids, wte, wpe, impl="cpp")[0, :, 0].tolist() == [5.0, 0.0, 3.0]
     keys, order = torch.tensor([7, V - 1, V - 1]), torch.tensor([1, 0, 2])
     grad, partial = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, C).contiguous(), torch.empty(1, 2, C)
-    dispatch.extension().embedding_backward(
-        address(keys), address(order), address(grad), address(partial), address(wte), 3, 3, 1, 3, C, V, 32,
-        *philox.arguments(0.0, None, 0), 0, 1,
+    cpp.embedding_backward(
+        keys=keys, order=order, grad=grad, partial=partial, dtable=wte, entries=3, rows=3, B=1, T=3, C=C, table_rows=V,
+        chunk=32, dropout_key=None, dropout_threshold=0, dropout_scale=1.0, dropout_site=0,
     )  # fmt: skip
     assert wte[[0, 7, V - 2, V - 1], C - 1].tolist() == [0.0, 2.0, 3.0, 10.0]
 
@@ -198,24 +196,60 @@ def test_table_beyond_32_bits(tmp_path):
 
 
 def test_operator_contract():
-    ids, wte, wpe = torch.randint(10, (2, 5)), torch.randn(10, 24), torch.randn(6, 24)
-    positions, rng = torch.randint(6, (2, 5)), torch.tensor([5])
-    forward = (ids, wte, wpe, positions, ids, 0.1, rng, 1, torch.float32, "cpp")
-    torch.library.opcheck(torch.ops.gpt2_fast.embedding.default, forward)
-    backward = (torch.randn(2, 5, 24), ids, positions, ids, 10, 6, 0.1, rng, 1, torch.float32, True, True, "cpp")
-    torch.library.opcheck(torch.ops.gpt2_fast.embedding_backward.default, backward)
+    ids, positions = torch.randint(10, (2, 5)), torch.randint(6, (2, 5))
+    wte, wpe = torch.randn(10, 24, requires_grad=True), torch.randn(6, 24, requires_grad=True)
+    options = {"position_ids": positions, "token_type_ids": ids, "dropout": Dropout(0.1, torch.tensor([5]), 1)}
+    names = check_operators(lambda: embedding(ids, wte, wpe, **options, impl="cpp").sum().backward())
+    assert names == ["embedding", "embedding_backward"]
 
 
 def test_compiles_whole():
-    ids, types = torch.randint(10, (2, 2, 5), device=DEVICE)
-    wte_wpe, one = _leaves((10, 24), (6, 24)), [torch.ones(())]
-
-    def step(wte, wpe):
+    def step(ids, types, wte, wpe):
         return embedding(ids, wte, wpe, token_type_ids=types).square().sum()
 
-    expected = evaluate(step, wte_wpe, one)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(evaluate(compiled, wte_wpe, one), expected)
+    one, compiled = [torch.ones(())], torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, T in ((2, 5), (3, 4)):
+        inputs = [*torch.randint(10, (2, B, T), device=DEVICE), *_leaves((10, 24), (6, 24))]
+        torch.testing.assert_close(evaluate(compiled, inputs, one), evaluate(step, inputs, one))
+
+
+def test_functional_transforms():
+    ids, tables = torch.randint(10, (2, 5)), torch.randn(3, 10, 24)
+    wpe = torch.randn(6, 24)
+    value = lambda wte: embedding(ids, wte, wpe, impl="cpp").square().sum()
+    one = [torch.func.grad(value)(wte) for wte in tables]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(tables), torch.stack(one))
+    reference = lambda wte: embedding_reference(ids, wte, wpe).square().sum()
+    torch.testing.assert_close(one[0], torch.func.grad(reference)(tables[0]))
+
+
+def test_second_derivative_raises():
+    wte, wpe = (torch.randn(shape, requires_grad=True) for shape in ((10, 24), (6, 24)))
+    h = embedding(torch.randint(10, (2, 5)), wte, wpe, impl="cpp")
+    (dwte,) = torch.autograd.grad(h.square().sum(), wte, create_graph=True)
+    with pytest.raises(RuntimeError, match="embedding: its gradient .* use impl='reference'"):
+        dwte.square().sum().backward()
+
+
+@pytest.mark.parametrize("tables", [torch.float64, torch.float32])
+@pytest.mark.parametrize("result", [torch.float64, torch.float32, None])
+def test_float64(tables, result):
+    """Of the tables or of the result; a kernel's result in float64 is what it computed, and so is its gradient."""
+    ids = torch.randint(10, (2, 5))
+    wte, wpe = (torch.randn(shape, dtype=tables, requires_grad=True) for shape in ((10, 24), (6, 24)))
+    h, expected = embedding(ids, wte, wpe, dtype=result), embedding_reference(ids, wte, wpe)
+    assert h.dtype == (result or tables)
+    assert_same_bits([h], [expected.to(result or tables)])
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), wte), torch.autograd.grad(expected.sum(), wte))
+    assert_same_bits([embedding(ids, wte, wpe, dtype=result, impl="reference")], [h])
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5)])
+def test_positions_of_every_shape(shape):
+    """[T] and [1, T] are for every row; int32 is read as int64 is."""
+    positions = torch.randint(9, shape, dtype=torch.int32, device=DEVICE)
+    _check([torch.randint(10, (2, 5), device=DEVICE), *_leaves((10, 24), (9, 24))], {"position_ids": positions},
+           torch.float32)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -223,7 +257,9 @@ def test_compiles_whole():
     [
         ("input_ids", (2, 5), (1, 3), 10, r"input_ids\[1, 3\] is 10, outside 0 to 9 \(vocab_size is 10\)"),
         ("input_ids", (2, 5), (0, 0), -1, r"input_ids\[0, 0\] is -1, outside 0 to 9"),
-        ("position_ids", (5,), (4,), 6, r"position_ids\[4\] is 6, outside 0 to 5 \(n_positions is 6\)"),
+        ("position_ids", (5,), (4,), 6, r"position_ids\[0, 4\] is 6, outside 0 to 5 \(n_positions is 6\)"),
+        ("input_ids", (2, 5), (1, 0), -(2**63), r"input_ids\[1, 0\] is -9223372036854775808, outside 0 to 9"),
+        ("input_ids", (2, 5), (1, 0), 2**63 - 1, r"input_ids\[1, 0\] is 9223372036854775807, outside 0 to 9"),
         ("token_type_ids", (2, 5), (1, 4), 2**40, r"token_type_ids\[1, 4\] is 1099511627776, outside 0 to 9"),
     ],
 )
@@ -239,17 +275,23 @@ def test_bad_input_is_named():
     ids, wte, wpe = torch.zeros(2, 5, dtype=torch.int64), torch.randn(10, 24), torch.randn(6, 24)
     for match, arguments, options in [
         (r"input_ids has 7 tokens a row; wpe has positions for 6", (torch.zeros(1, 7).long(), wte, wpe), {}),
-        (r"input_ids is \(5,\); it must be \[B, T\]", (ids[0], wte, wpe), {}),
-        (r"input_ids is torch.float32; it must be int64 or int32", (ids.float(), wte, wpe), {}),
-        (r"wpe torch.float32 \(6, 23\)", (ids, wte, wpe[:, :-1]), {}),
-        (r"of one dtype", (ids, wte, wpe.half()), {}),
-        (r"position_ids is \(4,\); it must be \(5,\), \(1, 5\) or \(2, 5\)", (ids, wte, wpe),
+        (r"embedding: input_ids is \(5,\); it must be \[B, T\]", (ids[0], wte, wpe), {}),
+        (r"input_ids is \(2, 0\); T of \[B, T\] must be at least 1", (ids[:, :0], wte, wpe), {}),
+        (r"input_ids is torch.float32; it must be torch.int64 or torch.int32", (ids.float(), wte, wpe), {}),
+        (r"wte is torch.int64; it must be a floating dtype", (ids, wte.long(), wpe), {}),
+        (r"wte is \(10, 0\); C of \[V, C\] must be at least 1", (ids, wte[:, :0], wpe), {}),
+        (r"wte is \(0, 24\); V of \[V, C\] must be at least 1", (ids, wte[:0], wpe), {}),
+        (r"wpe is \(6, 23\); it must be \[P, C\] with .*C = 24", (ids, wte, wpe[:, :-1]), {}),
+        (r"wpe is torch.float16; it must be torch.float32", (ids, wte, wpe.half()), {}),
+        (r"position_ids is \(4,\); it must be \[B, T\] with B = 2, T = 5", (ids, wte, wpe),
          {"position_ids": torch.zeros(4).long()}),
-        (r"token_type_ids is \(5,\); it must be \(2, 5\)", (ids, wte, wpe), {"token_type_ids": ids[0]}),
-        (r"rng is None", (ids, wte, wpe), {"dropout_p": 0.1}),
-        (r"wte is on meta and input_ids on cpu", (ids, wte.to("meta"), wpe), {}),
+        (r"token_type_ids is \(5,\); it must be \[B, T\] with B = 2, T = 5", (ids, wte, wpe),
+         {"token_type_ids": ids[0]}),
+        (r"its key is None", (ids, wte, wpe), {"dropout": Dropout(0.1)}),
+        (r"wpe is on cpu and wte on meta", (ids, wte.to("meta"), wpe), {}),
         (r"dtype is torch.float16 and the tables are torch.bfloat16", (ids, wte.bfloat16(), wpe.bfloat16()),
          {"dtype": torch.float16}),
+        (r"dtype is torch.int64 and the tables are torch.float32", (ids, wte, wpe), {"dtype": torch.int64}),
         (r"choose auto, cpp, reference", (ids, wte, wpe), {"impl": "triton"}),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=match):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,8 +71,8 @@ def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     return *found, *(None,) * (len(ctx.options) + 1)
 
 
-def underivable_of(op: Op) -> type[torch.autograd.Function]:
-    """Its backward operator where a graph of gradients is recorded: to differentiate what comes out raises.
+def underivable_of(name: str, run: Callable, count: int, why: str) -> type[torch.autograd.Function]:
+    """An operator of `count` outputs where a graph is recorded: to differentiate what comes out raises, and says why.
 
     It would otherwise be a derivative of zero, without a word.
     """
@@ -80,7 +80,7 @@ def underivable_of(op: Op) -> type[torch.autograd.Function]:
     class Underivable(torch.autograd.Function):
         @staticmethod
         def forward(*flat):
-            return as_tuple(op.backward_op(*flat))
+            return as_tuple(run(*flat))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -88,16 +88,13 @@ def underivable_of(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *_):
-            raise RuntimeError(
-                f"{op.name}: its gradient is computed by a kernel and has no derivative of its own; "
-                "use impl='reference' for second derivatives"
-            )
+            raise RuntimeError(f"{name.removesuffix('_backward')}: {why}")
 
         @staticmethod
         def vmap(info, in_dims, *flat):
-            return _one_by_one(Underivable, info, in_dims, flat, len(op.differentiable))
+            return _one_by_one(Underivable, info, in_dims, flat, count)
 
-    Underivable.__name__ = Underivable.__qualname__ = f"{op.name}_backward"
+    Underivable.__name__ = Underivable.__qualname__ = name
     return Underivable
 
 

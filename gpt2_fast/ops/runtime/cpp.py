@@ -29,4 +29,6 @@ def pack(kernel: str, *sources: object, **own: object) -> bytes:
 
 
 def _named(source: object) -> dict[str, object]:
+    if isinstance(source, dict):
+        return source
     return source.named() if hasattr(source, "named") else vars(source)

@@ -15,13 +15,13 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gpt2_fast import sources
+from gpt2_fast.files import atomic_write, cache_dir
 from gpt2_fast.ops.runtime import dispatch
 
 WARPS = 8  # a block: csrc/embedding.cu is compiled for at most 256 threads
@@ -144,12 +144,6 @@ class Nvrtc:
             self.lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: GPT2_FAST_CACHE, else gpt2_fast in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPT2_FAST_CACHE") or Path(base) / "gpt2_fast")
-
-
 def compiled(arch: int) -> bytes:
     """The kernels for one compute capability (times ten), from the cache or from NVRTC.
 
@@ -161,23 +155,11 @@ def compiled(arch: int) -> bytes:
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
     version = ".".join(map(str, nvrtc.version))
-    path = cache_folder() / f"embedding-{digest.hexdigest()[:16]}-sm_{arch}-nvrtc_{version}.bin"
+    path = cache_dir() / f"embedding-{digest.hexdigest()[:16]}-sm_{arch}-nvrtc_{version}.bin"
     if path.exists():
         return path.read_bytes()
     image = nvrtc.compile(folder, arch)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a compilation a process
-        _write_whole(path, image)
+    # A cache that cannot be written costs a compilation a process.
+    with contextlib.suppress(OSError), atomic_write(path) as temporary:
+        temporary.write_bytes(image)
     return image
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes `path` so that another process sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -31,8 +31,10 @@ from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import Dropout
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
+SCHEMA |= {float | None: "float?", torch.dtype | None: "ScalarType?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
-Spec = tuple[Sequence[int], torch.dtype] | None  # of what is allocated: shape and dtype, or nothing
+# What is allocated: shape and dtype, and of a matrix whether its transpose is what is contiguous; or nothing.
+Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool] | None
 PLAIN = (Tensor, torch.nn.Parameter)
 OPS: dict[str, Op] = {}
 
@@ -42,6 +44,13 @@ class Arguments:
 
     def __init__(self, values: dict[str, Any]):
         self.__dict__ = values
+
+
+def allocate(like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """Uninitialised memory on the device of `like`."""
+    if transposed:
+        return buffers.empty(like, tuple(shape[::-1]), dtype).t()
+    return buffers.empty(like, shape, dtype)
 
 
 class Outputs:
@@ -54,7 +63,7 @@ class Outputs:
         if name.startswith("_") or name not in self._specs:
             raise AttributeError(f"no output {name!r} is declared")
         spec = self._specs[name]
-        made = self.__dict__[name] = None if spec is None else buffers.empty(self._like, *spec)
+        made = self.__dict__[name] = None if spec is None else allocate(self._like, *spec)
         return made
 
     def named(self) -> dict[str, Any]:
@@ -62,7 +71,7 @@ class Outputs:
         own = self.__dict__
         for name, spec in self._specs.items():
             if name not in own:
-                own[name] = None if spec is None else buffers.empty(self._like, *spec)
+                own[name] = None if spec is None else allocate(self._like, *spec)
         return own
 
 
@@ -85,7 +94,9 @@ class Op:
         returns: which of them a call returns.
         backends: implementation -> Backend. "auto" stands for the kernels' own choice from call to call.
         on: device type -> the implementations there, best first, without the reference.
-        options: name -> float, int, bool, str, torch.dtype or Dropout.
+        options: name -> float, int, bool, str, torch.dtype or Dropout; float and torch.dtype may be ``| None``.
+        check: (*inputs, **options) raises ValueError for what neither shapes nor dtypes say.
+        limits: (*inputs) raises ValueError for what the kernels do not take and the reference does.
         saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
             no h.
         gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
@@ -112,6 +123,8 @@ class Op:
         backends: Mapping[str, Backend],
         on: Mapping[str, Sequence[str]],
         options: Mapping[str, Any] | None = None,
+        check: Callable[..., None] | None = None,
+        limits: Callable[..., None] | None = None,
         saved: Mapping[str, str] | None = None,
         gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
         alias: Mapping[str, str] | None = None,
@@ -122,6 +135,7 @@ class Op:
         self.name, self.inputs, self.reference, self.backends = name, tuple(inputs), reference, backends
         self.outputs, self.output_names, self.returns = outputs, tuple(output_names), tuple(returns)
         self.gradients, self.alias, self.carry = gradients, dict(alias or {}), dict(carry or {})
+        self.check, self.limits = check, limits
         self.ahead, self.scaled = tuple(ahead), scaled
         self.options, self.dropout = dict(options or {}), Dropout in (options or {}).values()
         flat: dict[str, Any] = {}
@@ -135,7 +149,12 @@ class Op:
         if gradients is not None:
             self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
             self._function, self._functional = function_of(self), functional_of(self)
-            self.underivable = underivable_of(self)
+            why = "its gradient is computed by a kernel and has no derivative of its own"
+            why += "; use impl='reference' for second derivatives"
+            self.underivable = underivable_of(f"{name}_backward", self.backward_op, len(self.differentiable), why)
+        else:
+            why = "its kernels have no gradient; use impl='reference' for one, or call it under torch.no_grad()"
+            self.underivable = underivable_of(name, self.forward_op, len(self.output_names), why)
         dispatch.TABLE[name] = {device: (*names, "reference") for device, names in on.items()}
         OPS[name] = self
 
@@ -189,9 +208,8 @@ class Op:
             return found if len(found) > 1 else found[0]
 
         def fake(*flat):
-            described, like = specs(arguments(flat)), next(t for t in flat if isinstance(t, Tensor))
-            found = [described[name] or ((0,), like.dtype) for name in made]
-            found = [like.new_empty(shape, dtype=dtype) for shape, dtype in found]
+            described, like = specs(arguments(flat)), next(t for t in flat if t is not None)
+            found = [_described(like, described[name]) for name in made]
             return tuple(found) if len(found) > 1 else found[0]
 
         return run, fake
@@ -239,11 +257,15 @@ class Op:
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
         empty = check(self.name, self.inputs, tensors)
         first = tensors[0]
+        if self.check is not None:
+            self.check(*tensors, **options)
         if self.dropout:
             options["dropout"].check(self.name, first.device)
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
         if chosen == "reference" or empty:
             return self.reference(*tensors, **options)
+        if self.limits is not None:
+            self.limits(*tensors)
         flat = list(tensors)
         for name, kind in self.options.items():
             flat += options[name].flat() if kind is Dropout else (options[name],)
@@ -253,6 +275,8 @@ class Op:
         elif self.gradients is not None and _recorded(tensors):
             outputs = self._function.apply(*flat)
             return outputs if len(outputs) > 1 else outputs[0]
+        elif self.gradients is None and (torch._C._are_functorch_transforms_active() or _recorded(tensors)):
+            outputs = self.named(flat, self.underivable.apply(*flat[:-1], False, flat[-1]))
         else:
             outputs = self.call(flat)
         found = tuple(outputs[name] for name in self.returns)
@@ -284,8 +308,26 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`tensors` in autocast's dtype inside `torch.autocast`, as it casts those of a product; otherwise as they are."""
+    dtype = autocast_dtype(tensors[0])
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
 def _recorded(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _described(like: Tensor, spec: Spec) -> Tensor:
+    """What a fake returns for `spec`."""
+    if spec is None:
+        return like.new_empty(0)
+    shape, dtype, transposed = (*spec, False)[:3]
+    return like.new_empty(shape[::-1], dtype=dtype).t() if transposed else like.new_empty(shape, dtype=dtype)
 
 
 def _tensors(names: Sequence[str]) -> str:

@@ -15,8 +15,10 @@ reference  plain PyTorch under autograd: what is correct, on every device and in
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -44,6 +46,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/is
 OTHER_CODES = {torch.float64: 3, torch.int64: 4, torch.int32: 5, torch.int8: 6, torch.uint8: 7}  # csrc/bindings.cpp
 
 
+OF_MODELS = ("auto", "reference", "cpp", "triton")  # what a model takes as its impl
+
+
 class ImplementationUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
@@ -59,6 +64,22 @@ def implementations(op: str, device_type: str) -> tuple[str, ...]:
     return TABLE[op].get(device_type, ("reference",)) + on_request
 
 
+@functools.cache
+def of_model(impl: str, op: str, device_type: str) -> str:
+    """What a model's `impl` is for one of its operations.
+
+    "reference" is for all of them. "cpp" and "triton" are for those that have it, and the others choose for themselves
+    (a product on a GPU is cuBLAS's either way).
+
+    Raises ImplementationUnavailable where no operation has it on this kind of device.
+    """
+    if impl in ("auto", "reference"):
+        return impl
+    if not any(impl in implementations(name, device_type) for name in TABLE):
+        raise ImplementationUnavailable(f"impl={impl!r} runs nothing on a {device_type} device; use impl='auto'")
+    return impl if impl in implementations(op, device_type) else "auto"
+
+
 def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `impl` cannot run on this device and dtype, with the fix; None when it can."""
     if impl == "reference":
@@ -71,7 +92,7 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
         return _extension_missing()
     if impl == "cuda":
         return _cuda_missing() or _extension_missing()
-    return _triton_missing() or (
+    return triton_missing() or (
         None
         if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         else "triton needs a CUDA device (TRITON_INTERPRET=1 runs its interpreter on the CPU, for tests)"
@@ -155,10 +176,24 @@ def _extension_missing() -> str | None:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run: pip install triton"
-    return None
+def triton_missing() -> str | None:
+    """Why there is no Triton, with the fix; None when there is one.
+
+    torch's CUDA wheels require one version of it, so no other one is ever advised; its CPU builds require none.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    try:
+        requirements = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:  # torch built from source, without metadata
+        requirements = []
+    required = next((found[1] for r in requirements if (found := re.match(r"triton *== *([^ ;,)]+)", r))), None)
+    if required:
+        return f"triton is not installed; torch {torch.__version__} requires it, run: pip install triton=={required}"
+    return (
+        f"triton is not installed, and torch {torch.__version__} does not require it; a CUDA build of torch brings the "
+        "one that fits (for the tests and gpt2-fast doctor --kernels without one: pip install '.[test]')"
+    )
 
 
 @functools.cache

@@ -1,0 +1,164 @@
+"""Hugging Face folders and hub repositories: config.json and model.safetensors, in and out.
+
+All functions work on state dicts, names as in transformers' GPT2LMHeadModel, weights of linear layers
+[in, out]. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gpt2_fast.checkpoint.state_dict import HEAD, canonical_state_dict
+from gpt2_fast.checkpoint.torch_file import first_line, torch_load
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.files import atomic_write
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# In the order in which they are looked for; an index lists the files that hold the tensors.
+WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    config: GPT2Config,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained loads.
+
+    A tied head is not stored, as transformers does. dtype: of the stored weights; None keeps each tensor's.
+    Raises ValueError for tensors that do not fit the config, OSError where the folder cannot be written.
+    """
+    tensors = canonical_state_dict(state_dict, config)
+    if config.tie_word_embeddings:
+        del tensors[HEAD]
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
+    with atomic_write(Path(folder) / WEIGHTS) as path:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with atomic_write(Path(folder) / CONFIG) as path:
+        config.to_json(path)
+
+
+def load_pretrained(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """Config and state dict, on the CPU, of a GPT-2 in a local folder or on the Hugging Face hub.
+
+    name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
+    revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
+    dtype: what the weights are turned into; None keeps each tensor's.
+
+    Reads model.safetensors, its shards, or pytorch_model.bin (as weights only: no code in it is run).
+    Raises FileNotFoundError or ValueError, one line, for what is missing, truncated or not a GPT-2.
+    """
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        fetch = lambda name: folder / name if (folder / name).is_file() else None
+    elif folder.exists():
+        raise ValueError(f"{folder} is a file; give the folder that holds {CONFIG} and {WEIGHTS}")
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name_or_folder)):
+        fetch = _hub(str(name_or_folder), revision, cache_dir, local_files_only)
+    else:
+        raise FileNotFoundError(f"{folder} does not exist; give a checkpoint folder or a hub repository")
+    config = GPT2Config.from_json(fetch(CONFIG) or folder / CONFIG)
+    source, tensors = _read_weights(fetch, str(name_or_folder))
+    try:
+        tensors = canonical_state_dict(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if dtype is not None:
+        cast = {id(t): t.to(dtype) for t in tensors.values()}  # a tied head stays one tensor
+        tensors = {name: cast[id(t)] for name, t in tensors.items()}
+    return config, tensors
+
+
+def _read_weights(fetch: Callable[[str], Path | None], name: str) -> tuple[Path, dict[str, Tensor]]:
+    """The file that was found first among WEIGHT_FILES, and its tensors or those of the shards it lists."""
+    for file in WEIGHT_FILES:
+        path = fetch(file)
+        if path is None:
+            continue
+        if not file.endswith(".index.json"):
+            return path, _read_tensors(path)
+        try:
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is not an index of shards; it may be truncated") from None
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            # A name with folders in it could point anywhere on the disk.
+            shard_path = fetch(shard) if isinstance(shard, str) and Path(shard).name == shard else None
+            if shard_path is None:
+                raise FileNotFoundError(f"{path} lists {shard!r}, which is not there")
+            tensors |= _read_tensors(shard_path)
+        return path, tensors
+    raise FileNotFoundError(f"{name} has no weights; a GPT-2 checkpoint has {' or '.join(WEIGHT_FILES[::2])}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({first_line(error)}); it may be truncated"
+            ) from None
+    tensors = torch_load(path)
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a state dict: it holds more than tensors by name")
+    return dict(tensors)
+
+
+def _hub(
+    repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> Callable[[str], Path | None]:
+    """A function that gives the local path of a repository's file, or None where it has no such file."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    repo, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+                )
+            )
+        except errors.LocalEntryNotFoundError:
+            if name != CONFIG:
+                return None
+            raise FileNotFoundError(
+                f"{repo!r} is neither a folder here nor in the Hugging Face cache, and the hub was not reached; "
+                "check the name, the network and HF_HUB_OFFLINE"
+            ) from None
+        except errors.EntryNotFoundError:
+            if name != CONFIG:
+                return None
+            raise FileNotFoundError(f"{repo!r} on the Hugging Face hub has no {CONFIG}") from None
+        except errors.GatedRepoError:
+            raise FileNotFoundError(f"{repo!r} is gated: ask for access on the hub, then run: hf auth login") from None
+        except errors.RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"{repo!r} is neither a folder here nor a repository on the Hugging Face hub; "
+                "for a private one: hf auth login"
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise FileNotFoundError(f"{repo!r} on the Hugging Face hub has no revision {revision!r}") from None
+        except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+            raise ValueError(f"{repo!r} could not be read from the Hugging Face hub: {first_line(error)}") from None
+
+    return fetch

@@ -1,0 +1,24 @@
+"""Token data: from text and shards on disk to batches of ids.
+
+corpus     what a source names, `load_data` and `load_tokens`, and the default corpus
+batches    windows of shards as batches: `TokenDataset`
+shards     nanoGPT's and llm.c's .bin files
+text       text files and their tokens, which are cached
+jsonl      JSON Lines, with errors that name the line
+tokenizer  GPT-2's byte-pair encoding
+
+A batch is a function of (seed, step, micro_step) alone, so a run that resumes needs no state from here.
+State of the process: the tokenizer of `get_tokenizer`, made once.
+"""
+
+from __future__ import annotations
+
+from gpt2_fast.lazy import exports
+
+_NAMES = {
+    "corpus": ("load_data", "load_tokens"),
+    "batches": ("TokenDataset",),
+    "shards": ("Shard", "read_bin", "write_bin"),
+    "tokenizer": ("Tokenizer", "get_tokenizer"),
+}
+__getattr__, __dir__, __all__ = exports(__name__, _NAMES)

@@ -1,0 +1,118 @@
+"""Text as token shards: text files, and the "text" field of every line of a .jsonl.
+
+It is tokenised once into a cached file of llm.c's format, <|endoftext|> after each document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gpt2_fast.data import jsonl
+from gpt2_fast.data.shards import Shard, read_bin, write_bin
+from gpt2_fast.data.tokenizer import get_tokenizer, split_text
+from gpt2_fast.files import cache_dir
+
+CACHE_VERSION = 2  # raise it when the same text is to give other tokens
+BLOCK = 1 << 20  # characters read at a time
+PIECE = 1 << 16  # characters tokenised at a time
+
+
+def text_files(folder: Path, suffix: str = "") -> list[Path]:
+    """Files below a folder that are text (UTF-8 as far as the first 4 KB tell), without hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
+        found += [Path(parent, name) for name in sorted(files) if name[0] != "." and name.endswith(suffix)]
+    return [path for path in found if path.is_file() and (suffix or _is_text(path))]
+
+
+def _is_text(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:  # more than a character that the 4 KB cut in two
+            return False
+    return b"\0" not in start
+
+
+def by_hash(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
+    """(name, path) of documents in an order that is fixed and mixes neighbours."""
+    names = [(path.relative_to(root).as_posix(), path) for path in files]
+    return sorted(names, key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest())
+
+
+def tokenised(documents: Sequence[tuple[str, Path]], progress: bool) -> Shard:
+    """The tokens of text files, each followed by <|endoftext|>, from the cache where it has exactly these."""
+    key = hashlib.sha256(f"{CACHE_VERSION}\n".encode())
+    size = 0
+    for name, path in documents:
+        stat = path.stat()
+        size += stat.st_size
+        key.update(repr((name, str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode("utf-8", "replace"))
+    cached = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.bin"
+    try:
+        return read_bin(cached)
+    except (OSError, ValueError):  # not there, or not whole: made again
+        pass
+    if size == 0:
+        raise ValueError(f"{documents[0][1]} is empty" if len(documents) == 1 else "all text files are empty")
+    bar = tqdm(
+        total=size, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None if progress else True
+    )
+    with bar:
+        count = write_bin(cached, _tokenise(documents, bar))
+    if not count:
+        cached.unlink()
+        raise ValueError(f"{documents[0][1]} has no text" if len(documents) == 1 else "all documents are empty")
+    return read_bin(cached)
+
+
+def _tokenise(documents: Sequence[tuple[str, Path]], bar: tqdm) -> Iterator[np.ndarray]:
+    """Token arrays in order; the pieces of a few blocks at a time are encoded by as many threads as torch uses."""
+    tokenizer = get_tokenizer()
+    eot = np.array([tokenizer.eot_token], dtype=np.uint16)
+    pieces = (piece for _, path in documents for piece in _pieces(path))
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        while group := list(islice(pieces, 16 * workers)):
+            for text, tokens in zip(group, pool.map(_encode, group), strict=True):
+                bar.update(len(text.encode("utf-8", "replace")))
+                yield tokens if text else eot
+
+
+def _encode(text: str) -> np.ndarray:
+    return get_tokenizer().encode_to_numpy(text)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A file in pieces that tokenise as its documents do whole, "" at the end of each; nothing for empty ones."""
+    if path.suffix == ".jsonl":
+        for where, record in jsonl.read(path):
+            if text := jsonl.field(record, "text", str, where):
+                yield from split_text(text, PIECE)
+                yield ""
+        return
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            held, any_text = "", False
+            while block := file.read(BLOCK):
+                *pieces, held = split_text(held + block, PIECE)
+                any_text = True
+                yield from pieces
+            if held:
+                yield held
+            if any_text:
+                yield ""
+    except OSError as error:
+        raise OSError(f"cannot read {path} ({error.strerror or error})") from None

@@ -1,0 +1,206 @@
+"""What generation asks of a model: the prompts at once, then a token a row at a time.
+
+A decoder has `n_positions` (how many it can hold), `length` (how many it holds) and
+
+    prefill(tokens int64 [B, T], starts int32 [B]) -> logits float32 [B, V]    forgets what it held
+    step(tokens int64 [B])                         -> logits float32 [B, V]    appends a token to every row
+
+starts says how many positions of padding each row begins with. Logits are of the token after the newest, and may be
+overwritten by the next call. `make_decoder` chooses one of three:
+
+    PackedDecoder    CPU: one call into C++ a token, on weights packed in float32, bfloat16 or int8
+    GraphDecoder     GPU: the model, its step replayed as one CUDA graph
+    ModelDecoder     the model, op by op, on any device
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.generate.cache import KVCache, StaticCache
+from gpt2_fast.generate.protocol import Model
+from gpt2_fast.ops import decode_step
+from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.runtime import dispatch
+
+WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
+PROBES = 64  # values of each parameter that are compared, see `packed_model`
+
+
+class Decoder(Protocol):
+    """See the top of this file."""
+
+    n_positions: int
+
+    @property
+    def length(self) -> int: ...
+
+    def prefill(self, tokens: Tensor, starts: Tensor) -> Tensor: ...
+
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+
+class ModelDecoder:
+    """The model's own forward pass and a KVCache."""
+
+    def __init__(self, model: Model, batch_size: int, n_positions: int, cache_type: type[KVCache] = KVCache):
+        self.model, self.n_positions = model, n_positions
+        self.cache = cache_type(model, batch_size, n_positions)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def prefill(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        self.cache.reset(starts)
+        mask = None
+        if starts.any():
+            mask = torch.arange(tokens.shape[1], device=tokens.device) >= starts.unsqueeze(1)
+        return self._advance(tokens, mask)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._advance(tokens.unsqueeze(1), None)
+
+    def _advance(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        first = self.cache.advance(tokens.shape[1])
+        positions = torch.arange(first, self.cache.length, device=tokens.device)
+        return self._logits(tokens, (positions - self.cache.starts.long().unsqueeze(1)).clamp_(min=0), mask)
+
+    def _logits(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = self.model.transformer(tokens, mask, position_ids, cache=self.cache)
+        return (hidden[:, -1] @ self.model.lm_head.weight.t()).float()
+
+
+class GraphDecoder(ModelDecoder):
+    """A step over fixed buffers that depends on nothing on the host; on a GPU it is captured once and replayed.
+
+    Where it cannot be captured, and on a CPU, the same step runs eagerly; a warning says why.
+    """
+
+    def __init__(self, model: Model, batch_size: int, n_positions: int):
+        super().__init__(model, batch_size, n_positions, StaticCache)
+        device = model.transformer.wte.weight.device
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(batch_size, model.config.vocab_size, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._to_capture = device.type == "cuda"
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens.unsqueeze(1))
+        if self._to_capture:
+            self._to_capture = False
+            self.graph = self._capture()
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+        self.cache.length += 1
+        return self.logits
+
+    def _step(self) -> None:
+        positions = self.cache.begin_step()
+        self.logits.copy_(self._logits(self.tokens, positions, None))
+        self.cache.index.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        index, lengths = self.cache.index.clone(), self.cache.lengths.clone()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP_STEPS):
+                    self._step()  # writes the keys and values that the replay writes again
+                    self.cache.index.copy_(index)
+                    self.cache.lengths.copy_(lengths)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            return graph
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"decoding goes on without a CUDA graph: {reason}", RuntimeWarning, stacklevel=3)
+            self.cache.index.copy_(index)
+            self.cache.lengths.copy_(lengths)
+            return None
+
+
+class PackedDecoder:
+    """`ops.decode_step` on packed weights. CPU only."""
+
+    def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
+        self.packed, self.batch_size, self.n_positions = packed, batch_size, n_positions
+        self.cache: PackedCache | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.cache is None else self.cache.length
+
+    def prefill(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        self.cache = PackedCache(self.packed, self.batch_size, self.n_positions, starts)
+        return self.packed.prefill(tokens, self.cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.packed.step(tokens, self.cache)
+
+
+PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def packed_model(model: Model, weights: str) -> PackedModel:
+    """The model's weights packed for `ops.decode_step`, kept beside the model until they change.
+
+    A model has one packing at a time. Its size in bytes is 4, 2 or 1 a weight, beside the model's own. Changed
+    parameters are known by their addresses and version counters, and by PROBES values of each, since a write through
+    `.data` moves no counter.
+    """
+    parameters = list(model.parameters())
+    versions = (weights, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
+    probes = torch.cat([p.flatten()[:: max(1, p.numel() // PROBES)].double() for p in parameters])
+    held = PACKED.pop(model, None)
+    if held is None or held[0] != versions or not torch.equal(held[1], probes):
+        del held  # before the new one is made: two would be in memory
+        held = (versions, probes, PackedModel(model, weights))
+    PACKED[model] = held
+    return held[2]
+
+
+def make_decoder(
+    model: Model, batch_size: int, n_positions: int, weights: str | None = None
+) -> ModelDecoder | GraphDecoder | PackedDecoder:
+    """The decoder for a model where it is.
+
+    weights: "float32", "bfloat16" or "int8" packs them so, on a CPU. None packs a float32 or bfloat16 model as it is
+        where C++ can run it, unless it is in training mode, whose weights are about to change.
+
+    Raises ValueError for weights that are unknown, or asked for on a GPU.
+    """
+    weight = model.transformer.wte.weight
+    if weight.device.type == "cuda":
+        if weights not in (None, str(weight.dtype).removeprefix("torch.")):
+            raise ValueError(
+                f"weights={weights!r} packs a model on the CPU and this one is {weight.dtype} on {weight.device}; "
+                "convert it with model.to(dtype), or move it"
+            )
+        return GraphDecoder(model, batch_size, n_positions)
+    if weights is None:
+        weights = _packed_dtype(model)
+    if weights is None:
+        return ModelDecoder(model, batch_size, n_positions)
+    return PackedDecoder(packed_model(model, weights), batch_size, n_positions)
+
+
+def _packed_dtype(model: Model) -> str | None:
+    """What a model is packed in where nobody asks; None: it is not."""
+    dtype, impl = model.transformer.wte.weight.dtype, model.transformer.impl
+    if model.training or impl not in ("auto", "cpp") or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    device = model.transformer.wte.weight.device
+    chosen = dispatch.choose(decode_step.OP, "auto", device, dtype)
+    return str(dtype).removeprefix("torch.") if chosen == "cpp" else None

@@ -1,0 +1,160 @@
+"""Generation from ids to ids: logits from a decoder, a token a row from a sampler, until every row has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.generate.decoders import Decoder, make_decoder
+from gpt2_fast.generate.protocol import Model
+from gpt2_fast.generate.sampling import Sampler, Sampling
+
+SLIDE = "slide"
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Collection[int] | None = None,
+    seed: int | None = None,
+    on_token: Callable[[Tensor], Tensor | None] | None = None,
+    context: str | None = None,
+    weights: str | None = None,
+) -> list[list[int]]:
+    """Continues each prompt by up to max_new_tokens tokens; returns the new tokens alone.
+
+    Args:
+        prompts: token ids, of any lengths.
+        temperature, top_k, top_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+        eos_token_id: ends a row, each of several does; it is not returned.
+        seed: of the sampling; the same seed, prompt, row and machine give the same tokens.
+        on_token: called with the newest token of every row, int64 [B]. It may return a bool [B]: these rows end
+            here, after this token. Rows that have ended repeat their last token until all have.
+        context: "slide" goes on past n_positions: where they are used up, the newest half of them is prefilled
+            again with positions counted from 0. None refuses.
+        weights: "float32", "bfloat16" or "int8" on a CPU, see `make_decoder`.
+
+    Raises:
+        ValueError: an empty prompt, or prompt and new tokens beyond n_positions.
+    """
+    if not prompts or any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty; give at least one token, for example <|endoftext|>")
+    device, longest = model.transformer.wte.weight.device, max(map(len, prompts))
+    check_lengths(model.config, longest, max_new_tokens, context)
+    options = Sampling(temperature, top_k, top_p, repetition_penalty)
+    padding = [longest - len(prompt) for prompt in prompts]
+    tokens = torch.tensor([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)], device=device)
+    starts = torch.tensor(padding, dtype=torch.int32, device=device)
+    mask = torch.arange(longest, device=device) >= starts.unsqueeze(1)
+    sampler = Sampler.start(options, tokens, model.config.vocab_size, max_new_tokens, counted=mask, seed=seed)
+    new, lengths = run(
+        model, tokens, starts, max_new_tokens, sampler,
+        ends=as_ids(eos_token_id), on_token=on_token, weights=weights,
+    )  # fmt: skip
+    return [row[:length] for row, length in zip(new.tolist(), lengths.tolist(), strict=True)]
+
+
+def check_lengths(config: GPT2Config, longest: int, max_new_tokens: int, context: str | None) -> None:
+    """Raises ValueError where max_new_tokens after prompts of `longest` tokens cannot be had."""
+    if context not in (None, SLIDE):
+        raise ValueError(f"context is {context!r}; it must be {SLIDE!r}, or None to refuse what does not fit")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if context is None and longest + max_new_tokens > config.n_positions:
+        raise ValueError(
+            f"prompt ({longest} tokens) and new tokens ({max_new_tokens}) need {longest + max_new_tokens} positions "
+            f"and the model has {config.n_positions}; generate fewer tokens, shorten the prompt, or let the context "
+            f"slide: context={SLIDE!r} (--slide)"
+        )
+
+
+def as_ids(value: int | Collection[int] | None) -> list[int]:
+    """One id, several or none, as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+@torch.no_grad()
+def run(
+    model: Model,
+    tokens: Tensor,
+    starts: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    *,
+    ends: Collection[int] = (),
+    filler: int | None = None,
+    on_token: Callable[[Tensor], Tensor | None] | None = None,
+    weights: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """New tokens int64 [B, n], n <= max_new_tokens, and how many of each row came before one of `ends`, int64 [B].
+
+    Args:
+        tokens, starts: prompts int64 [B, T] and how many positions of padding each begins with, int32 [B].
+        filler: what a row that has ended goes on with; None repeats its last token.
+        on_token: gets the newest token of every row, int64 [B], and may return a bool [B]: these rows end here.
+        weights: see `make_decoder`.
+    """
+    n_positions = min(tokens.shape[1] + max_new_tokens, model.config.n_positions)
+    decoder = make_decoder(model, tokens.shape[0], n_positions, weights)
+    was_training = model.training
+    model.eval()
+    try:
+        return _decode(decoder, tokens, starts, max_new_tokens, sampler, tuple(ends), filler, on_token)
+    finally:
+        model.train(was_training)
+
+
+def _next_logits(decoder: Decoder, sequence: Tensor, starts: Tensor, prompt: int) -> Tensor:
+    """Logits after sequence [B, n], of which the decoder holds all but the newest token, or nothing yet.
+
+    Where there is no room left, the newest half of n_positions is prefilled again, its positions counted from 0.
+    """
+    n = sequence.shape[1]
+    if n == prompt and n <= decoder.n_positions:
+        return decoder.prefill(sequence.contiguous(), starts)
+    if n > prompt and decoder.length < decoder.n_positions:
+        return decoder.step(sequence[:, -1].contiguous())
+    kept = max(1, decoder.n_positions // 2)
+    return decoder.prefill(sequence[:, -kept:].contiguous(), (starts - (n - kept)).clamp_(min=0))
+
+
+def _decode(
+    decoder: Decoder,
+    tokens: Tensor,
+    starts: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    ends: Sequence[int],
+    filler: int | None,
+    on_token: Callable[[Tensor], Tensor | None] | None,
+) -> tuple[Tensor, Tensor]:
+    (B, T), device = tokens.shape, tokens.device
+    sequence = tokens.new_empty(B, T + max_new_tokens)
+    sequence[:, :T] = tokens
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    lengths = torch.zeros(B, dtype=torch.int64, device=device)
+    for n in range(T, T + max_new_tokens):
+        token = sampler.choose(_next_logits(decoder, sequence[:, :n], starts, T), n - T)
+        if n > T:
+            token = torch.where(finished, sequence[:, n - 1] if filler is None else filler, token)
+        sequence[:, n] = token
+        sampler.observe(token)
+        stopped = None if on_token is None else on_token(token)
+        if len(ends):
+            finished |= torch.isin(token, end_ids)
+        lengths += ~finished
+        if stopped is not None:
+            finished |= stopped.to(device)
+        if (len(ends) or stopped is not None) and finished.all():
+            break
+    return sequence[:, T : n + 1], lengths

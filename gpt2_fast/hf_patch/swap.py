@@ -1,0 +1,142 @@
+"""`gpt2_fast.patch`: an existing transformers GPT-2 on this package's operations, in place; `unpatch` puts it back.
+
+Parameters, names and objects stay: what changes is the class of GPT2Block, GPT2Model and GPT2LMHeadModel
+(`modules.py`) and the name of the config's attention implementation (`attention.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+try:
+    from transformers.models.gpt2 import modeling_gpt2
+except ImportError as error:
+    raise ImportError(f"gpt2_fast.patch needs transformers; run: pip install transformers ({error})") from None
+
+from gpt2_fast.hf_patch import attention, modules
+from gpt2_fast.hf_patch.modules import PATCHED
+
+ORIGINAL = {patched: original for original, patched in PATCHED.items()}
+
+
+class Row(NamedTuple):
+    """One line of `explain`: which module, what of it, which path it takes, and why where that is transformers'."""
+
+    module: str
+    part: str
+    runs: str
+    why: str
+
+
+def _bodies(model: nn.Module) -> dict[str, nn.Module]:
+    """Every GPT2Model in `model`, patched or not, by name. Raises TypeError or ValueError where there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gpt2_fast.patch takes a transformers GPT-2 model, not {type(model).__name__}")
+    kinds = (modeling_gpt2.GPT2Model, PATCHED[modeling_gpt2.GPT2Model])
+    found = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    if not found:
+        raise ValueError(
+            f"gpt2_fast.patch: {type(model).__module__}.{type(model).__name__} holds no transformers GPT2Model; pass a "
+            "GPT2Model, a GPT2LMHeadModel, another GPT-2 head, or a model around one"
+        )
+    return found
+
+
+def _check_placement(model: nn.Module) -> None:
+    places: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(str(parameter.device), name)
+    if len(places) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise ValueError(f"gpt2_fast.patch: the model is on several devices ({where}); move it to one first")
+
+
+def _configs(body: nn.Module) -> list:
+    """The config objects that a GPT2Model's forward reads; almost always one."""
+    configs = [body.config, *(block.attn.config for block in body.h)]
+    return list({id(config): config for config in configs}.values())
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Routes a transformers GPT-2 through gpt2_fast's operations, in place; `unpatch` puts it back.
+
+    Args:
+        model: GPT2Model, GPT2LMHeadModel, another GPT-2 head, or any module around them (PEFT, torch.compile).
+
+    Returns:
+        `model` itself. `gpt2_fast.doctor.explain_patch(model)` says what runs where and why. Patching twice is
+        patching once.
+
+    Raises:
+        TypeError, ValueError: no GPT-2 of transformers in it, or parameters on several devices.
+    """
+    bodies = _bodies(model)
+    _check_placement(model)
+    for module in model.modules():
+        if type(module) in PATCHED:
+            module.__class__ = PATCHED[type(module)]
+    for body in bodies.values():
+        for config in _configs(body):
+            name = attention.original(config._attn_implementation) or "eager"
+            if attention.fits(config.n_embd // config.n_head):
+                config._attn_implementation = attention.register(name)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undoes `patch`; a model that is not patched stays as it is. Returns `model`."""
+    for body in _bodies(model).values():
+        for config in _configs(body):
+            if attention.is_ours(config):
+                config._attn_implementation = attention.original(config._attn_implementation)
+    for module in model.modules():
+        if type(module) in ORIGINAL:
+            module.__class__ = ORIGINAL[type(module)]
+    return model
+
+
+def _row(module: str, part: str, op: str, reason: str | None) -> Row:
+    return Row(module, part, "transformers" if reason else op, reason or "")
+
+
+def _block_rows(name: str, block: nn.Module, ours: bool) -> list[Row]:
+    if not ours or hasattr(block, "crossattention"):
+        why = "the model has cross-attention" if ours else f"it is {type(block).__module__}.{type(block).__qualname__}"
+        return [Row(name, "block", "transformers", why)]
+    size = block.attn.head_dim
+    kept = modules.attention_taken(block)
+    if kept and not attention.fits(size):
+        kept = f"head size {size} is outside {attention.HEAD_MIN} to {attention.HEAD_MAX}"
+    rows = [
+        _row(f"{name}.ln_1", "LayerNorm", "add_layernorm", modules.foreign(block.ln_1, nn.LayerNorm)),
+        _row(f"{name}.attn", "attention", "attention, attention_decode", kept),
+    ]
+    for path, module in (("attn.c_attn", block.attn.c_attn), ("attn.c_proj", block.attn.c_proj)):
+        reason = "attention stays there" if kept else modules.foreign(module, modules.Conv1D)
+        rows.append(_row(f"{name}.{path}", "projection", "linear", reason))
+    reason = modules.mlp_fused(block)
+    rows.append(_row(f"{name}.mlp", "ln_2, c_fc and GELU as one", "layernorm_linear_gelu", reason))
+    reason = modules.foreign(block.mlp.c_proj, modules.Conv1D)
+    rows.append(_row(f"{name}.mlp.c_proj", "projection", "linear", reason))
+    return rows
+
+
+def explain(model: nn.Module) -> list[Row]:
+    """What runs where in a patched (or not patched) model, module by module."""
+    rows = []
+    for name, body in _bodies(model).items():
+        name = name or "(the model)"
+        ours = type(body) in ORIGINAL
+        reason = modules.embedding_taken(body) if ours else "it is not patched"
+        rows.append(_row(name, "wte, wpe and dropout", "embedding", reason))
+        for i, block in enumerate(body.h):
+            rows += _block_rows(f"{name}.h.{i}", block, type(block) in ORIGINAL)
+        rows.append(_row(f"{name}.ln_f", "LayerNorm", "add_layernorm", reason))
+    heads = (*PATCHED, *ORIGINAL)
+    for name, module in model.named_modules():
+        if type(module) in heads and isinstance(module, modeling_gpt2.GPT2LMHeadModel):
+            reason = modules.loss_taken(module) if type(module) in ORIGINAL else "it is not patched"
+            rows.append(_row(f"{name or '(the model)'}", "head and loss", "linear_cross_entropy", reason))
+    return rows

@@ -1,0 +1,140 @@
+"""Matrix products: on a GPU cuBLAS; on a CPU this package's own or a vendor's, whichever `cpu_policy` names.
+
+The own product (``csrc/linear.cpp``) reads either side transposed, and in a lower precision, without a pass that copies
+it first; it adds to what is there, and takes GELU before it stores.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from gpt2_fast.ops.runtime import buffers, cpp, dispatch
+from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
+from gpt2_fast.ops.runtime.gelu import Gelu
+
+PROFILED = "gpt2_fast.product"  # the own product's name in a profile
+STORE, ADD, GELU = range(3)  # csrc/linear.h; GELU + Gelu.TANH, GELU + Gelu.ERF
+
+
+class _Workspace(threading.local):
+    """Each thread's memory for packed operands, kept from one product to the next: fresh pages cost more."""
+
+    buffer: Tensor | None = None
+
+    def take(self, nbytes: int) -> Tensor:
+        if self.buffer is None or self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self.buffer
+
+
+_workspace = _Workspace()
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    """The matrix, copied where neither of its strides is 1."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish: int, u: Tensor | None = None) -> None:
+    """csrc/linear.cpp: out [M, N], contiguous, from a [M, K] @ b [K, N] + bias as `finish` says."""
+    (M, K), N = a.shape, b.shape[1]
+    a, b, bias = _unit_stride(a), _unit_stride(b), None if bias is None else bias.float().contiguous()
+    pairs = a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16
+    nbytes = torch.empty(1, dtype=torch.int64)
+    cpp.linear_workspace(M=M, N=N, K=K, pairs=pairs, bytes=nbytes)
+    (a_m, a_k), (b_k, b_n) = a.stride(), b.stride()
+    with record_function(PROFILED):
+        cpp.linear_product(
+            a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, u=u, finish=finish, M=M, N=N, K=K,
+            pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if cpu_policy().float32 == "onednn" and a.shape[0] > 1:
+        # Computes a @ w^T for w [N, K]; a transposed view of b is what it wants.
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if a.is_cuda and out_dtype != a.dtype and bias is None:
+        return torch.mm(a, b, out_dtype)
+    native = not a.is_cpu or (a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16)
+    if native:
+        result = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    else:
+        result = _vendor_float32(a.float(), b.float(), None if bias is None else bias.float())
+    return result.to(out_dtype)
+
+
+def takes_own_product(a: Tensor) -> bool:
+    """Whether a @ b is this package's own product where nobody asks for one or the other."""
+    own = a.is_cpu and cpu_policy().own and dispatch.unavailable("cpp", "cpu", a.dtype) is None
+    return own and a.shape[0] >= MIN_ROWS
+
+
+def product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, impl: str = "auto"
+) -> Tensor:
+    """a [M, K] @ b [K, N] (+ bias [N]); either side may be a transposed view, neither is empty.
+
+    Args:
+        a, b, bias: on one device, and on a GPU of one dtype.
+        out_dtype: a's unless given; float32 keeps what a widened product has before rounding.
+        impl: "cpp", the own product, "aten", the vendor's, or "auto", by `cpu_policy`.
+    """
+    out_dtype = out_dtype or a.dtype
+    if impl == "cpp" or (impl == "auto" and takes_own_product(a)):
+        out = buffers.empty(a, (a.shape[0], b.shape[1]), out_dtype)
+        _own_product(a, b, bias, out, STORE)
+        return out
+    return _vendor_product(a, b, bias, out_dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [M, N], float32 and contiguous, += a [M, K] @ b [K, N]."""
+    if takes_own_product(a):
+        _own_product(a, b, None, total, ADD)
+    elif a.dtype == torch.float32 and (not a.is_cpu or cpu_policy().float32 == "mkl"):
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, torch.float32, out=total)  # no rounding before the addition, and no pass for it
+    else:
+        total += _vendor_product(a, b, None, a.dtype)
+
+
+def gelu_product(
+    a: Tensor, b: Tensor, bias: Tensor, dtype: torch.dtype, save: bool, kind: Gelu
+) -> tuple[Tensor, Tensor | None]:
+    """y = gelu(u), and u = a @ b + bias where `save` asks for it, both [M, N] in `dtype`: the own product alone."""
+    shape = (a.shape[0], b.shape[1])
+    y = buffers.empty(a, shape, dtype)
+    u = buffers.empty(a, shape, dtype) if save else None
+    _own_product(a, b, bias, y, GELU + kind, u)
+    return y, u
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether weight [in, out] is a view of nn.Linear's [out, in]."""
+    return weight.t().is_contiguous() and not weight.is_contiguous()
+
+
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
+    """x [N, in]^T @ dy [N, out] in weight's dtype, laid out as weight is, so that autograd need not copy it."""
+    if is_transposed(weight):
+        return product(dy.t(), x, out_dtype=weight.dtype, impl=impl).t()
+    return product(x.t(), dy, out_dtype=weight.dtype, impl=impl)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """dy [N, out] summed over its rows; on a GPU by Triton's kernel, which is faster than torch's sum."""
+    if dy.is_cuda and dispatch.unavailable("triton", "cuda", dy.dtype) is None:
+        from gpt2_fast.kernels.bias import column_sum
+
+        return column_sum(dy.contiguous()).to(dy.dtype)
+    return dy.sum(0)

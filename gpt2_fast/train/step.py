@@ -1,0 +1,113 @@
+"""The model and the optimizer of a run, and one step of it.
+
+One step: grad_accum micro-batches, forward and backward, then clip and AdamW in one fused update. Nothing in it
+waits for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from gpt2_fast import checkpoint
+from gpt2_fast.config import GPT2Config
+from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.optim import AdamW
+from gpt2_fast.train.config import TrainConfig
+
+
+def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None) -> GPT2LMHeadModel:
+    """The model of a run on its device, in float32: `build_optimizer` casts it.
+
+    Its weights are those of --init-from, else fresh ones. model_config: of a run that is resumed, whose weights
+    are loaded later. --dropout, where it is given, replaces what the checkpoint's config says.
+    """
+    state = None
+    if model_config is None and config.init_from is not None:
+        loaded = checkpoint.load(config.init_from)
+        model_config, state = loaded.config, loaded.state
+        if config.dropout is not None:
+            model_config = dataclasses.replace(model_config, **_dropout(config.dropout))
+    if model_config is None:
+        model_config = GPT2Config.from_preset(config.model, **_dropout(config.dropout or 0.0))
+    context = config.context or model_config.n_positions
+    if context > model_config.n_positions:
+        name = config.init_from or config.model
+        raise ValueError(f"--context is {context} and {name} has {model_config.n_positions} positions; lower --context")
+    torch.manual_seed(config.seed)
+    model = GPT2LMHeadModel(model_config, impl=config.impl)
+    if state is not None:
+        model.load_state_dict(state)
+    model.gradient_checkpointing_enable(config.recompute)
+    return model.to(device)
+
+
+def _dropout(p: float) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p)
+
+
+def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorms.
+
+    Casts the model to the run's dtype, with its float32 weights as the optimizer's masters.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    clip = config.grad_clip or None
+    betas, impl = (config.beta1, config.beta2), dispatch.of_model(config.impl, "adamw", parameters[0].device.type)
+    optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, clip_grad_norm=clip, impl=impl)
+    if config.dtype != "float32":
+        optimizer.cast(model, getattr(torch, config.dtype))
+    return optimizer
+
+
+class Step:
+    """Forward, backward and update over fixed input buffers; replayed as one CUDA graph if asked to."""
+
+    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, config: TrainConfig, context: int):
+        self.model, self.optimizer, self.config = model, optimizer, config
+        device = model.lm_head.weight.device
+        shape = (config.grad_accum, config.batch_size, context)
+        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.targets = torch.zeros_like(self.inputs)
+        self.loss = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._runs = 0
+        self._graphed = config.compile_graph
+        if self._graphed and device.type != "cuda":
+            raise ValueError("--compile-graph needs a CUDA device; drop it, or use --device cuda")
+
+    def _compute(self) -> None:
+        n_items = self.targets.numel()
+        loss = torch.zeros_like(self.loss)
+        for x, y in zip(self.inputs, self.targets, strict=True):
+            micro = self.model(x, targets=y, num_items_in_batch=n_items).loss
+            micro.backward()
+            loss += micro.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.copy_(loss)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
+        """One optimizer step on inputs and targets [grad_accum, B, T]; the mean loss, still on the device."""
+        self.inputs.copy_(inputs, non_blocking=True)
+        self.targets.copy_(targets, non_blocking=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._runs += 1
+        if self._graphed and self._runs > 3:  # three eager steps first, so that lazy set-up is not captured
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._compute()
+            self.optimizer.upload_hyperparameters()
+            self.graph.replay()
+        else:
+            self._compute()
+        return self.loss.clone()

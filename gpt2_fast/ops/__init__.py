@@ -1,6 +1,6 @@
 """The operations, one file each: what it computes, its reference, its declaration, its public function, its cost.
 
-A new one is named in ROOMS; everything that goes over all of them (the shared tests, `doctor`, the benchmarks) reads it.
+A new one is named in ROOMS: what goes over all of them (the shared tests, `doctor`) reads it.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def use_policy(monkeypatch):
     from gpt2_fast.ops.runtime import products
 
     def use(policy):
-        for module in (mlp, products, linear_cross_entropy):
-            monkeypatch.setattr(module, "cpu_policy", lambda: policy)
+        for room in (mlp, products, linear_cross_entropy):
+            monkeypatch.setattr(room, "cpu_policy", lambda: policy)
         monkeypatch.setattr(products, "MIN_ROWS", 1)
 
     return use

@@ -29,11 +29,15 @@ def calls(draw) -> Description:
     }), max_size=5))  # fmt: skip
     description = {
         "op": "adamw", "params": params, "hyper": draw(st.sampled_from(["contiguous", "offset", "every other"])),
-        "max_norm": draw(st.sampled_from([None, 0.0, 0.5, 1e9, float("inf")])), "norm": draw(st.sampled_from([None, 3.0])),
+        "max_norm": draw(st.sampled_from([None, 0.0, 0.5, 1e9, float("inf")])),
+        "norm": draw(st.sampled_from([None, 3.0])),
         "impl": draw(st.sampled_from(["auto", "cpp", "reference"])), "change": None, "valid": True,
     }  # fmt: skip
     if draw(_seldom):
-        what, how = draw(st.sampled_from([*LISTS, "hyper", "norm"])), draw(st.sampled_from([*build.CHANGES, *build.LAYOUTS]))
+        what, how = (
+            draw(st.sampled_from([*LISTS, "hyper", "norm"])),
+            draw(st.sampled_from([*build.CHANGES, *build.LAYOUTS])),
+        )
         description |= {"change": [what, draw(st.integers(0, 4)), how], "valid": False}
     elif draw(_seldom):
         change = draw(st.sampled_from(["one less", "the same twice", "group", "max_norm"]))

@@ -22,6 +22,7 @@ MODELS = [
 ]
 INPUTS = ("tokens", "token", "cache", "starts", "row", "packed", "weights", "model", "batch_size", "impl")
 POSITIONS = 40
+WEIGHTS = ["float32", "bfloat16", "int8"]
 _seldom = st.sampled_from([False] * 4 + [True])
 
 
@@ -32,18 +33,19 @@ def calls(draw) -> Description:
     starts = draw(st.lists(st.integers(0, prompt - 1), min_size=B, max_size=B))
     described = {
         "op": "decode_step", "model": draw(st.integers(0, len(MODELS) - 1)), "seed": draw(st.integers(0, 1000)),
-        "weights": draw(st.sampled_from(["float32", "bfloat16", "int8"])), "impl": draw(st.sampled_from(["auto", "cpp"])),
+        "weights": draw(st.sampled_from(WEIGHTS)), "impl": draw(st.sampled_from(["auto", "cpp"])),
         "B": B, "prompt": prompt, "steps": steps, "room": prompt + steps + draw(st.integers(0, 5)),
         "starts": draw(st.sampled_from([None, starts])), "layout": draw(st.sampled_from(build.LAYOUTS)),
         "change": None, "valid": True,
     }  # fmt: skip
     if draw(_seldom):
         change = draw(st.sampled_from([
-            ["token", draw(st.sampled_from([-1, -(2**63), 2**63 - 1, 301, 10**6]))], ["room", draw(st.integers(-1, 60))],
-            ["B", draw(st.integers(0, 6))], ["tokens", draw(st.sampled_from(build.CHANGES))],
+            ["token", draw(st.sampled_from([-1, -(2**63), 2**63 - 1, 301, 10**6]))],
+            ["room", draw(st.integers(-1, 60))], ["B", draw(st.integers(0, 6))],
+            ["tokens", draw(st.sampled_from(build.CHANGES))],
             ["starts", draw(st.sampled_from(build.CHANGES))], ["starts of", draw(st.integers(-2, 50))],
             ["cache of another model", draw(st.integers(0, len(MODELS) - 1))], ["weights", "int4"],
-            ["cache of other weights", draw(st.sampled_from(["float32", "bfloat16", "int8"]))],
+            ["cache of other weights", draw(st.sampled_from(WEIGHTS))],
         ]))  # fmt: skip
         described |= {"change": change, "valid": False}
     return described

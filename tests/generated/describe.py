@@ -25,7 +25,8 @@ _often = st.sampled_from([True, True, True, False])
 _seldom = st.sampled_from([False] * 5 + [True])
 _few, _some, _many = st.integers(1, 5), st.integers(1, 40), st.integers(1, 130)
 SIZES = {
-    "B": st.integers(0, 4), "T": st.one_of(_some, st.just(1), _many), "H": st.integers(1, 3), "S": st.one_of(_some, _many),
+    "B": st.integers(0, 4), "H": st.integers(1, 3), "T": st.one_of(_some, st.just(1), _many),
+    "S": st.one_of(_some, _many),
     "D": st.one_of(st.sampled_from([16, 20, 64, 80]), st.integers(HEAD_MIN, HEAD_MAX), st.integers(1, 140)),
     "V": st.one_of(_some, st.integers(1, 600)), "P": _many,
 }  # fmt: skip
@@ -77,7 +78,7 @@ def _options(draw, op: str, sizes: dict[str, int], valid: list[bool]) -> dict:
 
 
 def _dtype(draw, spec: Input, first: str, op: str) -> str:
-    if spec.dtype is SAME or op == "mlp" or spec is BY_NAME[op].op.inputs[0] and not isinstance(spec.dtype, tuple):
+    if spec.dtype is SAME or op == "mlp" or spec is BY_NAME[op].op.inputs[0]:
         return first
     if spec.dtype is STREAM:
         return draw(st.sampled_from([first, "float32"])) if first != "float64" else first

@@ -150,7 +150,7 @@ def judge(description: Description) -> Outcome:
     dtype = torch.bfloat16 if autocast and first.dtype is not torch.float64 else first.dtype
     if room.name == "embedding":
         dtype = first.dtype
-    found = [sum(map(list, results), []) for results in (actual, eager, truth)]
+    found = [[*outputs, *gradients] for outputs, gradients in (actual, eager, truth)]
     labels = [*(f"output {i}" for i in range(len(shapes))), *(f"gradient of {name}" for name in names)]
     for label, a, e, t in zip(labels, *found, strict=True):
         if problem := differs(a, e, t, dtype, floor):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from . import adamw, decode_step, describe, judge as declared
+from . import adamw, decode_step, describe
+from . import judge as declared
 from .describe import Description
 from .judge import Outcome
 

@@ -11,7 +11,8 @@ from conftest import DEVICE
 from numerics import ROW_SLACK
 from torch import Tensor
 
-from gpt2_fast.ops import add_layernorm, attention, embedding, linear, linear_cross_entropy, mlp
+from gpt2_fast.ops import add_layernorm, attention, embedding, linear, mlp
+from gpt2_fast.ops import linear_cross_entropy as head
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.declare import Op
 
@@ -73,8 +74,6 @@ ROOMS = [
     Room(attention.OP, attention.attention, attention.samples, _few("qkv", 5000), row_slack=0.25),
     Room(attention.DECODE, attention.attention_decode, attention.decode_samples),
     Room(embedding.OP, embedding.embedding, embedding.samples),
-    Room(
-        linear_cross_entropy.OP, linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.samples, _few("x", 1000)
-    ),
+    Room(head.OP, head.linear_cross_entropy, head.samples, _few("x", 1000)),
 ]
 DERIVED = [room for room in ROOMS if room.op.gradients]

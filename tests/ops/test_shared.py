@@ -94,6 +94,7 @@ def _with_rows(room: Room, arguments: dict, n: int) -> dict:
 @of_each_room
 def test_compiles_whole(room, dynamic):
     """One graph, the values and gradients of eager calls, and with dynamic shapes any number of rows."""
+    torch._dynamo.reset()  # one function of this file is compiled for all of them
     sample = list(room.calls())[1]
     wanted, given = room.differentiable(sample), list(room.tensors(sample))
     one = [torch.ones(())]
@@ -162,17 +163,21 @@ def test_strides_change_no_bit(room, layout, own_products):
 def test_autocast(room, impl):
     """As exact as the reference there, and gradients are of the dtypes of what they belong to."""
     for arguments in list(room.calls(DEVICE, impl=impl))[:2]:
-        names = room.differentiable(arguments)
-        truth = evaluate(room.of({n: t.double() if n in names else t for n, t in arguments.items()}, names, "reference"),
-                         [arguments[n].double().requires_grad_() for n in names], _upstream(room, arguments))  # fmt: skip
-        runs = []
-        for which in (impl, "reference"):
-            with torch.autocast(DEVICE, torch.bfloat16):
-                leaves = [arguments[n].detach().requires_grad_() for n in names]
-                runs.append(evaluate(room.of(arguments, names, which), leaves, _upstream(room, arguments)))
-        for actual, eager, true in zip(*(sum(map(list, run), []) for run in (*runs, truth)), strict=True):
-            assert actual.dtype == eager.dtype
-            assert_as_exact(actual, eager, true, f"{room.name} {impl}", torch.bfloat16, room.row_slack)
+        names, upstream = room.differentiable(arguments), _upstream(room, arguments)
+
+        def run(which, dtype=None, arguments=arguments, names=names, upstream=upstream):
+            given = {n: t.to(dtype) if dtype and n in names else t for n, t in arguments.items()}
+            leaves = [given[n].detach().requires_grad_() for n in names]
+            outputs, gradients = evaluate(room.of(given, names, which), leaves, upstream)
+            return [*outputs, *gradients]
+
+        truth = run("reference", torch.float64)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found, eager = run(impl), run("reference")
+        for a, e, t in zip(found, eager, truth, strict=True):
+            assert a.dtype == e.dtype
+            dtype = torch.bfloat16 if names else a.dtype
+            assert_as_exact(a, e, t, f"{room.name} {impl}", dtype, room.row_slack)
 
 
 @pytest.mark.parametrize(("room", "impl"), EACH)
@@ -224,7 +229,9 @@ def test_float64(room):
 def test_a_second_derivative_raises(room):
     """Of an operation without gradients the first one does."""
     for arguments in room.calls():
-        names = room.differentiable(arguments) or [n for n, t in room.tensors(arguments).items() if t.dtype.is_floating_point]
+        names = room.differentiable(arguments) or [
+            n for n, t in room.tensors(arguments).items() if t.dtype.is_floating_point
+        ]
         leaves = [arguments[name].clone().requires_grad_() for name in names]
         loss = _loss(room.of(arguments, names, "cpp")(*leaves))
         if room.op.gradients:

@@ -1,6 +1,7 @@
-"""README.md and docs/ hold: every row of the table of docs/migrate.md runs, both sides where transformers is the left one.
+"""README.md and docs/ hold: rows, Python, commands and links.
 
-So does their Python, and every link leads somewhere. A row runs as it is written, in a folder that has what it names: gpt2/, out/ckpt.pt, gpt2_124M.bin, data/*.bin, my.txt,
+Every row of the table of docs/migrate.md runs, both sides where transformers is the left one. A row runs as it is
+written, in a folder that has what it names: gpt2/, out/ckpt.pt, gpt2_124M.bin, data/*.bin, my.txt,
 hellaswag_val.jsonl and lambada_test.jsonl, of a tiny model.
 """
 

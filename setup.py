@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 # In the order in which they are compiled: what takes longest first.
 ONCE = ["bindings", "cuda_driver", "dispatch"]
-KERNELS = ["add_layernorm", "attention", "attention_decode", "decode_step", "embedding", "layernorm_linear_gelu",
+KERNELS = ["add_layernorm", "attention", "attention_decode", "decode_step", "embedding", "mlp",
            "linear", "linear_cross_entropy", "adamw", "table"]  # fmt: skip
 X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
@@ -38,7 +38,7 @@ X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 PARTIAL = {
     "avx512bf16": (
         "avx512",
-        ["add_layernorm", "attention", "layernorm_linear_gelu", "decode_step", "linear", "linear_cross_entropy"],
+        ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],
     )
 }
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]

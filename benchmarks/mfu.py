@@ -1,4 +1,4 @@
-"""FLOPs a token of training by three conventions, for model FLOPs utilisation; gpt2_fast.cards has the peaks."""
+"""FLOPs a token of training by three conventions, for model FLOPs utilisation; report.machine has the peaks."""
 
 from __future__ import annotations
 

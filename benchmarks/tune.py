@@ -33,7 +33,7 @@ SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS = 64
 REGISTERS = 65536
 BEST_MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-MATRIX = {"attention": ("forward", "backward_dq", "backward_dkdv"), "layernorm_linear_gelu": ("matmul",)}
+MATRIX = {"attention": ("forward", "backward_dq", "backward_dkdv"), "mlp": ("matmul",)}
 ENOUGH_WARPS = {True: 8, False: 32}
 INSPECTED = 3  # configurations of one row that are compiled for a candidate, of all that read the row
 
@@ -147,7 +147,7 @@ def _gpu_target(op: str, row: dict):
 
     from benchmarks.ops.harness import SIZES, Size
 
-    bench, name = {"bias": ("layernorm_linear_gelu", "case")}.get(op, (op, "case"))
+    bench, name = {"bias": ("mlp", "case")}.get(op, (op, "case"))
     module = importlib.import_module(f"benchmarks.ops.bench_{bench}")
     shape, base = row.get("shape", {}), SIZES["cuda"]
     width = shape.get("width", base.n_embd)

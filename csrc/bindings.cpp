@@ -169,14 +169,6 @@ void read(const Kernel& kernel, const py::args& sources, Value* values, bool on_
 
 void run(const Kernel& kernel, const py::args& sources) {
   Value values[MAX_ARGUMENTS];
-  if (sources.size() == kernel.count && !PyDict_Check(PyTuple_GET_ITEM(sources.ptr(), 0))) {
-    for (size_t i = 0; i < kernel.count; ++i) {
-      PyObject* argument = PyTuple_GET_ITEM(sources.ptr(), i);
-      if (kernel.parameters[i].kind == REAL_NUMBER) values[i].real = PyFloat_AsDouble(argument);
-      else values[i].integer = PyLong_AsLongLong(argument);
-      if (PyErr_Occurred()) throw py::error_already_set();
-    }
-  } else
   read(kernel, sources, values, true);
   py::gil_scoped_release unlocked;
   kernel.call(values);

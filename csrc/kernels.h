@@ -10,7 +10,7 @@
 #define GPT2_KERNEL_LIST(KERNEL) \
   GPT2_EMBEDDING_KERNELS(KERNEL) \
   GPT2_ADD_LAYERNORM_KERNELS(KERNEL) \
-  GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
+  GPT2_MLP_KERNELS(KERNEL) \
   GPT2_ATTENTION_KERNELS(KERNEL) \
   GPT2_ATTENTION_DECODE_KERNELS(KERNEL) \
   GPT2_DECODE_STEP_KERNELS(KERNEL) \
@@ -20,7 +20,7 @@
 
 #include "embedding.h"
 #include "add_layernorm.h"
-#include "layernorm_linear_gelu.h"
+#include "mlp.h"
 #include "attention.h"
 #include "attention_decode.h"
 #include "decode_step.h"

@@ -32,13 +32,17 @@ class AdamW(torch.optim.Optimizer):
         clip_grad_norm: the 2-norm of all gradients together beyond which they are scaled down to it, as
             torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
+        foreach, fused, capturable: accepted as by torch.optim.AdamW, and without effect: a step is always fused, and
+            can always be captured.
+        amsgrad, differentiable: False.
 
     Attributes:
         last_grad_norm: the norm of the last step's gradients before clipping, a float32 scalar on the device; None
             before the first step and without clip_grad_norm.
 
     Raises:
-        ValueError: hyperparameters out of range, parameters on several devices, sparse gradients, amsgrad.
+        ValueError: hyperparameters out of range, parameters on several devices, sparse gradients, amsgrad,
+            differentiable, foreach and fused together.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
 
@@ -53,7 +57,13 @@ class AdamW(torch.optim.Optimizer):
         maximize: bool = False,
         clip_grad_norm: float | None = None,
         impl: str = "auto",
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ):
+        _check_flags({"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused})
         if clip_grad_norm is not None and not clip_grad_norm > 0.0:
             raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
         self.clip_grad_norm, self.impl = clip_grad_norm, impl
@@ -114,12 +124,17 @@ class AdamW(torch.optim.Optimizer):
         known = set(map(id, model.parameters()))
         if missing := [tuple(p.shape) for p in params if id(p) not in known]:
             raise ValueError(f"AdamW: a parameter {missing[0]} is not one of the model's; pass its model")
-        wide = [self.state.get(p, {}).get("master", p.detach().float()) for p in params]
+        wide = [self._master(p) for p in params]
         model.to(dtype)
         for p, master in zip(params, wide, strict=True):
             self.state[p]["master"] = master
             self._init_state(p)
         return model
+
+    def _master(self, p: Tensor) -> Tensor:
+        """The weight of `p` before it was rounded; what is left of an earlier cast says nothing of a float32 one."""
+        held = self.state.get(p, {}).get("master") if p.dtype in LOW_PRECISION else None
+        return p.detach().float() if held is None else held
 
     def _init_state(self, p: Tensor) -> dict[str, Tensor]:
         wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
@@ -128,7 +143,9 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-        if p.dtype in LOW_PRECISION and "master" not in state:
+        if p.dtype not in LOW_PRECISION:
+            state.pop("master", None)
+        elif "master" not in state:
             state["master"] = p.detach().to(wide)
         return state
 
@@ -147,23 +164,17 @@ class AdamW(torch.optim.Optimizer):
             )
         return "reference"
 
-    def _collect(self) -> dict[str, tuple[list, ...]]:
+    def _collect(self) -> dict[str, room.Lists]:
         """By implementation, the lists that `adamw` takes, of the parameters that have a gradient."""
-        collected: dict[str, tuple[list, ...]] = {}
+        collected: dict[str, room.Lists] = {}
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
-                lists = collected.setdefault(self._implementation(p), tuple([] for _ in range(7)))
-                state = self._init_state(p)
-                values = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], None, state["step"], index)
-                for values_of_all, value in zip(lists, values, strict=True):
-                    if value is not None:
-                        values_of_all.append(value)
-                if "master" in state:
-                    lists[4].append(state["master"])
+                lists = collected.setdefault(self._implementation(p), room.Lists.empty())
+                lists.append(p, p.grad, index, **self._init_state(p))
         return collected
 
     @torch.no_grad()
@@ -182,10 +193,10 @@ class AdamW(torch.optim.Optimizer):
             return loss
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
-        torch._foreach_add_([step for lists in collected.values() for step in lists[5]], 1.0)
+        torch._foreach_add_([step for lists in collected.values() for step in lists.steps], 1.0)
         norm = None
         if self.clip_grad_norm is not None and len(collected) > 1:
-            norm = room.grad_norm_reference([g for lists in collected.values() for g in lists[1]])
+            norm = room.grad_norm_reference([g for lists in collected.values() for g in lists.grads])
         for impl, lists in collected.items():
             self.last_grad_norm = adamw(*lists, self._hyper, max_norm=self.clip_grad_norm, norm=norm, impl=impl)
         return loss
@@ -211,11 +222,16 @@ class AdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())
-            if p.dtype in LOW_PRECISION:
-                for key in ("exp_avg", "exp_avg_sq", "master"):
-                    if key in source:
-                        state[key] = source[key].detach().to(p.device, torch.float32, copy=True)
-                self._init_state(p)
+            wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                if key in source:
+                    if source[key].shape != p.shape:
+                        found, wanted = tuple(source[key].shape), tuple(p.shape)
+                        raise ValueError(
+                            f"AdamW: {key} of parameter {i} is {found} in the state; the parameter is {wanted}"
+                        )
+                    state[key] = torch.empty_like(p, dtype=wide).copy_(source[key])  # with p's strides
+            self._init_state(p)
         self._uploaded = None
 
 
@@ -228,5 +244,15 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"AdamW: {name} is {value}; it must be at least 0")
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"AdamW: betas are {(beta1, beta2)}; each must be at least 0 and below 1")
-    if group.get("amsgrad"):
+    _check_flags(group)
+
+
+def _check_flags(flags: dict[str, Any]) -> None:
+    if flags.get("amsgrad"):
         raise ValueError("AdamW: amsgrad is not implemented; use torch.optim.AdamW")
+    if flags.get("differentiable"):
+        raise ValueError(
+            "AdamW: differentiable is not implemented, a step is no part of a graph; use torch.optim.AdamW"
+        )
+    if flags.get("foreach") and flags.get("fused"):
+        raise ValueError("AdamW: foreach and fused are both True; pass one of them, as to torch.optim.AdamW")

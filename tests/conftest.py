@@ -57,11 +57,12 @@ def isa(request):
 @pytest.fixture
 def use_policy(monkeypatch):
     """Lets the products run as on another processor: a function of a CpuPolicy. The own product then takes any size."""
-    from gpt2_fast.ops import layernorm_linear_gelu, linear, linear_cross_entropy
+    from gpt2_fast.ops import linear_cross_entropy, mlp
+    from gpt2_fast.ops.runtime import products
 
     def use(policy):
-        for room in (layernorm_linear_gelu, linear, linear_cross_entropy):
+        for room in (mlp, products, linear_cross_entropy):
             monkeypatch.setattr(room, "cpu_policy", lambda: policy)
-        monkeypatch.setattr(linear, "MIN_ROWS", 1)
+        monkeypatch.setattr(products, "MIN_ROWS", 1)
 
     return use

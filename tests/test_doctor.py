@@ -99,12 +99,12 @@ def test_kernels_compile_without_spills_and_on_tensor_cores(arguments):
     assert {arch for _, arch, *_ in rows} == set(arguments[1::2] if "--quick" not in arguments else arguments[2::2])
     assert all(int(spilled) <= SPILLED_ELSEWHERE for _, _, _, spilled, _, _ in rows)
     names = {name for name, *_ in rows}
-    assert {"adamw", "add_layernorm", "softmax_xent", "layernorm_linear_gelu", "attention.forward"} <= names
+    assert {"adamw", "add_layernorm", "softmax_xent", "mlp", "attention.forward"} <= names
     instruction = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
     for name, arch, *_, mma in rows:
         if name in ("attention.forward", "attention.backward_dq", "attention.backward_dkdv") and mma != "none":
             assert instruction[arch] in mma, f"{name} sm_{arch}: {mma}"
-    products = {"attention.forward", "attention.backward_dq", "attention.backward_dkdv", "layernorm_linear_gelu"}
+    products = {"attention.forward", "attention.backward_dq", "attention.backward_dkdv", "mlp"}
     assert products <= {name for name, *_, mma in rows if "MMA" in mma}  # float32 products are exact: plain FMA
 
 

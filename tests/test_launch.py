@@ -20,7 +20,7 @@ from gpt2_fast.kernels import (
     attention,
     attention_decode,
     bias,
-    layernorm_linear_gelu,
+    mlp,
     linear_cross_entropy,
     shipped,
 )
@@ -82,11 +82,11 @@ def _every_launcher(device: str) -> None:
     add_layernorm.backward(rows, rows, rows, row, float32(N), float32(N), P, key, 16, torch.bfloat16, True)
     for n in (2, N):  # one kernel for few rows, others for many
         x, weight = empty(n, C), empty(C, F)
-        saved = layernorm_linear_gelu.forward(
+        saved = mlp.forward(
             x, x, row, row, weight, empty(F), 1e-5, P, key, 16, False, torch.bfloat16
         )  # fmt: skip
         y, h, u, mean, rstd = saved
-        layernorm_linear_gelu.backward(
+        mlp.backward(
             y, None, h, u, mean, rstd, row, row, weight, P, key, 16, False, torch.bfloat16, True
         )  # fmt: skip
     bias.column_sum(rows)
@@ -163,8 +163,8 @@ def test_what_changes_from_call_to_call_compiles_nothing_anew():
         ("add_layernorm.forward_kernel: bias_ptr", lambda x, c: _norm(x, c[0], c[:1, 0].expand(x.shape[1]))),
         ("add_layernorm.forward_kernel: x_ptr", lambda x, c: _norm(c[:, :4], c[0, :4], c[0, :4])),
         ("bias.column_sum_kernel: x_ptr", lambda x, c: bias.column_sum(x.t())),
-        ("layernorm_linear_gelu.gelu_backward_kernel: dy_ptr",
-         lambda x, c: layernorm_linear_gelu.gelu_backward(c.t(), c, False)),
+        ("mlp.gelu_backward_kernel: dy_ptr",
+         lambda x, c: mlp.gelu_backward(c.t(), c, False)),
         ("linear_cross_entropy.softmax_xent_kernel: losses_ptr",
          lambda x, c: linear_cross_entropy.softmax_xent_(
              c, torch.zeros(32, dtype=torch.int64), c[:, 0], c[0], -100, torch.ones(1), False)),

@@ -90,6 +90,8 @@ def _imports(module: str) -> set[str]:
         while name not in MODULES:
             name = name.rpartition(".")[0]
         found.add(name)
+    if MODULES[module].name == "__init__.py" and module != "gpt2_fast":  # what a package exports is behind its name
+        found |= {other for other in MODULES if other.rpartition(".")[0] == module}
     return found - {module}
 
 
@@ -129,6 +131,34 @@ def test_implementations_never_import_each_other():
     for module in MODULES:
         if _room(module) == "kernels":
             assert {_room(target) for target in ARROWS[module]} <= {"kernels"}, module
+
+
+# Values of a module's variables that fill up as the process runs.
+STATE = r"(\w+\.)*(Weak\w+|dict|list|set|defaultdict|local|Lock)\(.*\)|\{\}|\[\]"
+
+
+def _state(path: Path) -> list[str]:
+    """Names in a module that outlive a call: caches, dictionaries keyed by objects, containers that start empty."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            if any(re.search(r"\b(lru_)?cache\b", ast.unparse(decorator)) for decorator in node.decorator_list):
+                found.append(node.name)
+            found += [name for inner in ast.walk(node) if isinstance(inner, ast.Global) for name in inner.names]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and re.fullmatch(STATE, ast.unparse(node.value or node)):
+            found.append(ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target))
+    return found
+
+
+def test_state_of_the_process_is_named():
+    """What outlives a call stands in the docstring of its package; modules in no package have none."""
+    for module, path in MODULES.items():
+        if (room := _room(module)) in ("kernels", "ops"):
+            continue
+        text = MODULES.get(f"gpt2_fast.{room}", path).read_text()
+        for name in _state(path):
+            named = re.search(rf"^State of the process:.*?\b{name}\b", text, re.M | re.S)
+            assert named, f"{module}.{name} outlives a call: name it in 'State of the process' of {room}/__init__.py"
 
 
 def _tables() -> dict[str, tuple[str, ...]]:

@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE
 from numerics import assert_same_bits
 
+from gpt2_fast.ops import adamw as room
 from gpt2_fast.optim import AdamW
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -294,6 +295,82 @@ def test_changed_hyperparameters_are_uploaded():
     optimizer.param_groups[0]["lr"] = 0.25
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25))
+
+
+def test_torchs_flags_are_accepted():
+    """Those without effect give the same step; those that are not implemented are named."""
+    results = []
+    for flags in ({}, {"fused": True}, {"foreach": True}, {"capturable": True}, {"amsgrad": False, "fused": None}):
+        model = _model()
+        optimizer = AdamW(model.parameters(), **OPTIONS, differentiable=False, **flags)
+        results.append(_run(model, optimizer, 2))
+        torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.state_dict())
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+    p = torch.nn.Parameter(torch.zeros(3))
+    for flag in ("amsgrad", "differentiable"):
+        with pytest.raises(ValueError, match=f"{flag} is not implemented"):
+            AdamW([p], **{flag: True})
+        with pytest.raises(ValueError, match=f"{flag} is not implemented"):
+            AdamW([{"params": [p], flag: True}])
+    with pytest.raises(ValueError, match="foreach and fused are both True"):
+        AdamW([p], foreach=True, fused=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "master"])
+def test_a_saved_state_of_another_shape_is_named(dtype, key):
+    if key == "master" and dtype == torch.float32:
+        dtype = torch.float16
+    model = _model(dtype)
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    _run(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][2][key] = saved["state"][2][key][:2]
+    with pytest.raises(
+        ValueError, match=rf"{key} of parameter 2 is \(2, 33\) in the state; the parameter is \(5, 33\)"
+    ):
+        AdamW(model.parameters(), **OPTIONS).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_state_with_other_strides_goes_on(dtype):
+    results = []
+    for strided in (False, True):
+        model = _model(dtype)
+        optimizer = AdamW(model.parameters(), **OPTIONS)
+        _run(model, optimizer, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        if strided:
+            for state in saved["state"].values():
+                for key in {"exp_avg", "exp_avg_sq", "master"} & set(state):
+                    state[key] = torch.stack([state[key]] * 2, -1)[..., 0]
+        optimizer = AdamW(model.parameters(), **OPTIONS)
+        optimizer.load_state_dict(saved)
+        results.append(_run(model, optimizer, 2, start=2))
+    assert_same_bits(*results)
+
+
+def test_a_cast_after_float32_steps_takes_the_float32_weights():
+    """Not the masters that an earlier cast left, which those steps did not move."""
+    model = _model()
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    optimizer.cast(model, torch.bfloat16)
+    _run(model, optimizer, 1)
+    model.float()
+    weights = _run(model, optimizer, 3)
+    optimizer.cast(model, torch.bfloat16)
+    assert_same_bits([optimizer.state[p]["master"] for p in model.parameters()], weights)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_named_implementation_updates(impl, monkeypatch):
+    called = []
+    original = room.adamw_reference
+    monkeypatch.setattr(room, "adamw_reference", lambda *a, **k: (called.append(1), original(*a, **k))[1])
+    model = _model()
+    _run(model, AdamW(model.parameters(), **OPTIONS, impl=impl), 1)
+    assert bool(called) == (impl == "reference")
 
 
 def test_bad_input_is_named():

@@ -442,7 +442,7 @@ def test_explain():
     assert all(runs != "transformers" for runs, _ in rows.values()), rows
     assert rows["(the model)", "head and loss"] == ("linear_cross_entropy", "")
     assert {runs for runs, _ in rows.values()} == {
-        "embedding", "add_layernorm", "attention, attention_decode", "linear", "layernorm_linear_gelu",
+        "embedding", "add_layernorm", "attention, attention_decode", "linear", "mlp",
         "linear_cross_entropy",
     }  # fmt: skip
     assert {row.why for row in swap.explain(build()) if row.runs == "transformers"} >= {"it is not patched"}

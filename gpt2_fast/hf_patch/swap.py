@@ -117,7 +117,7 @@ def _block_rows(name: str, block: nn.Module, ours: bool) -> list[Row]:
         reason = "attention stays there" if kept else modules.foreign(module, modules.Conv1D)
         rows.append(_row(f"{name}.{path}", "projection", "linear", reason))
     reason = modules.mlp_fused(block)
-    rows.append(_row(f"{name}.mlp", "ln_2, c_fc and GELU as one", "layernorm_linear_gelu", reason))
+    rows.append(_row(f"{name}.mlp", "ln_2, c_fc, GELU and c_proj as one", "mlp", reason))
     reason = modules.foreign(block.mlp.c_proj, modules.Conv1D)
     rows.append(_row(f"{name}.mlp.c_proj", "projection", "linear", reason))
     return rows

@@ -16,18 +16,43 @@ pass. torch updates such a parameter in its own precision, where small steps are
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
-from gpt2_fast.ops.runtime.library import define
+from gpt2_fast.ops.runtime.library import register
 
 OP = "adamw"
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")  # the columns of `hyper`
 CHUNK = 8192  # elements of one tensor, what is summed alone and what one GPU program updates
+STATE_DTYPES = (torch.float32, torch.float64)  # float64: the reference alone
+ALIGNMENT = 16  # bytes that a GPU loads at once
+
+
+class Lists(NamedTuple):
+    """What `adamw` takes of its parameters, see there."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    groups: list[int]
+
+    @classmethod
+    def empty(cls) -> Lists:
+        return cls(*([] for _ in cls._fields))
+
+    def append(self, param, grad, group, *, exp_avg, exp_avg_sq, step, master=None, **_) -> None:
+        """Adds one parameter with its state; what else an optimizer keeps of it is not read."""
+        for values, value in zip(self, (param, grad, exp_avg, exp_avg_sq, master, step, group), strict=True):
+            if value is not None:
+                values.append(value)
 
 
 def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
@@ -63,7 +88,7 @@ def adamw_reference(
         g = g if max_norm is None else g * coefficient
         m.add_((g - m) * (1.0 - beta1))
         v.mul_(beta2).add_(g * g * (1.0 - beta2))
-        count = step.double()
+        count = step.double().reshape(())
         root = v.sqrt() / (1.0 - beta2**count).sqrt()
         weight.mul_(1.0 - lr * weight_decay).sub_(m / (root + eps) * (lr / (1.0 - beta1**count)))
         if weight is not p:
@@ -71,61 +96,99 @@ def adamw_reference(
     return norm if max_norm is not None else None
 
 
-# norm: given, or made here when max_norm is not None. Returns it, or an empty tensor where there is no clipping.
-define(
-    "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
-    " Tensor[] steps, int[] groups, Tensor hyper, Tensor? norm, float? max_norm, str impl) -> Tensor"
-)
+class Row(NamedTuple):
+    """What the kernels read of one parameter: a row of the table of csrc/adamw.h and kernels/adamw.py."""
+
+    param: int  # addresses
+    grad: int
+    exp_avg: int
+    exp_avg_sq: int
+    master: int  # 0: none
+    step: int
+    numel: int
+    group: int
+    dtype: int  # of param and grad
+    first_chunk: int  # chunks of the rows before
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.numel // CHUNK)
 
 
-@torch.library.register_fake("gpt2_fast::adamw")
-def _(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
-    return hyper.new_empty(0 if max_norm is None else (), dtype=torch.float32)
+def _with_masters(params, masters, *others) -> Iterator[tuple]:
+    """(param, master or None, *others) of each parameter."""
+    masters = iter(masters)
+    for p, *values in zip(params, *others, strict=True):
+        yield p, next(masters) if p.dtype in LOW_PRECISION else None, *values
 
 
-def _rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups) -> tuple[tuple[int, ...], ...]:
-    """The table that the kernels read, see csrc/adamw.h; empty tensors have no row."""
-    masters, rows, first_chunk = iter(masters), [], 0
-    for p, g, m, v, step, group in zip(params, grads, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
-        master = next(masters) if p.dtype in LOW_PRECISION else None
-        if p.numel() == 0:
-            continue
-        tensors = (p, g, m, v, master, step)
-        rows.append((*map(address, tensors), p.numel(), group, DTYPE_CODES[p.dtype], first_chunk))
-        first_chunk += -(-p.numel() // CHUNK)
+def _rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups) -> tuple[Row, ...]:
+    """The table; empty tensors have no row."""
+    rows, first_chunk = [], 0
+    for p, master, g, m, v, step, group in _with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups):
+        if p.numel():
+            tensors = (p, g, m, v, master, step)
+            rows.append(Row(*map(address, tensors), p.numel(), group, DTYPE_CODES[p.dtype], first_chunk))
+            first_chunk += rows[-1].chunks
     return tuple(rows)
 
 
 def _step_cpp(rows, hyper, norm, max_norm):
-    extension = dispatch.extension()
-    chunks = rows[-1][-1] - (-rows[-1][6] // CHUNK)
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": len(rows), "chunk": CHUNK}
+    table["chunks"] = rows[-1].first_chunk + rows[-1].chunks
     if max_norm is not None and norm is None:
-        norm, partial = torch.empty(()), torch.empty(chunks, dtype=torch.float64)
-        extension.adamw_grad_norm(address(table), len(rows), chunks, CHUNK, address(partial), address(norm))
-    limit = -1.0 if max_norm is None else max_norm
-    extension.adamw_update(address(table), len(rows), chunks, CHUNK, address(hyper), address(norm), limit)
+        norm = torch.empty(())
+        cpp.adamw_grad_norm(**table, partial=torch.empty(table["chunks"], dtype=torch.float64), norm=norm)
+    cpp.adamw_update(**table, hyper=hyper, norm=norm, max_norm=-1.0 if max_norm is None else max_norm)
     return norm
 
 
-# Pinned memory that a CUDA graph's copy of a table reads at every replay: taken from here while capturing, when
-# none can be allocated, and kept for good.
-_SPARE: dict[tuple[torch.device, int], Tensor] = {}
-_CAPTURED: list[Tensor] = []
+class _Pinned:
+    """Pinned memory from which CUDA graphs copy their tables at every replay: all that this file keeps in a process.
+
+    While a graph is captured none can be allocated, so steps that are not captured put some aside.
+    """
+
+    SPARES = 8  # captures in a row, of one number of rows
+
+    def __init__(self):
+        self.spare: dict[tuple[torch.device, int], list[Tensor]] = {}
+        self.captured: list[Tensor] = []  # kept for good: a graph may be replayed at any time
+
+    def put_aside(self, table: Tensor, device: torch.device) -> None:
+        spare = self.spare.setdefault((device, len(table)), [])
+        while len(spare) < self.SPARES:
+            spare.append(table.pin_memory())
+
+    def capture(self, table: Tensor, device: torch.device) -> Tensor:
+        """The table on the device, where a graph's replay copies it to."""
+        spare = self.spare.get((device, len(table)))
+        if not spare:
+            raise RuntimeError(
+                f"{OP}: a CUDA graph's step over {len(table)} parameters needs pinned memory, and none is put aside; "
+                "take one step with these parameters outside of the capture first"
+            )
+        self.captured.append(spare.pop().copy_(table))
+        return self.captured[-1].to(device, non_blocking=True)
+
+
+_pinned = _Pinned()
+
+
+def _device_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
+    """The table on a GPU, without a host sync."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _pinned.capture(torch.tensor(rows, dtype=torch.int64), device)  # of this graph alone
+    return _eager_table(rows, device)
 
 
 @functools.lru_cache(maxsize=8)
-def _device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The table on a GPU, without a host sync; the same addresses give the same tensor."""
+def _eager_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
+    """The same addresses give the same tensor."""
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type != "cuda":
         return table
-    key = (device, len(rows))
-    if torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(_SPARE.pop(key).copy_(table))
-        return _CAPTURED[-1].to(device, non_blocking=True)
-    if key not in _SPARE:
-        _SPARE[key] = table.pin_memory()
+    _pinned.put_aside(table, device)
     return table.pin_memory().to(device, non_blocking=True)
 
 
@@ -140,9 +203,10 @@ def _step_triton(rows, hyper, norm, max_norm):
     from gpt2_fast.kernels import adamw as kernel
 
     table = _device_table(rows, hyper.device)
-    chunk_rows = _chunk_rows(tuple(row[6] for row in rows), hyper.device)
+    chunk_rows = _chunk_rows(tuple(row.numel for row in rows), hyper.device)
     # A step is one number and is loaded alone; what is streamed must be aligned for wide loads.
-    aligned = all(a % 16 == 0 for row in rows for a in row[:5])
+    streamed = ((row.param, row.grad, row.exp_avg, row.exp_avg_sq, row.master) for row in rows)
+    aligned = all(address % ALIGNMENT == 0 for addresses in streamed for address in addresses)
     if max_norm is not None and norm is None:
         norm = hyper.new_empty(1, dtype=torch.float32)
         kernel.grad_norm(table, chunk_rows, norm, aligned, CHUNK)
@@ -155,16 +219,53 @@ def _step_triton(rows, hyper, norm, max_norm):
 _STEP = {"cpp": _step_cpp, "triton": _step_triton}
 
 
-@torch.library.impl("gpt2_fast::adamw", ("CPU", "CUDA"))
-def _(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
+def _run(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
     grads = [g.contiguous() for g in grads]
+    refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps)
     rows = _rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
-    given = None if norm is None else norm.to(torch.float32, copy=True)
+    given = None if norm is None else norm.to(torch.float32, copy=True).reshape(())
     if rows:
-        norm = _STEP[impl](rows, hyper, given, max_norm)
+        norm = _STEP[impl](rows, hyper.contiguous(), given, max_norm)
     else:
         norm = hyper.new_zeros((), dtype=torch.float32) if given is None else given
     return hyper.new_empty(0, dtype=torch.float32) if max_norm is None else norm
+
+
+def _fake(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
+    return hyper.new_empty(0 if max_norm is None else (), dtype=torch.float32)
+
+
+# norm: given, or made here when max_norm is not None. Returns it, or an empty tensor where there is no clipping.
+_operator = register(
+    "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
+    " Tensor[] steps, int[] groups, Tensor hyper, Tensor? norm, float? max_norm, str impl) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps) -> None:
+    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does."""
+    written = {"param": params, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    spans = []
+    for lists, writes in ((written, True), ({"grad": grads, "step": steps}, False)):
+        for name, tensors in lists.items():
+            for i, t in enumerate(tensors):
+                if t.numel():  # of a strided tensor its first element alone: others' may lie between its own
+                    nbytes = t.nbytes if t.is_contiguous() else t.itemsize
+                    spans.append((t.data_ptr(), t.data_ptr() + nbytes, writes, name, i))
+    spans.sort()
+    end, last, end_written, last_written = 0, "", 0, ""
+    for start, stop, writes, name, i in spans:
+        if start < end_written or (writes and start < end):
+            other = last_written if start < end_written else last
+            raise ValueError(
+                f"{OP}: {name} {i} shares memory with {other}; pass every parameter once, states of its own"
+            )
+        if stop > end:
+            end, last = stop, f"{name} {i}"
+        if writes and stop > end_written:
+            end_written, last_written = stop, f"{name} {i}"
 
 
 def unsupported(param: Tensor) -> str | None:
@@ -176,7 +277,7 @@ def unsupported(param: Tensor) -> str | None:
     return None
 
 
-def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper):
+def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm):
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
     for name, values in lists.items():
         if len(values) != len(params):
@@ -186,13 +287,42 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
         raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
     if hyper.ndim != 2 or hyper.shape[1] != len(HYPERPARAMETERS) or hyper.dtype != torch.float64:
         raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if g.is_sparse or g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+    if max_norm is not None and not max_norm >= 0.0:
+        raise ValueError(f"{OP}: max_norm is {max_norm}; it must be at least 0, or None")
+    if norm is not None and (norm.numel() != 1 or not norm.is_floating_point() or norm.device != hyper.device):
+        where = f"{norm.dtype} {tuple(norm.shape)} on {norm.device}"
+        raise ValueError(f"{OP}: norm is {where}; it must be one floating number on {hyper.device}")
+    each = _with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
+    for i, (p, master, g, m, v, step, group) in enumerate(each):
+        if p.device != hyper.device or not p.is_floating_point():
+            raise ValueError(
+                f"{OP}: param {i} is {p.dtype} on {p.device}; it must be floating, on {hyper.device} as hyper"
+            )
+        if g.layout is not torch.strided or g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
             raise ValueError(f"{OP}: grad {i} must be a dense {p.dtype} {tuple(p.shape)} on {p.device}, as its param")
-        if m.shape != p.shape or v.shape != p.shape or m.dtype != v.dtype:
-            raise ValueError(f"{OP}: exp_avg and exp_avg_sq {i} must have their param's shape {tuple(p.shape)}")
-        if not 0 <= groups[i] < hyper.shape[0]:
-            raise ValueError(f"{OP}: param {i} is in group {groups[i]} and hyper has {hyper.shape[0]}")
+        for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
+            if t is not None and (t.shape != p.shape or t.device != p.device or t.dtype not in STATE_DTYPES):
+                found, wanted = f"{t.dtype} {tuple(t.shape)} on {t.device}", f"{tuple(p.shape)} on {p.device}"
+                raise ValueError(
+                    f"{OP}: {name} of param {i} is {found}; it must be torch.float32 {wanted}, as its param"
+                )
+        if m.dtype != v.dtype:
+            raise ValueError(f"{OP}: exp_avg of param {i} is {m.dtype} and exp_avg_sq {v.dtype}; they must match")
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != p.device:
+            found = f"{step.dtype} {tuple(step.shape)} on {step.device}"
+            raise ValueError(f"{OP}: step of param {i} is {found}; it must be one float32 on {p.device}")
+        if not 0 <= group < hyper.shape[0]:
+            raise ValueError(f"{OP}: param {i} is in group {group} and hyper has {hyper.shape[0]}")
+
+
+def _refuse_what_kernels_cannot(impl, params, masters, exp_avgs, exp_avg_sqs) -> None:
+    for i, (p, master, m, v) in enumerate(_with_masters(params, masters, exp_avgs, exp_avg_sqs)):
+        reason = unsupported(p)
+        for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
+            if t is not None and (t.dtype != torch.float32 or not t.is_contiguous()):
+                reason = reason or f"its {name} is {t.dtype} with strides {tuple(t.stride())}, not contiguous float32"
+        if reason is not None:
+            raise ValueError(f"{OP}: impl={impl!r} cannot update param {i}: {reason}; use impl='reference'")
 
 
 @torch.no_grad()
@@ -228,23 +358,20 @@ def adamw(
         The norm before clipping, a float32 scalar on the device; None when max_norm is None. `grads` are unchanged.
 
     Raises:
-        ValueError: lists, shapes, dtypes or strides that do not fit.
+        ValueError: lists, shapes, dtypes, devices or strides that do not fit; tensors that share memory.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper)
+    _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm)
     if not params:
         return None if max_norm is None else hyper.new_zeros((), dtype=torch.float32)
     name = dispatch.choose(OP, impl, params[0].device, params[0].dtype)
     lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
     if name == "reference":
+        if not torch.compiler.is_compiling():
+            refuse_overlap(*lists[:-1])
         return adamw_reference(*lists, hyper, max_norm=max_norm, norm=norm)
-    for i, p in enumerate(params):
-        reason = unsupported(p)
-        if reason is not None:
-            raise ValueError(f"{OP}: impl={name!r} cannot update param {i}: {reason}; use impl='reference'")
-    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in (*exp_avgs, *exp_avg_sqs, *masters, *steps)):
-        raise ValueError(f"{OP}: exp_avgs, exp_avg_sqs, masters and steps must be float32 and contiguous")
-    result = torch.ops.gpt2_fast.adamw(*map(list, lists), hyper, norm, max_norm, name)
+    _refuse_what_kernels_cannot(name, params, masters, exp_avgs, exp_avg_sqs)
+    result = _operator(*map(list, lists), hyper, norm, max_norm, name)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params)  # a backward that still needs the old values then says so
     return None if max_norm is None else result

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_fast.ops.linear import add_product, product
 from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, SAME, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.ops.runtime.declare import Backend, Op
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
+from gpt2_fast.ops.runtime.products import add_product, product
 
 REDUCTIONS = ("mean", "sum", "none")
 ROW_ALIGNMENT = 64  # a row of logits on a GPU is so many elements long, or a multiple

@@ -154,7 +154,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 
 def _forward_triton(a, out):
-    from gpt2_fast.kernels import layernorm_linear_gelu as kernel
+    from gpt2_fast.kernels import mlp as kernel
 
     f, h, u, out.mean, out.rstd = kernel.forward(
         _rows(a.x), _rows(a.residual), a.ln_weight, a.ln_bias, a.fc_weight, a.fc_bias, a.eps, *a.dropout, bool(a.kind),
@@ -169,7 +169,7 @@ def _forward_triton(a, out):
 
 
 def _backward_triton(a, out):
-    from gpt2_fast.kernels import layernorm_linear_gelu as kernel
+    from gpt2_fast.kernels import mlp as kernel
 
     df = _project_backward(a, out, a.f)
     dx, dresidual, out.dln_weight, out.dln_bias, dfc_weight, out.dfc_bias = kernel.backward(
@@ -299,15 +299,20 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
         yield (*tensors, {"dropout": Dropout(dropout_p, key, 3), "activation": activation})
 
 
-def cost(n_rows: int, n_embd: int, width: int, itemsize: int) -> dict[str, dict[str, int]]:
+def cost(n_rows: int, n_embd: int, width: int, itemsize: int, projects: bool = True) -> dict[str, dict[str, int]]:
     """Bytes and FLOPs of one call with a residual, each way; the FLOPs are those of the products.
 
-    Every input and output is counted once, with what forward must keep: h, u and the row statistics.
+    Every input and output is counted once, with what forward must keep: h, u and the row statistics. projects: with
+    c_proj; otherwise the operation ends at the GELU, whose result is then an output.
     """
     rows, inner, weight = (itemsize * n for n in (n_rows * n_embd, n_rows * width, n_embd * width))
-    ln, bias, stats = itemsize * 2 * n_embd, itemsize * (width + n_embd), 8 * n_rows
-    flops = 4 * n_rows * n_embd * width
+    ln, bias, stats = itemsize * 2 * n_embd, itemsize * width, 8 * n_rows
+    flops = 2 * n_rows * n_embd * width
+    forward, backward = 3 * rows + 2 * inner + weight, 3 * rows + 2 * inner + 2 * weight
+    if projects:  # m instead of f, and a second weight
+        forward, backward, flops = forward + rows - inner + weight, backward + rows - inner + 2 * weight, 2 * flops
+        bias += itemsize * n_embd
     return {
-        "forward": {"bytes": 4 * rows + inner + 2 * weight + ln + bias + stats, "flops": flops},
-        "backward": {"bytes": 4 * rows + inner + 4 * weight + 2 * ln + bias + stats, "flops": 2 * flops},
+        "forward": {"bytes": forward + ln + bias + stats, "flops": flops},
+        "backward": {"bytes": backward + 2 * ln + bias + stats, "flops": 2 * flops},
     }

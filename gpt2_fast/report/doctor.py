@@ -15,6 +15,7 @@ from multiprocessing import get_context
 
 import torch
 
+from gpt2_fast.ops import rooms
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.report.machine import extension_rows, machine_rows, version
 
@@ -28,7 +29,7 @@ def report() -> None:
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     for device_type in devices:
         print(f"\nimpl='auto' on {device_type} takes")
-        for op in dispatch.TABLE:
+        for op in rooms():
             for dtype in (torch.float32, torch.bfloat16):
                 chosen, passed = dispatch.explain(op, torch.device(device_type), dtype)
                 if dtype == torch.bfloat16 and not passed:

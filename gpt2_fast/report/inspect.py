@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gpt2_fast.checkpoint import expected_shapes
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.ops.layernorm_linear_gelu import ACTIVATIONS
+from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
 
 # Bytes a parameter in training: weight, gradient, AdamW's two averages in float32, and its float32 master copy.
 TRAINING_BYTES = {

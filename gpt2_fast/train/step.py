@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
 from gpt2_fast.train.config import TrainConfig
 
@@ -59,7 +60,8 @@ def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     clip = config.grad_clip or None
-    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, clip_grad_norm=clip)
+    betas, impl = (config.beta1, config.beta2), dispatch.of_model(config.impl, "adamw", parameters[0].device.type)
+    optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, clip_grad_norm=clip, impl=impl)
     if config.dtype != "float32":
         optimizer.cast(model, getattr(torch, config.dtype))
     return optimizer

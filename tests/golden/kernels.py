@@ -40,7 +40,7 @@ SAMPLE = (
     ("reduce_partials", 100),
     ("column_sum bf16", 90),
     ("gelu_backward bf16 erf", 80),
-    ("layernorm_linear_gelu few rows bf16 h=bf16", 100),
+    ("mlp few rows bf16 h=bf16", 100),
     ("softmax_xent bf16 gradient", 90),
 )
 

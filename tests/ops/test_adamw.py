@@ -7,6 +7,7 @@ import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits
 
+from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.adamw import adamw, adamw_reference, grad_norm_reference, samples
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION, ImplementationUnavailable
 
@@ -137,7 +138,7 @@ def test_operator_contract():
     for dtype in (torch.float32, torch.bfloat16):
         *lists, hyper, options = list(samples("cpu", dtype))[1]
         arguments = (*_clones(lists), hyper, None, options["max_norm"], "cpp")
-        torch.library.opcheck(torch.ops.gpt2_fast.adamw.default, arguments)
+        torch.library.opcheck(room._operator, arguments)
 
 
 def test_compiles_whole():
@@ -150,6 +151,123 @@ def test_compiles_whole():
     norm = torch.compile(step, fullgraph=True, backend="aot_eager")(*mine)
     torch.testing.assert_close(norm, step(*expected))
     assert_same_bits(mine[0], expected[0])
+
+
+def _low():
+    """Lists of bfloat16 parameters, contiguous states and masters, two of them of one shape."""
+    *lists, hyper, _ = list(samples(DEVICE, torch.bfloat16))[1]
+    return _clones(lists), hyper
+
+
+def _replaced(lists, at, i, t):
+    tensors = list(lists[at])
+    tensors[i] = t
+    return [*lists[:at], tensors, *lists[at + 1 :]]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize(
+    ("at", "change", "message"),
+    [
+        (4, lambda t: t[:, :2], r"master of param 0 is torch.float32 \(3, 2\) on .*\(3, 5\)"),
+        (4, lambda t: t.bfloat16(), r"master of param 0 is torch.bfloat16 \(3, 5\)"),
+        (4, lambda t: t.to("meta"), r"master of param 0 is torch.float32 \(3, 5\) on meta"),
+        (2, lambda t: t[:2], r"exp_avg of param 0 is torch.float32 \(2, 5\)"),
+        (3, lambda t: t.to("meta"), r"exp_avg_sq of param 0 is .* on meta"),
+        (5, lambda t: t[None][:0], r"step of param 0 is torch.float32 \(0,\).*it must be one float32"),
+        (5, lambda t: t.to("meta"), r"step of param 0 is .* on meta"),
+        (5, lambda t: t.long(), r"step of param 0 is torch.int64"),
+    ],
+)
+def test_states_that_do_not_fit_are_named(impl, at, change, message):
+    lists, hyper = _low()
+    with pytest.raises(ValueError, match=message):
+        adamw(*_replaced(lists, at, 0, change(lists[at][0])), hyper, impl=impl)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_norm_that_is_no_number_is_named(impl):
+    lists, hyper = _low()
+    for norm in (torch.ones(0, device=DEVICE), torch.ones(2, device=DEVICE), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match="norm is torch.float32 .* it must be one floating number"):
+            adamw(*lists, hyper, max_norm=1.0, norm=norm, impl=impl)
+    with pytest.raises(ValueError, match="max_norm is -1.0; it must be at least 0, or None"):
+        adamw(*lists, hyper, max_norm=-1.0, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_hyperparameters_are_read_right(impl):
+    lists, hyper = _low()
+    expected = _clones(lists)
+    adamw(*expected, hyper, max_norm=0.5, impl=impl)
+    strided = torch.stack([hyper, torch.full_like(hyper, 0.7)], -1)[..., 0]
+    adamw(*lists, strided, max_norm=0.5, norm=grad_norm_reference(lists[1]).reshape(1, 1), impl=impl)
+    assert_same_bits(lists[4], expected[4])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_tensors_that_share_memory_are_named(impl):
+    lists, hyper = _low()
+    for at, name in ((0, "param 3"), (2, "exp_avg 3"), (3, "exp_avg_sq 3"), (4, "master 3")):
+        shared = lists[at][3].reshape(-1)[-15:].view(3, 5)  # the last elements of a larger one
+        with pytest.raises(ValueError, match=f"shares memory with {name}|{name} shares memory with"):
+            adamw(*_replaced(lists, at, 0, shared), hyper, impl=impl)
+    with pytest.raises(ValueError, match="exp_avg_sq 1 shares memory with exp_avg 1"):
+        adamw(*_replaced(lists, 3, 1, lists[2][1]), hyper, impl=impl)
+    twice = [[tensors[0], tensors[0]] for tensors in lists[:6]]
+    with pytest.raises(ValueError, match=r"adamw: (\w+) 1 shares memory with \1 0;"):
+        adamw(*twice, [0, 0], hyper, impl=impl)
+
+
+def test_parameters_that_lie_between_each_others_elements_are_updated_by_the_reference():
+    both = torch.ones(6, 2, device=DEVICE)
+    params, grads = [both[:, 0], both[:, 1]], [torch.ones(6, device=DEVICE) for _ in range(2)]
+    averages = [[torch.zeros(6, device=DEVICE) for _ in range(2)] for _ in range(2)]
+    steps = [torch.ones((), device=DEVICE) for _ in range(2)]
+    hyper = torch.tensor([[0.25, 0.9, 0.999, 1e-8, 0.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    adamw(params, grads, *averages, [], steps, [0, 0], hyper, impl="reference")
+    torch.testing.assert_close(both, torch.full_like(both, 0.75))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_states_with_strides_are_named(impl):
+    lists, hyper = _low()
+    for at, name in ((2, "exp_avg"), (3, "exp_avg_sq"), (4, "master")):
+        with pytest.raises(ValueError, match=rf"cannot update param 0: its {name} is .* with strides \(1, 3\)"):
+            adamw(*_replaced(lists, at, 0, lists[at][0].t().contiguous().t()), hyper, impl=impl)
+
+
+class _Device:
+    """Stands for a GPU that a table is copied to."""
+
+    type = "cuda"
+
+
+def test_captures_in_a_row(monkeypatch):
+    """None of them sees another's table, nor does a later eager step; where no memory is left it is said."""
+    capturing = False
+
+    def pin_memory(self):
+        assert not capturing, "no pinned memory can be allocated in a capture"
+        return self.clone()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # what a replay reads
+    rows = [tuple(tuple(range(i, i + 10)) for i in (first, first + 100)) for first in (0, 1000, 2000)]
+    device = _Device()
+    room._device_table(rows[0], device)
+    capturing = True
+    tables = [room._device_table(r, device) for r in (rows[1], rows[2], rows[1])]
+    assert len({t.data_ptr() for t in tables}) == 3
+    assert [t.tolist() for t in tables] == [[list(row) for row in r] for r in (rows[1], rows[2], rows[1])]
+    with pytest.raises(
+        RuntimeError, match="over 1 parameters needs pinned memory.*take one step with these parameters"
+    ):
+        room._device_table(rows[0][:1], device)
+    capturing = False
+    eager = room._device_table(rows[1], device)
+    assert eager.data_ptr() not in {t.data_ptr() for t in tables}
 
 
 def test_bad_input_is_named():

@@ -67,13 +67,14 @@ def test_compiles_whole(inputs):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_model(recompute):
     """The tied gradient of a model, with checkpointing or without, is that of its parts untied."""
-    config = GPT2Config(vocab_size=V, n_positions=9, n_embd=C, n_layer=1, n_head=2)
-    model, ids = GPT2LMHeadModel(config).to(DEVICE).eval(), torch.randint(V, (2, 9), device=DEVICE)
-    model.train().gradient_checkpointing_enable(recompute)
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        setattr(config, name, 0.0)
-    untied = GPT2LMHeadModel(GPT2Config(**{**vars(config), "tie_word_embeddings": False})).to(DEVICE)
+    sizes = {"vocab_size": V, "n_positions": 9, "n_embd": C, "n_layer": 1, "n_head": 2}
+    sizes |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    model, untied = (
+        GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied)).to(DEVICE).train() for tied in (True, False)
+    )
+    model.gradient_checkpointing_enable(recompute)
     untied.load_state_dict(model.state_dict())
+    ids = torch.randint(V, (2, 9), device=DEVICE)
     model(ids, labels=ids).loss.backward()
     untied(ids, labels=ids).loss.backward()
     assert_same_bits(

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, and why.
 
-TABLE is the whole policy: for each operation and device type, the implementations in order of preference.
+TABLE is the whole policy: for each operation and device type, the implementations in order of preference, as the
+operation's own file declares them.
 ``impl="auto"`` takes the first that can run; naming one that cannot run raises, naming what is missing.
 
 =========  ==========================================================================================
@@ -25,16 +26,10 @@ import torch
 from gpt2_fast import sources
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 
+# Filled by the declarations (`declare.Op`): operation -> device type -> implementations, best first.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "embedding": {"cuda": ("cuda", "reference"), "cpu": ("cpp", "reference")},
-    "add_layernorm": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-    "layernorm_linear_gelu": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-    "attention": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-    "attention_decode": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
-    "linear_cross_entropy": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
     "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-    "linear": {"cuda": ("aten", "reference"), "cpu": ("cpp", "aten", "reference")},
 }
 
 # Triton is in no row of a CPU: its interpreter is a test instrument, so it runs there only when asked for by name.
@@ -64,7 +59,7 @@ def implementations(op: str, device_type: str) -> tuple[str, ...]:
     return TABLE[op].get(device_type, ("reference",)) + on_request
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def of_model(impl: str, op: str, device_type: str) -> str:
     """What a model's `impl` is for one of its operations.
 

@@ -27,7 +27,7 @@ from .bias import reduce_partials
 from .interpreter import cast, dot
 from .launch import launch
 
-OP = "layernorm_linear_gelu"
+OP = "mlp"
 FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU
 INTERPRETER_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 GROUP_M = 8
@@ -310,7 +310,7 @@ def _matmul_spec(arch: int, config: dict[str, int], dtype: str, stream: str, erf
     constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return make_spec(
         matmul_kernel,
-        f"layernorm_linear_gelu few rows {dtype} h={stream}{' erf' * erf}",
+        f"mlp few rows {dtype} h={stream}{' erf' * erf}",
         types,
         {**constexprs, "C": 768, "ERF": erf, "GROUP_M": GROUP_M},
         num_warps=config["num_warps"],

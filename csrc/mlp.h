@@ -1,4 +1,4 @@
-// Kernels of layernorm_linear_gelu.cpp, for kernels.h. product and du are product_dtype: float32 or, where
+// Kernels of mlp.cpp, for kernels.h. product and du are product_dtype: float32 or, where
 // dtype is that too, bfloat16. u, y and dy are dtype. So a float32 product can feed low-precision tensors, and they
 // a float32 product, with no pass between.
 //
@@ -9,7 +9,7 @@
 // erf: GELU itself; otherwise its approximation by tanh.
 #pragma once
 
-#define GPT2_LAYERNORM_LINEAR_GELU_KERNELS(KERNEL) \
+#define GPT2_MLP_KERNELS(KERNEL) \
   KERNEL(bias_gelu_forward, \
          (addr product, f32 bias, addr u, addr y, int64_t N, int64_t F, int64_t product_dtype, \
           int64_t y_dtype, bool erf)) \

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gpt2_fast.ops.runtime import buffers, dispatch
 from gpt2_fast.ops.runtime.autograd import as_tuple, function_of, functional_of, underivable_of
-from gpt2_fast.ops.runtime.contract import CONTIGUOUS, FLOAT, SAME, STREAM, Input, check, reader, sizes_of
+from gpt2_fast.ops.runtime.contract import CONTIGUOUS, FLOAT, SAME, STREAM, STRIDED, Input, check, reader, sizes_of
 from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import Dropout
 
@@ -144,6 +144,7 @@ class Op:
         self.flat_options = flat
         self.tensor_options = [i for i, kind in enumerate(flat.values()) if kind is Tensor]
         self.differentiable = [i.name for i in self.inputs if i.dtype in (FLOAT, SAME, STREAM)]
+        self.strided = {i.name for i in self.inputs if i.read == STRIDED}
         self.saved_names = [tuple(names.split("|")) for names in (saved or {})]
         self._define_forward()
         if gradients is not None:

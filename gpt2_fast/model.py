@@ -29,6 +29,7 @@ from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.modules import foreign
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, new_key
 from gpt2_fast.outputs import CausalLMOutput, Head
 
@@ -176,8 +177,12 @@ class GPT2Model(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What the operations run on, as it was asked for."""
+        """What the operations run on, as it was asked for; may be set."""
         return self.ops.impl
+
+    @impl.setter
+    def impl(self, name: str) -> None:
+        self.ops.impl = dispatch.checked(name)
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range), zero biases; c_proj divided by sqrt(2 n_layer), for the residual sums it feeds."""

@@ -263,30 +263,23 @@ def aot_specs() -> list[AotSpec]:
     for arch in ARCHS:
         for aligned in (True, False):
             specs += _specs(arch, aligned)
-        config = tuning.config("adamw", "total", arch)
         types = {"partial_ptr": "*fp32", "norm_ptr": "*fp32", "chunks": "i32"}
-        blocks, loose = {"BLOCK": config["BLOCK"]}, ("chunks",)
-        warps, archs = config["num_warps"], (arch,)
+        config = tuning.config("adamw", "total", arch)
         specs.append(
-            make_spec(norm_total_kernel, "adamw norm_total", types, blocks, warps, archs=archs, unaligned=loose)
+            make_spec(norm_total_kernel, "adamw norm_total", types, {}, config, (arch,), unaligned=("chunks",))
         )
     return specs
 
 
 def _specs(arch: int, aligned: bool) -> list[AotSpec]:
     """The kernels that walk a table."""
-    table = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}
+    table, constexprs = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}, {"CHUNK": CHUNK, "ALIGNED": aligned}
     label = "aligned" if aligned else "unaligned"
-    specs = []
-    config = tuning.config("adamw", "update", arch)
-    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
+    specs, config = [], tuning.config("adamw", "update", arch)
     for clip in (True, False):
         types = {**table, "hyper_ptr": "*fp64", "max_norm": "fp32", **({"norm_ptr": "*fp32"} if clip else {})}
         name = f"adamw update {label}{' clip' * clip}"
-        specs.append(make_spec(update_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
-    config = tuning.config("adamw", "norm", arch)
-    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
-    types = {**table, "partial_ptr": "*fp32"}
+        specs.append(make_spec(update_kernel, name, types, constexprs, config, (arch,)))
+    types, config = {**table, "partial_ptr": "*fp32"}, tuning.config("adamw", "norm", arch)
     name = f"adamw norm_partial {label}"
-    specs.append(make_spec(norm_partial_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
-    return specs
+    return [*specs, make_spec(norm_partial_kernel, name, types, constexprs, config, (arch,))]

@@ -166,8 +166,7 @@ def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> A
     types = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64"}
     types |= dict.fromkeys(("losses_ptr", "lse_ptr", "row_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("row_stride", "V", "ignore_index"), "i32")
-    flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size, "BLOCK_V": config["BLOCK_V"]}
+    flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size}
     sizes = ("V", "ignore_index") if padded else ("V", "ignore_index", "row_stride")
     name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}"
-    options = {"num_warps": config["num_warps"], "maxnreg": config.get("maxnreg")}
-    return make_spec(softmax_xent_kernel, name, types, flags, **options, archs=(arch,), unaligned=sizes)
+    return make_spec(softmax_xent_kernel, name, types, flags, config, (arch,), unaligned=sizes)

@@ -20,8 +20,8 @@ from gpt2_fast.kernels import (
     attention,
     attention_decode,
     bias,
-    mlp,
     linear_cross_entropy,
+    mlp,
     shipped,
 )
 from gpt2_fast.kernels.launch import launch

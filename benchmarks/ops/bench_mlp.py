@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from gpt2_fast.ops.layernorm_linear_gelu import cost, layernorm_linear_gelu, layernorm_linear_gelu_reference
 
 from benchmarks.ops.harness import Case, Size
-from gpt2_fast.ops.layernorm_linear_gelu import cost, layernorm_linear_gelu, layernorm_linear_gelu_reference
 
 DIRECTIONS = ("forward", "backward")
 LIBRARY = "F.layer_norm, F.linear, F.gelu"

@@ -5,11 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
-
-from gpt2_fast import config
-from gpt2_fast.ops.add_layernorm import normalized
-from gpt2_fast.ops.add_layernorm import samples as ln_samples
 from gpt2_fast.ops.layernorm_linear_gelu import (
     ACTIVATIONS,
     _bias_gelu,
@@ -18,6 +13,11 @@ from gpt2_fast.ops.layernorm_linear_gelu import (
     layernorm_linear_gelu_reference,
     samples,
 )
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
+
+from gpt2_fast import config
+from gpt2_fast.ops.add_layernorm import normalized
+from gpt2_fast.ops.add_layernorm import samples as ln_samples
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.runtime import philox
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy

@@ -1,8 +1,8 @@
-"""What an operation takes: the shapes, dtypes and devices of its inputs, and what its kernels may read of them."""
+"""What an operation takes: shapes, dtypes and devices of its inputs, its options, and what its kernels may read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,24 @@ def check(op: str, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) ->
         if t.layout is not torch.strided:
             raise ValueError(f"{op}: {spec.name} is {t.layout}; it must be dense: call .to_dense()")
     return empty or 0 in bound.get("...", ())
+
+
+# What a caller may pass for an option of each kind.
+OPTIONS = {
+    float: (float, int),
+    float | None: (float, int, type(None)),
+    int: (int, torch.SymInt),
+    torch.dtype | None: (torch.dtype, type(None)),
+}
+
+
+def check_options(op: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raises TypeError, one line that names the option, unless each of `values` is of its kind in `kinds`."""
+    for name, kind in kinds.items():
+        value = values[name]
+        if not isinstance(value, OPTIONS.get(kind, kind)):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise TypeError(f"{op}: {name} is {value!r}, a {type(value).__name__}; it must be a {wanted}")
 
 
 def sizes_of(shapes: dict[str, str]) -> Callable[[dict[str, Any]], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
 from gpt2_fast.ops.linear import linear, linear_reference, samples
@@ -22,7 +23,7 @@ SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (160
 def test_every_policy_is_right(policy, dtype, use_policy):
     """What another processor would choose is right on this one too."""
     use_policy(policy)
-    for *inputs, _ in samples("cpu", dtype):
+    for inputs in samples("cpu", dtype):
         check_op(linear, linear_reference, inputs, dtype, f"{policy} {dtype}")
 
 
@@ -74,17 +75,17 @@ def test_sum_of_products(policy, use_policy):
         assert_as_exact(total, eager, truth, f"{M} x {N} x {K}")
 
 
-@pytest.mark.parametrize("kind", Gelu, ids=str)
+@pytest.mark.parametrize("kind", Gelu)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_product_with_gelu(isa, dtype, kind, use_policy):
     """u is rounded once, and y is GELU of u as it was rounded; nothing else is written without u."""
     use_policy(OWN[1])
-    eager = lambda u: torch.nn.functional.gelu(u, approximate=kind.approximate)
+    gelu = lambda u: F.gelu(u, approximate=kind.approximate)
     for M, N, K in SIZES[:5]:
         a, b, bias = (torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
         y, u = gelu_product(a, b, bias, dtype, True, kind)
         assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", dtype)
-        assert_as_exact(y, eager(u), eager(u.double()), "y", dtype)
+        assert_as_exact(y, gelu(u), gelu(u.double()), "y", dtype)
         alone, nothing = gelu_product(a, b, bias, dtype, False, kind)
         assert_same_bits([alone], [y])
         assert nothing is None
@@ -113,7 +114,25 @@ def test_weight_of_nn_linear(library, use_policy):
     assert stored.grad.data_ptr() == seen[0]
 
 
-@pytest.mark.parametrize("kind", Gelu, ids=str)
+@pytest.mark.parametrize("kind", Gelu)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_alone(isa, dtype, kind):
+    for rows, width in ((1, 1), (3, 20), (65, 97)):
+        u = torch.randn(rows, width).to(dtype)
+        eager = lambda u: F.gelu(u, approximate=kind.approximate)
+        assert_as_exact(gelu(u, kind), eager(u), eager(u.double()), "y", dtype)
+
+
+@pytest.mark.parametrize("layout", ["Conv1D", "nn.Linear"])
+def test_what_is_kept_for_backward(layout):
+    """x and the weight, neither of them copied."""
+    x, weight = torch.randn(6, 48, requires_grad=True), torch.randn(48, 33)
+    weight = (weight if layout == "Conv1D" else weight.t().contiguous().t()).requires_grad_()
+    y = linear(x, weight, torch.randn(33))
+    assert {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} == {x.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("kind", Gelu)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_again_is_the_products_gelu(isa, dtype, kind, use_policy):
     use_policy(OWN[1])

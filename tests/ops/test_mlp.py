@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import DTYPES, assert_same_bits, check_op
+from numerics import DTYPES, assert_same_bits, check_op, evaluate
 
 from gpt2_fast import config
-from gpt2_fast.ops import add_layernorm
+from gpt2_fast.ops import mlp as room
+from gpt2_fast.ops.add_layernorm import OP as LAYERNORM
+from gpt2_fast.ops.add_layernorm import normalized
+from gpt2_fast.ops.add_layernorm import samples as ln_samples
+from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.mlp import layernorm_linear_gelu, mlp, mlp_reference, samples
+from gpt2_fast.ops.runtime import philox
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
-from gpt2_fast.ops.runtime.gelu import ACTIVATIONS, Gelu, bias_gelu, bias_gelu_backward
-from gpt2_fast.ops.runtime.philox import Dropout, keep_rows
+from gpt2_fast.ops.runtime.gelu import ACTIVATIONS, Gelu, bias_gelu, bias_gelu_backward, kind_of
+from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
-
-
-def _inputs(n_rows=3, n_embd=96, width=40, out=24):
-    """x, residual, ln_weight, ln_bias, fc_weight, fc_bias, proj_weight, proj_bias."""
-    shapes = [(n_rows, n_embd)] * 2 + [(n_embd,)] * 2 + [(n_embd, width), (width,), (width, out), (out,)]
-    return [torch.randn(shape, device=DEVICE) for shape in shapes]
+NAMES = ["x", "residual", "ln_weight", "ln_bias", "fc_weight", "fc_bias", "proj_weight", "proj_bias"]
+HALF = 6  # inputs of the operation without its c_proj
 
 
 def _check(inputs, options, dtype, impl):
-    reference = lambda *t: mlp_reference(*t, dropout=options["dropout"], kind=ACTIVATIONS[options["activation"]])
-    check_op(lambda *t: mlp(*t, **options, impl=impl), reference, inputs, dtype, f"{impl} {dtype} {inputs[0].shape}")
+    """The whole operation and its first half, the latter by its own name."""
+    kind = {"dropout": options.get("dropout", Dropout())}
+    kind["kind"] = kind_of("test", options.get("activation", "gelu_new"))
+    reference = partial(mlp_reference, **kind)
+    what = f"{impl} {dtype} {tuple(inputs[0].shape)}"
+    check_op(partial(mlp, **options, impl=impl), reference, inputs, dtype, what)
+    half = partial(layernorm_linear_gelu, **options, impl=impl)
+    check_op(half, reference, inputs[:HALF], dtype, f"half {what}")
+
+
+def _inputs(n_rows=3, n_embd=96, width=40):
+    shapes = [(n_rows, n_embd), (n_rows, n_embd), (n_embd,), (n_embd,), (n_embd, width), (width,), (width, n_embd)]
+    return [torch.randn(shape, device=DEVICE) for shape in [*shapes, (n_embd,)]]
+
+
+def _of_nn_linear(inputs):
+    """The weights as transposed views of [out, in]."""
+    return [t.t().contiguous().t() if i in (4, 6) else t for i, t in enumerate(inputs)]
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
@@ -38,20 +57,7 @@ def test_other_processors_products(use_policy, native, own, dtype):
         _check(inputs, options, dtype, "cpp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_up_to_the_gelu(impl, dtype):
-    """Without c_proj, and with c_proj without a bias."""
-    options = {"dropout": Dropout(0.1, torch.tensor([5], device=DEVICE)), "activation": "gelu"}
-    inputs = [t.to(dtype) for t in _inputs(5)]
-    _check([*inputs[:6], None, None], options, dtype, impl)
-    _check([*inputs[:7], None], options, dtype, impl)
-    options["activation"] = "gelu_new"
-    whole = mlp(*inputs[:6], None, None, **options, impl=impl)
-    assert_same_bits(layernorm_linear_gelu(*inputs[:6], **options, impl=impl), whole)
-
-
-@pytest.mark.parametrize("kind", Gelu, ids=str)
+@pytest.mark.parametrize("kind", Gelu)
 def test_gelu_far_from_zero(isa, kind):
     """Values and derivatives where exp saturates, in the tails, and just beside 0."""
     u = torch.tensor([-1e9, -1e4, -100.0, -13.0, -5.0, -0.75, -1e-6, 0.0, 1e-6, 3.0, 5.5, 30.0, 1e4, 1e9])
@@ -82,16 +88,16 @@ def test_not_a_number_stays_one(isa):
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_activations(impl):
     """Each name is F.gelu's form of it, the two forms differ, and another name is refused."""
-    x, _, ln_weight, ln_bias, *weights = _inputs()
-    u = torch.nn.functional.layer_norm(x, (96,), ln_weight, ln_bias) @ weights[0] + weights[1]
+    x, _, ln_weight, ln_bias, weight, bias = _inputs()[:HALF]
+    u = torch.nn.functional.layer_norm(x, (96,), ln_weight, ln_bias) @ weight + bias
     for activation, approximate in {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.items():
-        y, _ = layernorm_linear_gelu(x, None, ln_weight, ln_bias, *weights[:2], activation=activation, impl=impl)
+        y, _ = layernorm_linear_gelu(x, None, ln_weight, ln_bias, weight, bias, activation=activation, impl=impl)
         expected = torch.nn.functional.gelu(u.double(), approximate=approximate).float()
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=2e-5)
         other = torch.nn.functional.gelu(u.double(), approximate="none" if approximate == "tanh" else "tanh")
         assert (y - other).abs().max() > 1e-4
     with pytest.raises(ValueError, match="activation is 'relu'; choose gelu_new, gelu_pytorch_tanh, gelu"):
-        mlp(x, None, ln_weight, ln_bias, *weights, activation="relu", impl=impl)
+        layernorm_linear_gelu(x, None, ln_weight, ln_bias, weight, bias, activation="relu", impl=impl)
     assert ACTIVATIONS.keys() == set(config.ACTIVATIONS)
 
 
@@ -99,34 +105,40 @@ def test_activations(impl):
 def test_dropout_drops_the_reference_mask(impl):
     _, _, *rest = _inputs(37, 100)
     x, residual = torch.ones(37, 100, device=DEVICE), torch.zeros(37, 100, device=DEVICE)
-    dropout = Dropout(0.3, torch.tensor([-987654321012345], device=DEVICE), 7)
-    _, h = mlp(x, residual, *rest, dropout=dropout, impl=impl)
-    assert torch.equal(h != 0, keep_rows(dropout.key, 7, 37, 100, 0.3))
+    key = torch.tensor([-987654321012345], device=DEVICE)
+    _, h = mlp(x, residual, *rest, dropout=Dropout(0.3, key, 7), impl=impl)
+    assert torch.equal(h != 0, philox.keep_rows(key, 7, 37, 100, 0.3))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_projection_without_a_bias(impl):
+    inputs = _inputs()
+    inputs[-1] = None
+    check_op(partial(mlp, impl=impl), mlp_reference, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_weights_of_nn_linear(impl, dtype):
     """Transposed views of [out, in]: their gradients are laid out as they are, and autograd keeps that memory."""
-    inputs = [t.to(dtype) for t in _inputs()]
-    for at in (4, 6):
-        inputs[at] = inputs[at].t().contiguous().t()
-    _check(inputs, {"activation": "gelu", "dropout": Dropout()}, dtype, impl)
-    stored, seen = [inputs[at].t().detach().requires_grad_() for at in (4, 6)], []
-    handles = [t.register_hook(lambda g: seen.append(g.data_ptr())) for t in stored]
-    inputs[4], inputs[6] = (t.t() for t in stored)
+    inputs = _of_nn_linear([t.to(dtype) for t in _inputs()])
+    _check(inputs, {"activation": "gelu"}, dtype, impl)
+    stored, seen = {i: inputs[i].t().contiguous().requires_grad_() for i in (4, 6)}, {}
+    for i, weight in stored.items():
+        weight.register_hook(lambda g, i=i: seen.__setitem__(i, g.data_ptr()))
+        inputs[i] = weight.t()
     mlp(*inputs, impl=impl)[0].sum().backward()
-    for handle in handles:
-        handle.remove()
-    assert all(t.grad.is_contiguous() for t in stored)
-    assert {t.grad.data_ptr() for t in stored} == set(seen)
+    for i, weight in stored.items():
+        assert weight.grad.is_contiguous()
+        assert weight.grad.data_ptr() == seen[i]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_kept_for_backward(dtype):
-    """On a CPU h, u and two float32 numbers a row: neither the normalised rows nor gelu(u)."""
+def test_what_is_kept_for_backward(impl, dtype):
+    """h, u and two float32 numbers a row, and on a GPU y: neither the normalised rows nor, on a CPU, c_proj's x."""
     N, C, width, saved = 33, 96, 384, {}
-    inputs = [t.to(dtype).requires_grad_() for t in _inputs(N, C, width)]
+    inputs = [t.to(dtype).requires_grad_() for t in _of_nn_linear(_inputs(N, C, width))]
     parameters = {t.data_ptr() for t in inputs[2:]}
 
     def pack(t):
@@ -135,33 +147,71 @@ def test_what_is_kept_for_backward(dtype):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        m, h = mlp(*inputs, impl="cpp")
-    assert sum(saved.values()) == dtype.itemsize * N * (C + width) + 8 * N
+        m, h = mlp(*inputs, impl=impl)
+    wide = 1 if impl == "cpp" else 2
+    assert sum(saved.values()) == dtype.itemsize * N * (C + wide * width) + 8 * N
     (m.float().square().mean() + h.float().mean()).backward()
     assert all(t.grad.isfinite().all() and t.grad.any() for t in inputs)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_is_its_halves(use_policy, dtype, activation, own):
+    """The same bits as the half and then linear, which keeps what is made again here."""
+    use_policy(CpuPolicy("mkl", True, "a test", own))
+
+    def halves(*t):
+        y, h = layernorm_linear_gelu(*t[:HALF], activation=activation, impl="cpp")
+        return linear(y, *t[HALF:]), h
+
+    inputs = [t.cpu().to(dtype).requires_grad_() for t in _inputs(33, 96, 97)]
+    upstream = [torch.randn(33, 96) for _ in range(2)]
+    whole = evaluate(partial(mlp, activation=activation, impl="cpp"), inputs, upstream)
+    parts = evaluate(halves, inputs, upstream)
+    assert_same_bits([*whole[0], *whole[1]], [*parts[0], *parts[1]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalised_rows_again_are_the_same_bits(isa, dtype):
-    for x, residual, weight, bias, options in add_layernorm.samples("cpu", dtype):
+    for x, residual, weight, bias, options in ln_samples("cpu", dtype):
         arguments = (x, residual, weight, bias, 1e-5, *options["dropout"].flat(), dtype, True, "cpp")
-        n, h, mean, rstd = add_layernorm.OP.run_forward(*arguments)
+        n, h, mean, rstd = LAYERNORM.forward_op(*arguments)
         h = x if residual is None else h
-        assert_same_bits([add_layernorm.normalized(h, weight, bias, mean, rstd, dtype)], [n])
+        assert_same_bits([normalized(h, weight, bias, mean, rstd, dtype)], [n])
+
+
+def test_a_frozen_weight_costs_no_product(monkeypatch):
+    """Nor is GELU or the normalised input made again, where nothing else reads them."""
+    calls = []
+    for stem in ("weight_gradient", "gelu"):
+        function = getattr(room, stem)
+        monkeypatch.setattr(room, stem, lambda *a, f=function, s=stem: calls.append(s) or f(*a))
+    normalize = room.add_layernorm.normalized
+    monkeypatch.setattr(room.add_layernorm, "normalized", lambda *a: calls.append("normalized") or normalize(*a))
+    of_fc, of_proj = ["normalized", "weight_gradient"], ["gelu", "weight_gradient"]
+    cases = {(): of_proj + of_fc, ("fc_weight",): of_proj, ("proj_weight",): of_fc, ("fc_weight", "proj_weight"): []}
+    for frozen, expected in cases.items():
+        calls.clear()
+        inputs = [t.cpu().requires_grad_(name not in frozen) for name, t in zip(NAMES, _inputs(), strict=True)]
+        mlp(*inputs, impl="cpp")[0].sum().backward()
+        assert calls == expected, frozen
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_saved_when_no_gradient_is_wanted(impl):
     inputs = _inputs()
-    expected = mlp(*[t.clone().requires_grad_() for t in inputs], impl=impl)
-    assert_same_bits(mlp(*inputs, impl=impl), expected)
-    with torch.no_grad():
-        m, _ = mlp(*[t.requires_grad_() for t in inputs], impl=impl)
-    assert m.grad_fn is None
+    for run, count in ((mlp, len(NAMES)), (layernorm_linear_gelu, HALF)):
+        expected, h = run(*[t.clone().requires_grad_() for t in inputs[:count]], impl=impl)
+        y, h_alone = run(*inputs[:count], impl=impl)
+        assert_same_bits([y, h_alone], [expected.detach(), h.detach()])
+        with torch.no_grad():
+            y, _ = run(*[t.clone().requires_grad_() for t in inputs[:count]], impl=impl)
+        assert y.grad_fn is None
 
 
-def test_passes_around_a_vendors_product_give_the_same_bits_on_any_number_of_threads(threads):
-    """How the product between them sums is its own affair."""
+def test_same_bits_whatever_the_threads(threads):
+    """Of the passes here; how a vendor's product sums is its own affair."""
     product, dy, bias = torch.randn(257, 200), torch.randn(257, 200), torch.randn(200)
     runs = []
     for count in (2, 1, 2):
@@ -172,11 +222,32 @@ def test_passes_around_a_vendors_product_give_the_same_bits_on_any_number_of_thr
     assert_same_bits(runs[0], runs[2])
 
 
-def test_what_does_not_go_together_is_named():
-    x, residual, *rest = (t.cpu() for t in _inputs())
-    with pytest.raises(ValueError, match="fc_weight is torch.bfloat16 and x torch.float32; they must match"):
-        mlp(x, residual, *rest[:2], rest[2].bfloat16(), *rest[3:])
-    with pytest.raises(ValueError, match="dropout's p is 0.1 and residual is None; it acts on what is added"):
-        mlp(x, None, *rest, dropout=Dropout(0.1, torch.tensor([5])))
-    with pytest.raises(ValueError, match="proj_weight is None and proj_bias is not"):
-        mlp(x, residual, *rest[:4], None, rest[5])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fc_weight": torch.bfloat16}, "mlp: fc_weight is torch.bfloat16 and x torch.float32; they must match"),
+        ({"proj_weight": torch.bfloat16}, "mlp: proj_weight is torch.bfloat16 and x torch.float32; they must match"),
+        (
+            {"proj_weight": None},
+            "mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither",
+        ),
+        (
+            {"dropout": Dropout(0.1, torch.tensor([5], device=DEVICE)), "residual": None},
+            "mlp: dropout's p is 0.1 and residual is None; it acts on what",
+        ),
+        ({"activation": "relu"}, "mlp: activation is 'relu'; choose gelu_new, gelu_pytorch_tanh, gelu"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_named(change, said):
+    tensors, options = dict(zip(NAMES, _inputs(), strict=True)), {}
+    for name, value in change.items():
+        if name not in tensors:
+            options[name] = value
+        elif isinstance(value, tuple):
+            tensors[name] = torch.randn(value, device=DEVICE)
+        else:
+            tensors[name] = None if value is None else tensors[name].to(value)
+    with pytest.raises(ValueError, match=said) as error:
+        mlp(*tensors.values(), **options)
+    assert "\n" not in str(error.value)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime import cpp, dispatch
+from gpt2_fast.ops.runtime.contract import check_dense
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
 from gpt2_fast.ops.runtime.library import register
 
@@ -282,6 +283,15 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{OP}: {len(values)} {name} for {len(params)} params; one each")
+    tensors = {"param": params, "grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    for name, values in {**tensors, "step": steps}.items():
+        for i, t in enumerate(values):
+            check_dense(OP, f"{name} {i}", t)
+    check_dense(OP, "hyper", hyper)
+    if norm is not None:
+        check_dense(OP, "norm", norm)
+    if not isinstance(max_norm, (float, int, type(None))):
+        raise TypeError(f"{OP}: max_norm is a {type(max_norm).__name__}; it must be a number or None")
     low = sum(p.dtype in LOW_PRECISION for p in params)
     if len(masters) != low:
         raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
@@ -298,7 +308,7 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
             raise ValueError(
                 f"{OP}: param {i} is {p.dtype} on {p.device}; it must be floating, on {hyper.device} as hyper"
             )
-        if g.layout is not torch.strided or g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
             raise ValueError(f"{OP}: grad {i} must be a dense {p.dtype} {tuple(p.shape)} on {p.device}, as its param")
         for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
             if t is not None and (t.shape != p.shape or t.device != p.device or t.dtype not in STATE_DTYPES):

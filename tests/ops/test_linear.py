@@ -23,7 +23,7 @@ SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (160
 def test_every_policy_is_right(policy, dtype, use_policy):
     """What another processor would choose is right on this one too."""
     use_policy(policy)
-    for inputs in samples("cpu", dtype):
+    for *inputs, _ in samples("cpu", dtype):
         check_op(linear, linear_reference, inputs, dtype, f"{policy} {dtype}")
 
 
@@ -63,6 +63,16 @@ def test_own_product_takes_two_dtypes_and_any_strides(use_policy):
     actual, truth = product(a, b, impl="cpp"), a.double() @ b.double()
     assert_as_exact(actual, a @ b.float(), truth, "float32 by bfloat16")
     assert actual.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_elements_upon_each_other(policy, use_policy):
+    """Windows that move on by one element, rows that are one row, everything one number."""
+    use_policy(policy)
+    x, numbers = torch.randn(15, 36), torch.randn(54)
+    for strides in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        weight = numbers.as_strided((36, 19), strides)
+        check_op(linear, linear_reference, [x, weight, torch.randn(19)], torch.float32, f"strides {strides}")
 
 
 @pytest.mark.parametrize("policy", [*OWN, CpuPolicy("onednn", False, ""), CpuPolicy("mkl", False, "")], ids=str)

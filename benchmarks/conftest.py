@@ -93,7 +93,8 @@ def measure(request, benchmark):
         seconds = _once(target, setup)  # compiles, warms up, and says how many rounds a turn has
         rounds = 3 if config.getoption("smoke") else int(config.getoption("turn_seconds") / max(seconds, 1e-6))
         benchmark.pedantic(target, setup=setup, rounds=max(1, min(200, rounds)))
-        key = (request.module.__name__.rpartition("bench_")[2], case.shape, dtype_name, direction)
+        op = case.op or request.module.__name__.rpartition("bench_")[2]
+        key = (op, case.shape, dtype_name, direction)
         row = config.stash[ROWS].setdefault(key, report.new_row(*key, case.cost[direction]))
         row["floor_seconds"], row["bound"] = harness.floor_seconds(
             case.cost[direction], SIZES[size].product, dtype, DEVICE

@@ -22,18 +22,11 @@ from benchmarks.ops.harness import floor_seconds
 from benchmarks.programs import NO_DROPOUT, PROGRAMS, SIZES, Setting, batch
 from gpt2_fast import GPT2Config
 from gpt2_fast.config import num_params
-from gpt2_fast.ops import (
-    adamw,
-    add_layernorm,
-    attention,
-    embedding,
-    layernorm_linear_gelu,
-    linear,
-    linear_cross_entropy,
-)
+from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, linear, linear_cross_entropy, mlp
+from gpt2_fast.ops.runtime import products
 
 VENDOR = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_addmm_activation", "mkldnn::_linear_pointwise")
-PRODUCTS = (linear.PROFILED, *VENDOR)
+PRODUCTS = (products.PROFILED, *VENDOR)
 Shapes = Sequence[Sequence[int]]
 
 
@@ -59,15 +52,15 @@ def costs(config: GPT2Config, setting: Setting) -> dict[str, Callable[[Shapes], 
         return _sum(parts["forward"], parts["backward"])
 
     return {
-        **both("embedding", lambda s: embedding.cost(math.prod(s[0]), setting.context, s[1][1], *table),
+        **both("embedding", lambda s: embedding.cost(math.prod(s[2]), setting.context, s[0][1], *table),
                lambda s: embedding.cost(_rows(s[0]), setting.context, s[0][-1], *table)),
         **both("add_layernorm", lambda s: add_layernorm.cost(_rows(s[0]), s[0][-1], size, residual=bool(s[1]))),
         **both("linear", lambda s: linear.cost(_rows(s[0]), *s[1], size),
                lambda s: linear.cost(_rows(s[1]), *s[2], size)),
         **both("attention", lambda s: attention.cost(*s[0][:2], *s[0][3:], size),
                lambda s: attention.cost(*s[1][:2], *s[1][3:], size)),
-        **both("layernorm_linear_gelu", lambda s: layernorm_linear_gelu.cost(_rows(s[0]), *s[4], size),
-               lambda s: layernorm_linear_gelu.cost(_rows(s[0]), *s[8], size)),
+        **both("mlp", lambda s: mlp.cost(_rows(s[0]), *s[4], size, projects=bool(s[6])),
+               lambda s: mlp.cost(_rows(s[0]), *s[9], size, projects=bool(s[10]))),
         "linear_cross_entropy": head,
         "adamw": lambda s: adamw.cost(num_params(config), size)["forward"],
     }  # fmt: skip

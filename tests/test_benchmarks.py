@@ -234,8 +234,9 @@ def test_profile_counts_the_arithmetic_of_the_step(monkeypatch):
     assert ops["attention"]["calls"] == ops["attention_backward"]["calls"] == layers
     assert ops[f"linear {width}x{3 * width}"]["calls"] == layers
     assert ops["add_layernorm"]["calls"] == layers + 1
+    assert ops["mlp"]["calls"] == ops["mlp_backward"]["calls"] == layers
     assert ops["adamw"]["calls"] == ops["linear_cross_entropy"]["calls"] == 1
-    products = sum(row["flops"] for op, row in ops.items() if op.startswith(("linear", "layernorm_linear")))
+    products = sum(row["flops"] for op, row in ops.items() if op.startswith(("linear", "mlp")))
     assert products == 6 * tokens * (layers * 12 * width**2 + vocabulary * width)
     assert all(row["seconds"] >= row["product_seconds"] >= 0 for row in ops.values())
     assert ops["linear_backward 64x64"]["product_seconds"] > 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from numerics import check_op
 
 from gpt2_fast.ops import add_layernorm as ln_room
 from gpt2_fast.ops import attention as attention_room
-from gpt2_fast.ops import layernorm_linear_gelu as mlp_room
 from gpt2_fast.ops import linear as linear_room
 from gpt2_fast.ops import linear_cross_entropy as loss_room
+from gpt2_fast.ops import mlp as mlp_room
+from gpt2_fast.ops.runtime.gelu import Gelu
 
 
 def _objects(run, reference, inputs):
@@ -94,16 +97,13 @@ def test_attention_that_drops_the_padding_mask():
 def test_mlp_with_the_other_gelu():
     """The exact GELU differs from the tanh form by less than 1e-3, and is still noticed."""
     inputs = [torch.randn(5, 32), torch.randn(5, 32), torch.ones(32), torch.zeros(32)]
-    inputs += [torch.randn(32, 128) * 0.2, torch.randn(128)]
-
-    def exact_gelu(x, residual, ln_weight, ln_bias, weight, bias):
-        n, h = ln_room.add_layernorm_reference(x, residual, ln_weight, ln_bias)
-        return torch.nn.functional.gelu(n @ weight + bias), h
-
-    run = lambda *t: mlp_room.layernorm_linear_gelu(*t, impl="cpp")
-    check_op(run, mlp_room.layernorm_linear_gelu_reference, inputs, torch.float32)
-    with pytest.raises(AssertionError, match="output 0: error"):
-        check_op(run, exact_gelu, inputs, torch.float32)
+    inputs += [torch.randn(32, 128) * 0.2, torch.randn(128), torch.randn(128, 32) * 0.1, torch.randn(32)]
+    exact_gelu = functools.partial(mlp_room.mlp_reference, kind=Gelu.ERF)
+    for room, count in ((mlp_room.layernorm_linear_gelu, 6), (mlp_room.mlp, 8)):
+        run = functools.partial(room, impl="cpp")
+        check_op(run, mlp_room.mlp_reference, inputs[:count], torch.float32)
+        with pytest.raises(AssertionError, match="output 0: error"):
+            check_op(run, exact_gelu, inputs[:count], torch.float32)
 
 
 def test_loss_that_scores_ignored_labels():

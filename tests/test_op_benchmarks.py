@@ -15,7 +15,7 @@ import torch
 
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, layernorm_linear_gelu, linear
+from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, linear, mlp
 from gpt2_fast.ops import linear_cross_entropy as head
 from gpt2_fast.ops.runtime.dispatch import TABLE
 
@@ -25,8 +25,6 @@ sys.path.append(str(ROOT))
 from benchmarks import roofline  # noqa: E402
 from benchmarks.ops import report  # noqa: E402
 from benchmarks.ops.harness import SIZES, Size  # noqa: E402
-
-OPS = torch.ops.gpt2_fast
 
 
 def _bytes(*tensors) -> int:
@@ -57,7 +55,8 @@ def smoke(tmp_path_factory):
 
 def test_every_op_is_timed_in_every_direction(smoke):
     record, _, printed = smoke
-    assert {row["op"] for row in record["rows"]} == set(TABLE) - {"decode_step"}  # a whole model's step
+    # decode_step is a whole model's step; mlp is timed up to its GELU too.
+    assert {row["op"] for row in record["rows"]} == set(TABLE) - {"decode_step"} | {"layernorm_linear_gelu"}
     for row in record["rows"]:
         assert {"gpt2_fast", "eager"} <= set(row["programs"]) <= {"gpt2_fast", "library", "eager"}
         assert row["direction"] in printed
@@ -121,10 +120,13 @@ def test_cost_of_add_layernorm_is_its_inputs_and_outputs(dtype):
     N, C = 6, 32
     x, residual = torch.randn(2, N, C).to(dtype).unbind(0)
     weight, bias = torch.randn(2, C).to(dtype).unbind(0)
-    y, h, mean, rstd = OPS.add_layernorm(x, residual, weight, bias, 1e-5, 0.0, None, 0, dtype, "cpp")
+    options = (1e-5, 0.0, None, 0, dtype)
+    y, h, mean, rstd = add_layernorm.OP.forward_op(x, residual, weight, bias, *options, True, "cpp")
     cost = add_layernorm.cost(N, C, dtype.itemsize)
     assert cost["forward"]["bytes"] == _bytes(x, residual, weight, bias, y, h, mean, rstd)
-    _, dresidual, *dparams = OPS.add_layernorm_backward(y, h, h, weight, mean, rstd, 0.0, None, 0, dtype, True, "cpp")
+    kept = (h, weight, mean, rstd)
+    made = add_layernorm.OP.backward_op(y, h, *kept, *options, dtype, True, [True] * 4, "cpp")
+    _, dresidual, *dparams = made
     dparams = [d.to(dtype) for d in dparams]
     assert cost["backward"]["bytes"] == _bytes(y, h, h, weight, mean, rstd, dresidual, *dparams)
     alone = add_layernorm.cost(N, C, dtype.itemsize, residual=False)
@@ -133,22 +135,28 @@ def test_cost_of_add_layernorm_is_its_inputs_and_outputs(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cost_of_layernorm_linear_gelu_is_its_inputs_and_outputs(dtype):
+@pytest.mark.parametrize("projects", [False, True])
+def test_cost_of_mlp_is_its_inputs_and_outputs(dtype, projects):
     N, C, F = 6, 32, 48
     x, residual = torch.randn(2, N, C).to(dtype).unbind(0)
     ln_weight, ln_bias = torch.randn(2, C).to(dtype).unbind(0)
     weight, bias = torch.randn(C, F).to(dtype), torch.randn(F).to(dtype)
-    tensors = (x, residual, ln_weight, ln_bias, weight, bias)
-    y, h = layernorm_linear_gelu.layernorm_linear_gelu(*tensors)
-    u, mean, rstd = y, *torch.zeros(2, N)  # what else forward keeps
-    cost = layernorm_linear_gelu.cost(N, C, F, dtype.itemsize)
-    assert cost["forward"]["bytes"] == _bytes(*tensors, y, h, u, mean, rstd)
-    dy, dh, dresidual = y, h, h
-    read = (dy, dh, h, u, mean, rstd, ln_weight, weight)
-    # dln_weight, dln_bias, dweight and dbias have their parameters' shapes; ln_bias is not read.
-    assert cost["backward"]["bytes"] == _bytes(*read, dresidual, ln_weight, ln_bias, weight, bias) + _bytes(ln_bias)
-    assert cost["forward"]["flops"] == 2 * N * C * F
-    assert cost["backward"]["flops"] == 2 * cost["forward"]["flops"]  # dweight and dn
+    proj_weight, proj_bias = (torch.randn(F, C).to(dtype), torch.randn(C).to(dtype)) if projects else (None, None)
+    parameters = (ln_weight, ln_bias, weight, bias, proj_weight, proj_bias)
+    options = (1e-5, 0.0, None, 0, 0)
+    m, h, u, f, mean, rstd = mlp.OP.forward_op(x, residual, *parameters, *options, True, "cpp")
+    assert f.numel() == 0  # made again
+    cost = mlp.cost(N, C, F, dtype.itemsize, projects)
+    assert cost["forward"]["bytes"] == _bytes(x, residual, *parameters, m, h, u, mean, rstd)
+    dm, dh, kept = m, h, (mean, rstd, h, u, None, ln_weight, ln_bias, weight, proj_weight)
+    needs = [True] * 6 + [projects] * 2
+    dx, dresidual, *_ = mlp.OP.backward_op(dm, dh, *kept, *options, dtype, True, needs, "cpp")
+    assert dx.numel() == 0  # it is dresidual
+    # The gradients of the parameters have their shapes.
+    assert cost["backward"]["bytes"] == _bytes(dm, dh, *kept, dresidual, *parameters)
+    products = 2 if projects else 1
+    assert cost["forward"]["flops"] == products * 2 * N * C * F
+    assert cost["backward"]["flops"] == 2 * cost["forward"]["flops"]  # dweight and dx of each
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -276,7 +276,7 @@ class PhiloxDropout(torch.nn.Module):
         self.p, self.keys, self.block, self.site = p, keys, block, site
 
     def forward(self, x):
-        return philox.dropout_rows(x.flatten(0, 1), self.p, self.keys[self.block], self.site).view(x.shape)
+        return philox.Dropout(self.p, self.keys[self.block], self.site).rows(x)
 
 
 def _reference_attention(module, query, key, value, attention_mask, **kwargs):

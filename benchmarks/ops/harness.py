@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.linear import product
+from gpt2_fast.ops.runtime.products import product
 
 PROGRAMS = ("gpt2_fast", "library", "compile", "eager")
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2
@@ -59,6 +59,7 @@ class Case:
     check_inputs: inputs that are held against float64, a cut of `inputs` where those would take long.
     check: holds a program to float64 and raises AssertionError; by default `numerics.check_op` on check_inputs.
     differentiable: False for an op without a backward.
+    op: what its rows are called; the stem of the file where it is not given.
     """
 
     shape: str
@@ -68,6 +69,7 @@ class Case:
     check_inputs: tuple | None = None
     check: Callable[[Callable], None] | None = None
     differentiable: bool = True
+    op: str = ""
     _verdicts: dict[str, str] = field(default_factory=dict)
     _upstream: Sequence[Tensor] = ()
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import FLOAT, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.memory import round_up
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, keep_tiles
 
 HEAD_MIN, HEAD_MAX = 16, 128
@@ -110,7 +111,7 @@ def _backward_cpp(a, out):
     partial, groups, heads = None, _groups(a.T), a.B * a.H
     if groups > 1 and heads < 2 * torch.get_num_threads():
         # Too few heads to keep the threads busy: the keys of a head are shared out, each leaving its own part of dq.
-        partial = a.lse.new_empty(a.B, a.H, groups, a.T, -(-a.D // 16) * 16)
+        partial = a.lse.new_empty(a.B, a.H, groups, a.T, round_up(a.D, 16))
     cpp.attention_backward(out, a, scale=_scale(a), partial=partial)
 
 
@@ -127,7 +128,7 @@ def _backward_triton(a, out):
 
 
 def _decode_cpp(a, out):
-    partial = a.q.new_empty(a.B, a.H, _groups(a.S), -(-a.D // 16) * 16 + 16, dtype=torch.float32)
+    partial = a.q.new_empty(a.B, a.H, _groups(a.S), round_up(a.D, 16) + 16, dtype=torch.float32)
     cpp.attention_decode(out, a, scale=_scale(a), partial=partial)
 
 

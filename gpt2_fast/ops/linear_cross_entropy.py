@@ -94,7 +94,7 @@ def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_gra
 def _softmax_xent_triton(logits, labels, losses, row_scale, ignore_index, write_grad):
     from gpt2_fast.kernels import linear_cross_entropy as kernel
 
-    kernel.softmax_xent_(logits, labels, losses, torch.empty_like(losses), ignore_index, row_scale, write_grad)
+    kernel.softmax_xent_(logits, labels, losses, ignore_index, row_scale, write_grad)
 
 
 _SOFTMAX_XENT = {"cpp": _softmax_xent_cpp, "triton": _softmax_xent_triton}

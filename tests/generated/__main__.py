@@ -15,9 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from . import OPS
+
 TESTS = Path(__file__).resolve().parent.parent
-OPS = ("add_layernorm", "linear", "mlp", "attention", "attention_decode", "embedding", "linear_cross_entropy", "adamw",
-       "decode_step")  # fmt: skip
+CHILD = ["-m", "tests.generated", "--child"]
 KINDS = {"right": "right", "refused": "refused in one clear line", "crash": "crashes", "unclear": "unclear errors",
          "wrong": "silently wrong"}  # fmt: skip
 LIMIT_S = 120  # for one call
@@ -26,7 +27,7 @@ LIMIT_S = 120  # for one call
 def _import() -> None:
     """What tests/conftest.py does for pytest."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
+    sys.path.insert(0, str(TESTS))
 
 
 def child(ops: list[str], examples: int, seed: int) -> None:
@@ -62,9 +63,11 @@ def parent(ops: list[str], examples: int, seed: int) -> bool:
     faults: dict[str, list[str]] = collections.defaultdict(list)
     while counts["tried"] < examples:
         left = examples - counts["tried"]
-        arguments = ["--child", "--examples", str(left), "--seed", str(seed), "--ops", *ops]
-        process = subprocess.Popen([sys.executable, "-m", "tests.generated", *arguments], cwd=TESTS.parent,
-                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        arguments = ["--examples", str(left), "--seed", str(seed), "--ops", *ops]
+        process = subprocess.Popen(
+            [sys.executable, *CHILD, *arguments], cwd=TESTS.parent, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},  # calls are short, and other processes want the processor
+        )  # fmt: skip
         call, made = None, 0
         for line in process.stdout:
             if call is None:

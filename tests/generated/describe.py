@@ -150,7 +150,10 @@ def calls(draw, op: str) -> Description:
     if op == "mlp" and tensors["proj_weight"] is None:
         tensors["proj_bias"] = tensors["proj_bias"] if draw(_seldom) else None
         valid[0] &= tensors["proj_bias"] is None
-    impl = draw(st.sampled_from(["auto", "auto", "cpp", "cpp", "aten", "reference"]))
+    impls = [impl for impl in room.impls if impl != "triton"]  # whose interpreter takes seconds
+    impl = draw(st.sampled_from(["auto", "auto", *impls, *impls, "reference"]))
+    if draw(_seldom) and draw(_seldom):
+        impl = draw(st.sampled_from(["aten", "cuda", "", None, "fast"]))
     valid[0] &= impl in ("auto", "reference", *room.impls) and not (first == "float64" and impl in room.impls)
     valid[0] &= HEAD_MIN <= sizes.get("D", HEAD_MIN) <= HEAD_MAX
     given = [name for name, t in tensors.items() if t is not None]

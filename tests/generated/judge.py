@@ -114,6 +114,8 @@ def judge(description: Description) -> Outcome:
             n: t.to(dtype) if dtype and isinstance(t, Tensor) and t.is_floating_point() and not t.is_sparse else t
             for n, t in arguments.items()
         }
+        if dtype and "dtype" in given:
+            given["dtype"] = None
         leaves = [given[name].detach().requires_grad_() for name in names]
         return evaluate(room.of(given, names, impl), leaves, upstream)
 
@@ -145,7 +147,7 @@ def judge(description: Description) -> Outcome:
                 return refused(room.name, inputs, error, description["valid"])
             eager = run("reference", upstream=upstream)
         truth = run("reference", torch.float64, upstream)
-    except RuntimeError as error:
+    except Exception as error:
         return Outcome(UNCLEAR, f"{type(error).__name__}: {error}")
     dtype = torch.bfloat16 if autocast and first.dtype is not torch.float64 else first.dtype
     if room.name == "embedding":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
 
-from gpt2_fast.ops.linear import add_product, gelu, gelu_product, linear, linear_reference, product, samples
+from gpt2_fast.ops.linear import linear, linear_reference, samples
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy, cpu_policy
+from gpt2_fast.ops.runtime.gelu import Gelu, gelu
+from gpt2_fast.ops.runtime.products import add_product, gelu_product, product
 
 OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
 POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]
@@ -84,18 +84,18 @@ def test_sum_of_products(policy, use_policy):
         assert_as_exact(total, eager, truth, f"{M} x {N} x {K}")
 
 
-@pytest.mark.parametrize("erf", [False, True], ids=["tanh", "erf"])
+@pytest.mark.parametrize("kind", Gelu)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_product_with_gelu(isa, dtype, erf, use_policy):
+def test_product_with_gelu(isa, dtype, kind, use_policy):
     """u is rounded once, and y is GELU of u as it was rounded; nothing else is written without u."""
     use_policy(OWN[1])
-    gelu = lambda u: torch.nn.functional.gelu(u, approximate="none" if erf else "tanh")
+    gelu = lambda u: F.gelu(u, approximate=kind.approximate)
     for M, N, K in SIZES[:5]:
         a, b, bias = (torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
-        y, u = gelu_product(a, b, bias, dtype, True, erf)
+        y, u = gelu_product(a, b, bias, dtype, True, kind)
         assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", dtype)
         assert_as_exact(y, gelu(u), gelu(u.double()), "y", dtype)
-        alone, nothing = gelu_product(a, b, bias, dtype, False, erf)
+        alone, nothing = gelu_product(a, b, bias, dtype, False, kind)
         assert_same_bits([alone], [y])
         assert nothing is None
 
@@ -112,10 +112,12 @@ def test_own_product_gives_the_same_bits_on_any_number_of_threads(pairs, threads
         assert_same_bits(runs[:1], [other])
 
 
-def test_products_of_nothing(use_policy):
-    use_policy(OWN[1])
-    assert product(torch.empty(0, 3), torch.empty(3, 2)).shape == (0, 2)
-    assert torch.equal(product(torch.empty(40, 0), torch.empty(0, 2), impl="cpp"), torch.zeros(40, 2))
+def test_no_rows():
+    x, weight, bias = torch.empty(2, 0, 3, requires_grad=True), torch.randn(3, 2, requires_grad=True), torch.zeros(2)
+    y = linear(x, weight, bias)
+    assert y.shape == (2, 0, 2)
+    (dweight,) = torch.autograd.grad(y.sum(), [weight])
+    assert torch.equal(dweight, torch.zeros(3, 2))
 
 
 def test_strided_inputs():
@@ -158,42 +160,38 @@ def test_same_bits_twice():
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("kind", Gelu)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_of_is_kept_in_the_place_of_x(isa, dtype, approximate):
-    """The same bits, forward and backward, and x is not among what is saved."""
+def test_gelu_alone(isa, dtype, kind):
     for rows, width in ((1, 1), (3, 20), (65, 97)):
         u = torch.randn(rows, width).to(dtype)
-        y = gelu(u, approximate)
-        assert_as_exact(y, F.gelu(u, approximate=approximate), F.gelu(u.double(), approximate=approximate), "y", dtype)
-        weight, bias = torch.randn(width, 33).to(dtype), torch.randn(33).to(dtype)
-        inputs, upstream = [y.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()], [torch.randn(rows, 33)]
-        plain = evaluate(linear, inputs, upstream)
-        remade = evaluate(partial(linear, gelu_of=u, approximate=approximate), inputs, upstream)
-        assert_same_bits([*plain[0], *plain[1]], [*remade[0], *remade[1]])
-        kept = {t.data_ptr() for t in linear(*inputs, gelu_of=u, approximate=approximate).grad_fn.saved_tensors}
-        assert kept == {u.data_ptr(), weight.data_ptr()}
+        eager = lambda u: F.gelu(u, approximate=kind.approximate)
+        assert_as_exact(gelu(u, kind), eager(u), eager(u.double()), "y", dtype)
 
 
-@pytest.mark.parametrize("erf", [False, True], ids=["tanh", "erf"])
+@pytest.mark.parametrize("layout", ["Conv1D", "nn.Linear"])
+def test_what_is_kept_for_backward(layout):
+    """x and the weight, neither of them copied."""
+    x, weight = torch.randn(6, 48, requires_grad=True), torch.randn(48, 33)
+    weight = (weight if layout == "Conv1D" else weight.t().contiguous().t()).requires_grad_()
+    y = linear(x, weight, torch.randn(33))
+    assert {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} == {x.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("kind", Gelu)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_again_is_the_products_gelu(isa, dtype, erf, use_policy):
+def test_gelu_again_is_the_products_gelu(isa, dtype, kind, use_policy):
     use_policy(OWN[1])
     a, b, bias = (torch.randn(shape).to(dtype) for shape in ((65, 40), (40, 97), (97,)))
-    y, u = gelu_product(a, b, bias, dtype, True, erf)
-    assert_same_bits([gelu(u, "none" if erf else "tanh")], [y])
+    y, u = gelu_product(a, b, bias, dtype, True, kind)
+    assert_same_bits([gelu(u, kind)], [y])
 
 
 def test_operator_contract():
-    x, weight, dy = torch.randn(2, 3, 8), torch.randn(8, 5), torch.randn(2, 3, 5)
-    torch.library.opcheck(torch.ops.gpt2_fast.linear.default, (x, weight, torch.randn(5), "auto"))
-    for layout in (weight, weight.t().contiguous().t()):
-        torch.library.opcheck(
-            torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, "tanh", True, True, True, "auto")
-        )
-        torch.library.opcheck(
-            torch.ops.gpt2_fast.linear_backward.default, (dy, x, layout, None, True, True, True, "auto")
-        )
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 8), (8, 5), (5,)))
+    for layout in (weight, weight.detach().t().contiguous().t().requires_grad_()):
+        names = check_operators(lambda w=layout: linear(x, w, bias).sum().backward())
+        assert names == ["linear", "linear_backward"]
 
 
 def test_compiles_whole():
@@ -204,11 +202,11 @@ def test_compiles_whole():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"x ends in 8 and weight is \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"linear: weight is \(5, 8\); it must be \[I, O\] with I = 8"):
         linear(torch.randn(3, 8), torch.randn(5, 8))
-    with pytest.raises(ValueError, match=r"bias is \(4,\)"):
+    with pytest.raises(ValueError, match=r"linear: bias is \(4,\); it must be \[O\] with O = 5"):
         linear(torch.randn(3, 8), torch.randn(8, 5), torch.randn(4))
-    with pytest.raises(ValueError, match="weight is torch.float32 on cpu and x torch.bfloat16"):
+    with pytest.raises(ValueError, match="linear: weight is torch.float32; it must be torch.bfloat16"):
         linear(torch.randn(3, 8).bfloat16(), torch.randn(8, 5))
-    with pytest.raises(ValueError, match=r"gelu_of is torch.float32 \(3, 7\); x is gelu of it"):
-        linear(torch.randn(3, 8), torch.randn(8, 5), gelu_of=torch.randn(3, 7))
+    with pytest.raises(ValueError, match=r"linear: x is \(3, 0\); I of \[..., I\] must be at least 1"):
+        linear(torch.randn(3, 0), torch.randn(0, 5))

@@ -1,39 +1,41 @@
-"""layernorm_linear_gelu: every implementation against float64, values and gradients."""
+"""mlp, whole and up to its GELU: every implementation against float64, values and gradients."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 from conftest import DEVICE
-from gpt2_fast.ops.layernorm_linear_gelu import (
-    ACTIVATIONS,
-    _bias_gelu,
-    _bias_gelu_backward,
-    layernorm_linear_gelu,
-    layernorm_linear_gelu_reference,
-    samples,
-)
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
 
 from gpt2_fast import config
+from gpt2_fast.ops import mlp as room
+from gpt2_fast.ops.add_layernorm import OP as LAYERNORM
 from gpt2_fast.ops.add_layernorm import normalized
 from gpt2_fast.ops.add_layernorm import samples as ln_samples
 from gpt2_fast.ops.linear import linear
+from gpt2_fast.ops.mlp import layernorm_linear_gelu, mlp, mlp_reference, samples
 from gpt2_fast.ops.runtime import philox
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
 from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime.gelu import ACTIVATIONS, Gelu, bias_gelu, bias_gelu_backward, kind_of
+from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
+NAMES = ["x", "residual", "ln_weight", "ln_bias", "fc_weight", "fc_bias", "proj_weight", "proj_bias"]
+HALF = 6  # inputs of the operation without its c_proj
 
 
 def _check(inputs, options, dtype, impl):
-    def run(*tensors):
-        return layernorm_linear_gelu(*tensors, **options, impl=impl)
-
-    def reference(*tensors):
-        return layernorm_linear_gelu_reference(*tensors, **options)
-
-    check_op(run, reference, inputs, dtype, f"{impl} {dtype} {tuple(inputs[0].shape)}")
+    """The whole operation and its first half, the latter by its own name."""
+    kind = {"dropout": options.get("dropout", Dropout())}
+    kind["kind"] = kind_of("test", options.get("activation", "gelu_new"))
+    reference = partial(mlp_reference, **kind)
+    what = f"{impl} {dtype} {tuple(inputs[0].shape)}"
+    check_op(partial(mlp, **options, impl=impl), reference, inputs, dtype, what)
+    half = partial(layernorm_linear_gelu, **options, impl=impl)
+    check_op(half, reference, inputs[:HALF], dtype, f"half {what}")
 
 
 def _samples(impl, dtype):
@@ -43,9 +45,14 @@ def _samples(impl, dtype):
             yield x, *rest
 
 
-def _inputs(n_rows=3, n_embd=96, width=40, **options):
-    shapes = [(n_rows, n_embd), (n_rows, n_embd), (n_embd,), (n_embd,), (n_embd, width), (width,)]
-    return [torch.randn(shape, device=DEVICE, **options) for shape in shapes]
+def _inputs(n_rows=3, n_embd=96, width=40):
+    shapes = [(n_rows, n_embd), (n_rows, n_embd), (n_embd,), (n_embd,), (n_embd, width), (width,), (width, n_embd)]
+    return [torch.randn(shape, device=DEVICE) for shape in [*shapes, (n_embd,)]]
+
+
+def _of_nn_linear(inputs):
+    """The weights as transposed views of [out, in]."""
+    return [t.t().contiguous().t() if i in (4, 6) else t for i, t in enumerate(inputs)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,16 +78,16 @@ def test_other_processors_products(use_policy, native, own, dtype):
         _check(inputs, options, dtype, "cpp")
 
 
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_gelu_far_from_zero(isa, approximate):
+@pytest.mark.parametrize("kind", Gelu)
+def test_gelu_far_from_zero(isa, kind):
     """Values and derivatives where exp saturates, in the tails, and just beside 0."""
     u = torch.tensor([-1e9, -1e4, -100.0, -13.0, -5.0, -0.75, -1e-6, 0.0, 1e-6, 3.0, 5.5, 30.0, 1e4, 1e9])
     u = torch.cat([u, torch.linspace(-8, 8, 1001)]).reshape(1, -1)
-    dy, erf = torch.ones_like(u), approximate == "none"
-    y, _ = _bias_gelu(u.clone(), torch.zeros(u.shape[1]), torch.float32, True, erf)
-    du, dbias = _bias_gelu_backward(dy, u, torch.float32, erf)
+    dy, erf = torch.ones_like(u), kind is Gelu.ERF
+    y, _ = bias_gelu(u.clone(), torch.zeros(u.shape[1]), torch.float32, True, kind)
+    du, dbias = bias_gelu_backward(dy, u, torch.float32, kind)
     leaf = u.double().requires_grad_()
-    truth = torch.nn.functional.gelu(leaf, approximate=approximate)
+    truth = torch.nn.functional.gelu(leaf, approximate=kind.approximate)
     if erf:  # where 1 + erf loses its digits, in float64 too
         truth = torch.where(leaf < 0, leaf / 2 * torch.special.erfc(-leaf / 2**0.5), truth)
     (slope,) = torch.autograd.grad(truth.sum(), leaf)
@@ -92,9 +99,9 @@ def test_gelu_far_from_zero(isa, approximate):
 
 def test_not_a_number_stays_one(isa):
     u = torch.full((1, 20), torch.nan)
-    for erf in (False, True):
-        y, _ = _bias_gelu(u.clone(), torch.zeros(20), torch.float32, True, erf)
-        du, _ = _bias_gelu_backward(torch.ones_like(u), u, torch.float32, erf)
+    for kind in Gelu:
+        y, _ = bias_gelu(u.clone(), torch.zeros(20), torch.float32, True, kind)
+        du, _ = bias_gelu_backward(torch.ones_like(u), u, torch.float32, kind)
         assert y.isnan().all()
         assert du.isnan().all()
 
@@ -102,7 +109,7 @@ def test_not_a_number_stays_one(isa):
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_activations(impl):
     """Each name is F.gelu's form of it, the two forms differ, and another name is refused."""
-    x, _, ln_weight, ln_bias, weight, bias = _inputs()
+    x, _, ln_weight, ln_bias, weight, bias = _inputs()[:HALF]
     u = torch.nn.functional.layer_norm(x, (96,), ln_weight, ln_bias) @ weight + bias
     for activation, approximate in {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.items():
         y, _ = layernorm_linear_gelu(x, None, ln_weight, ln_bias, weight, bias, activation=activation, impl=impl)
@@ -117,101 +124,151 @@ def test_activations(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(impl):
-    """The stream and the parameters stay float32, the product and y are bfloat16."""
-    inputs = [t.requires_grad_() for t in _inputs(5)]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        y, h = layernorm_linear_gelu(*inputs, impl=impl)
-        eager, _ = layernorm_linear_gelu(*inputs, impl="reference")
-    truth, _ = layernorm_linear_gelu_reference(*[t.detach().double() for t in inputs])
-    assert y.dtype == torch.bfloat16
-    assert h.dtype == torch.float32
-    assert_as_exact(y, eager, truth, "y", torch.bfloat16)
-    gradients = torch.autograd.grad(y.float().square().sum() + h.sum(), inputs)
-    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
+    """The stream and the parameters stay float32, the products, y and m are bfloat16."""
+    for inputs in (_inputs(5), _inputs(5)[:HALF]):
+        inputs, run = [t.requires_grad_() for t in inputs], mlp if len(inputs) > HALF else layernorm_linear_gelu
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, h = run(*inputs, impl=impl)
+            eager, _ = run(*inputs, impl="reference")
+        truth, _ = mlp_reference(*[t.detach().double() for t in inputs])
+        assert y.dtype == torch.bfloat16
+        assert h.dtype == torch.float32
+        assert_as_exact(y, eager, truth, "y", torch.bfloat16)
+        gradients = torch.autograd.grad(y.float().square().sum() + h.sum(), inputs)
+        assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout_drops_the_reference_mask(impl):
     _, _, *rest = _inputs(37, 100)
     x, residual = torch.ones(37, 100, device=DEVICE), torch.zeros(37, 100, device=DEVICE)
-    rng = torch.tensor([-987654321012345], device=DEVICE)
-    _, h = layernorm_linear_gelu(x, residual, *rest, dropout_p=0.3, rng=rng, site=7, impl=impl)
-    assert torch.equal(h != 0, philox.keep_rows(rng, 7, 37, 100, 0.3))
+    key = torch.tensor([-987654321012345], device=DEVICE)
+    _, h = mlp(x, residual, *rest, dropout=Dropout(0.3, key, 7), impl=impl)
+    assert torch.equal(h != 0, philox.keep_rows(key, 7, 37, 100, 0.3))
 
 
 def test_strided_inputs():
     x = torch.randn(6, 4, 48).transpose(0, 1)
-    weight = torch.randn(40, 48).t()
-    _check([x, torch.randn(4, 6, 96)[..., ::2], torch.randn(48), torch.randn(48), weight, torch.randn(40)],
-           {}, torch.float32, "cpp")  # fmt: skip
+    weights = [torch.randn(40, 48).t(), torch.randn(40), torch.randn(40, 96)[:, ::2], torch.randn(48)]
+    _check([x, torch.randn(4, 6, 96)[..., ::2], torch.randn(48), torch.randn(48), *weights], {}, torch.float32, "cpp")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_projection_without_a_bias(impl):
+    inputs = _inputs()
+    inputs[-1] = None
+    check_op(partial(mlp, impl=impl), mlp_reference, inputs, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_weight_of_nn_linear(impl, dtype):
-    """A transposed view of [out, in]: its gradient is laid out as it is, and autograd keeps that memory."""
-    x, residual, ln_weight, ln_bias, weight, bias = (t.to(dtype) for t in _inputs())
-    _check([x, residual, ln_weight, ln_bias, weight.t().contiguous().t(), bias], {"activation": "gelu"}, dtype, impl)
-    stored = weight.t().contiguous().requires_grad_()
-    seen = []
-    handle = stored.register_hook(lambda g: seen.append(g.data_ptr()))
-    layernorm_linear_gelu(x, residual, ln_weight, ln_bias, stored.t(), bias, impl=impl)[0].sum().backward()
-    handle.remove()
-    assert stored.grad.is_contiguous()
-    assert stored.grad.data_ptr() == seen[0]
+def test_weights_of_nn_linear(impl, dtype):
+    """Transposed views of [out, in]: their gradients are laid out as they are, and autograd keeps that memory."""
+    inputs = _of_nn_linear([t.to(dtype) for t in _inputs()])
+    _check(inputs, {"activation": "gelu"}, dtype, impl)
+    stored, seen = {i: inputs[i].t().contiguous().requires_grad_() for i in (4, 6)}, {}
+    for i, weight in stored.items():
+        weight.register_hook(lambda g, i=i: seen.__setitem__(i, g.data_ptr()))
+        inputs[i] = weight.t()
+    mlp(*inputs, impl=impl)[0].sum().backward()
+    for i, weight in stored.items():
+        assert weight.grad.is_contiguous()
+        assert weight.grad.data_ptr() == seen[i]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_kept_for_backward(dtype):
-    """h, u and two float32 numbers a row: neither the normalised rows nor y, nor x of the product after it."""
-    N, C, width, parameters = 33, 96, 384, set()
-    saved = {}
+def test_what_is_kept_for_backward(impl, dtype):
+    """h, u and two float32 numbers a row, and on a GPU y: neither the normalised rows nor, on a CPU, c_proj's x."""
+    N, C, width, saved = 33, 96, 384, {}
+    inputs = [t.to(dtype).requires_grad_() for t in _of_nn_linear(_inputs(N, C, width))]
+    parameters = {t.data_ptr() for t in inputs[2:]}
 
     def pack(t):
         if t.data_ptr() not in parameters:
             saved[t.data_ptr()] = t.nbytes
         return t
 
-    inputs = [t.to(dtype).requires_grad_() for t in _inputs(N, C, width)]
-    project = torch.randn(width, C).to(dtype).requires_grad_()
-    parameters |= {t.data_ptr() for t in (*inputs[2:], project)}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y, h, u = layernorm_linear_gelu(*inputs, return_u=True, impl="cpp")
-        m = linear(y, project, gelu_of=u)
-    assert sum(saved.values()) == dtype.itemsize * N * (C + width) + 8 * N
-    assert y.data_ptr() not in saved
-    assert not u.requires_grad
+        m, h = mlp(*inputs, impl=impl)
+    wide = 1 if impl == "cpp" else 2
+    assert sum(saved.values()) == dtype.itemsize * N * (C + wide * width) + 8 * N
     (m.float().square().mean() + h.float().mean()).backward()
-    assert all(t.grad.isfinite().all() and t.grad.any() for t in (*inputs, project))
+    assert all(t.grad.isfinite().all() and t.grad.any() for t in inputs)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_is_its_halves(use_policy, dtype, activation, own):
+    """The same bits as the half and then linear, which keeps what is made again here."""
+    use_policy(CpuPolicy("mkl", True, "a test", own))
+
+    def halves(*t):
+        y, h = layernorm_linear_gelu(*t[:HALF], activation=activation, impl="cpp")
+        return linear(y, *t[HALF:]), h
+
+    inputs = [t.cpu().to(dtype).requires_grad_() for t in _inputs(33, 96, 97)]
+    upstream = [torch.randn(33, 96) for _ in range(2)]
+    whole = evaluate(partial(mlp, activation=activation, impl="cpp"), inputs, upstream)
+    parts = evaluate(halves, inputs, upstream)
+    assert_same_bits([*whole[0], *whole[1]], [*parts[0], *parts[1]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalised_rows_again_are_the_same_bits(isa, dtype):
     for x, residual, weight, bias, options in ln_samples("cpu", dtype):
-        n, h, mean, rstd = torch.ops.gpt2_fast.add_layernorm(
-            x, residual, weight, bias, 1e-5, options["dropout_p"], options["rng"], options["site"], dtype, "cpp"
-        )
+        arguments = (x, residual, weight, bias, 1e-5, *options["dropout"].flat(), dtype, True, "cpp")
+        n, h, mean, rstd = LAYERNORM.forward_op(*arguments)
         h = x if residual is None else h
         assert_same_bits([normalized(h, weight, bias, mean, rstd, dtype)], [n])
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-def test_u_only_where_it_is_worth_the_time(impl):
-    inputs = [t.requires_grad_() for t in _inputs()]
-    assert (layernorm_linear_gelu(*inputs, return_u=True, impl=impl)[2] is None) == (impl != "cpp")
-    with torch.no_grad():
-        assert layernorm_linear_gelu(*inputs, return_u=True, impl=impl)[2] is None
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("frozen", [(name,) for name in NAMES] + [tuple(NAMES[2:]), tuple(NAMES[:6]), tuple(NAMES[4:])])
+def test_frozen_inputs(impl, frozen):
+    """What wants no gradient gets none, and the others are the same bits."""
+    inputs, upstream = _inputs(), [torch.randn(3, 96, device=DEVICE) for _ in range(2)]
+    run, options = partial(mlp, impl=impl), {"dropout": Dropout(0.1, torch.tensor([5], device=DEVICE))}
+    _, expected = evaluate(partial(run, **options), [t.requires_grad_() for t in inputs], upstream)
+    leaves = [t.detach().requires_grad_(name not in frozen) for name, t in zip(NAMES, inputs, strict=True)]
+    m, h = run(*leaves, **options)
+    outputs = [(o, u) for o, u in zip((m, h), upstream, strict=True) if o.requires_grad]
+    torch.autograd.backward(*zip(*outputs, strict=True))
+    for name, t, g in zip(NAMES, leaves, expected, strict=True):
+        if name in frozen:
+            assert t.grad is None, name
+        else:
+            assert_same_bits([t.grad], [g], name)
+
+
+def test_a_frozen_weight_costs_no_product(monkeypatch):
+    """Nor is GELU or the normalised input made again, where nothing else reads them."""
+    calls = []
+    for stem in ("weight_gradient", "gelu"):
+        function = getattr(room, stem)
+        monkeypatch.setattr(room, stem, lambda *a, f=function, s=stem: calls.append(s) or f(*a))
+    normalize = room.add_layernorm.normalized
+    monkeypatch.setattr(room.add_layernorm, "normalized", lambda *a: calls.append("normalized") or normalize(*a))
+    of_fc, of_proj = ["normalized", "weight_gradient"], ["gelu", "weight_gradient"]
+    cases = {(): of_proj + of_fc, ("fc_weight",): of_proj, ("proj_weight",): of_fc, ("fc_weight", "proj_weight"): []}
+    for frozen, expected in cases.items():
+        calls.clear()
+        inputs = [t.cpu().requires_grad_(name not in frozen) for name, t in zip(NAMES, _inputs(), strict=True)]
+        mlp(*inputs, impl="cpp")[0].sum().backward()
+        assert calls == expected, frozen
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_saved_when_no_gradient_is_wanted(impl):
     inputs = _inputs()
-    expected, h = layernorm_linear_gelu(*[t.clone().requires_grad_() for t in inputs], impl=impl)
-    y, h_alone = layernorm_linear_gelu(*inputs, impl=impl)
-    assert_same_bits([y, h_alone], [expected.detach(), h.detach()])
-    with torch.no_grad():
-        y, _ = layernorm_linear_gelu(*[t.requires_grad_() for t in inputs], impl=impl)
-    assert y.grad_fn is None
+    for run, count in ((mlp, len(NAMES)), (layernorm_linear_gelu, HALF)):
+        expected, h = run(*[t.clone().requires_grad_() for t in inputs[:count]], impl=impl)
+        y, h_alone = run(*inputs[:count], impl=impl)
+        assert_same_bits([y, h_alone], [expected.detach(), h.detach()])
+        with torch.no_grad():
+            y, _ = run(*[t.clone().requires_grad_() for t in inputs[:count]], impl=impl)
+        assert y.grad_fn is None
 
 
 def test_same_bits_whatever_the_threads(threads):
@@ -220,8 +277,8 @@ def test_same_bits_whatever_the_threads(threads):
     runs = []
     for count in (2, 1, 2):
         threads(count)
-        runs.append([*_bias_gelu(product.clone(), bias, torch.float32, True, True),
-                     *_bias_gelu_backward(dy, product, torch.float32, True)])  # fmt: skip
+        runs.append([*bias_gelu(product.clone(), bias, torch.float32, True, Gelu.ERF),
+                     *bias_gelu_backward(dy, product, torch.float32, Gelu.ERF)])  # fmt: skip
     assert_same_bits(runs[0], runs[1])
     assert_same_bits(runs[0], runs[2])
 
@@ -229,55 +286,101 @@ def test_same_bits_whatever_the_threads(threads):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_same_bits_twice(impl):
     inputs = [t.requires_grad_() for t in _inputs(33)]
-    upstream = [torch.randn(33, 40, device=DEVICE), torch.randn(33, 96, device=DEVICE)]
-    runs = [evaluate(lambda *t: layernorm_linear_gelu(*t, impl=impl), inputs, upstream) for _ in range(2)]
+    upstream = [torch.randn(33, 96, device=DEVICE) for _ in range(2)]
+    runs = [evaluate(partial(mlp, impl=impl), inputs, upstream) for _ in range(2)]
     assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
+def test_no_rows():
+    inputs = [t.requires_grad_() for t in _inputs(0)]
+    (m, h), gradients = evaluate(mlp, inputs, [torch.randn(0, 96)] * 2)
+    assert m.shape == h.shape == (0, 96)
+    assert all(not g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-def test_operator_contract(transposed):
-    x, residual, ln_weight, ln_bias, weight, bias = (t.cpu() for t in _inputs())
-    weight = weight.t().contiguous().t() if transposed else weight
-    rng = torch.tensor([5])
-    arguments = (x, residual, ln_weight, ln_bias, weight, bias, 1e-5, 0.1, rng, 1, transposed, True, "cpp")
-    torch.library.opcheck(torch.ops.gpt2_fast.layernorm_linear_gelu.default, arguments)
-    y, h, u, mean, rstd = torch.ops.gpt2_fast.layernorm_linear_gelu(*arguments)
-    torch.library.opcheck(
-        torch.ops.gpt2_fast.layernorm_linear_gelu_backward.default,
-        (y, x, h, u, mean, rstd, ln_weight, ln_bias, weight, 0.1, rng, 1, transposed, torch.float32, True, "cpp"),
-    )
+@pytest.mark.parametrize("count", [len(NAMES), HALF], ids=["whole", "half"])
+def test_operator_contract(transposed, count):
+    inputs = [t.cpu() for t in _inputs()][:count]
+    inputs = _of_nn_linear(inputs) if transposed else inputs
+    inputs, dropout = [t.requires_grad_() for t in inputs], Dropout(0.1, torch.tensor([5]), 1)
+    run = mlp if count > HALF else layernorm_linear_gelu
+    names = check_operators(lambda: sum(t.sum() for t in run(*inputs, dropout=dropout, impl="cpp")).backward())
+    assert names == ["mlp", "mlp_backward"]
 
 
 def test_compiles_whole():
     def step(*tensors):
-        y, h = layernorm_linear_gelu(*tensors, activation="gelu")
+        y, h = mlp(*tensors, activation="gelu")
         return y.square().sum() + h.sum()
 
-    inputs = [t.requires_grad_() for t in _inputs()]
-    one = [torch.ones(())]
-    expected, gradients = evaluate(step, inputs, one)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(evaluate(compiled, inputs, one), (expected, gradients))
+    one, compiled = (
+        [torch.ones((), device=DEVICE)],
+        torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager"),
+    )
+    for n_rows in (3, 7):
+        inputs = [t.requires_grad_() for t in _inputs(n_rows)]
+        torch.testing.assert_close(evaluate(compiled, inputs, one), evaluate(step, inputs, one))
 
 
-def test_bad_input_is_named():
-    x, residual, ln_weight, ln_bias, weight, bias = _inputs()
-    rest = (ln_weight, ln_bias, weight, bias)
-    with pytest.raises(ValueError, match=r"residual is \(3, 95\) and x is \(3, 96\)"):
-        layernorm_linear_gelu(x, residual[:, :95], *rest)
-    with pytest.raises(ValueError, match=r"ln_bias is \(95,\)"):
-        layernorm_linear_gelu(x, residual, ln_weight, ln_bias[:-1], weight, bias)
-    with pytest.raises(ValueError, match=r"weight is \(40, 96\); it must be \[96, out\]"):
-        layernorm_linear_gelu(x, residual, ln_weight, ln_bias, weight.t(), bias)
-    with pytest.raises(ValueError, match=r"bias is \(39,\); weight gives 40"):
-        layernorm_linear_gelu(x, residual, ln_weight, ln_bias, weight, bias[:-1])
-    with pytest.raises(ValueError, match=r"weight is torch.bfloat16 and x torch.float32"):
-        layernorm_linear_gelu(x, residual, ln_weight, ln_bias, weight.bfloat16(), bias)
-    with pytest.raises(ValueError, match=r"residual is torch.bfloat16 and x torch.float32"):
-        layernorm_linear_gelu(x, residual.bfloat16(), *rest)
-    with pytest.raises(ValueError, match="rng is None"):
-        layernorm_linear_gelu(x, residual, *rest, dropout_p=0.1)
-    with pytest.raises(ValueError, match="residual is None; dropout acts on"):
-        layernorm_linear_gelu(x, None, *rest, dropout_p=0.1, rng=torch.tensor([5], device=DEVICE))
+def test_functional_transforms():
+    _, *rest = (t.cpu() for t in _inputs())
+    x = torch.randn(2, 3, 96)
+    value = lambda x: mlp(x, *rest, impl="cpp")[0].square().sum()
+    one = [torch.func.grad(value)(sample) for sample in x]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(x), torch.stack(one))
+    reference = torch.func.grad(lambda x, *rest: mlp_reference(x, *rest)[0].square().sum())
+    wide = (None if t is None else t.double() for t in (x[0], *rest))
+    assert_as_exact(one[0], reference(x[0], *rest), reference(*wide), "dx")
+
+
+def test_second_derivative_raises():
+    inputs = [t.cpu().requires_grad_() for t in _inputs()]
+    (dx,) = torch.autograd.grad(mlp(*inputs, impl="cpp")[0].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="mlp: its gradient .* use impl='reference'"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"residual": (3, 95)}, r"mlp: residual is \(3, 95\); it must be \[..., C\] with ... = \(3,\), C = 96"),
+        ({"residual": (96,)}, r"mlp: residual is \(96,\); it must be \[..., C\] with ... = \(3,\)"),
+        ({"ln_bias": (95,)}, r"mlp: ln_bias is \(95,\); it must be \[C\] with C = 96"),
+        ({"fc_weight": (40, 96)}, r"mlp: fc_weight is \(40, 96\); it must be \[C, F\] with C = 96"),
+        ({"fc_bias": (39,)}, r"mlp: fc_bias is \(39,\); it must be \[F\] with F = 40"),
+        ({"proj_weight": (96, 40)}, r"mlp: proj_weight is \(96, 40\); it must be \[F, O\] with F = 40"),
+        ({"proj_bias": (95,)}, r"mlp: proj_bias is \(95,\); it must be \[O\] with O = 96"),
+        ({"fc_weight": torch.bfloat16}, "mlp: fc_weight is torch.bfloat16 and x torch.float32; they must match"),
+        ({"proj_weight": torch.bfloat16}, "mlp: proj_weight is torch.bfloat16 and x torch.float32; they must match"),
+        ({"residual": torch.bfloat16}, "mlp: residual is torch.bfloat16; it must be torch.float32"),
+        (
+            {"proj_weight": None},
+            "mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither",
+        ),
+        ({"dropout": Dropout(0.1)}, "mlp: dropout's p is 0.1 and its key is None; pass key=philox.new_key"),
+        ({"dropout": Dropout(1.0)}, "mlp: dropout's p is 1.0; it must be at least 0 and below 1"),
+        ({"dropout": Dropout(0.1), "residual": None}, "mlp: dropout's p is 0.1 and residual is None; it acts on what"),
+        ({"activation": "relu"}, "mlp: activation is 'relu'; choose gelu_new, gelu_pytorch_tanh, gelu"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(change, said):
+    tensors, options = dict(zip(NAMES, _inputs(), strict=True)), {}
+    for name, value in change.items():
+        if name not in tensors:
+            options[name] = value
+        elif isinstance(value, tuple):
+            tensors[name] = torch.randn(value, device=DEVICE)
+        else:
+            tensors[name] = None if value is None else tensors[name].to(value)
+    with pytest.raises(ValueError, match=said) as error:
+        mlp(*tensors.values(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_float64_is_the_references():
+    inputs = [t.double() for t in _inputs()]
+    assert_same_bits(mlp(*inputs), mlp_reference(*inputs))
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
-        layernorm_linear_gelu(*[t.double() for t in (x, residual, *rest)], impl=IMPLS[0])
+        mlp(*inputs, impl=IMPLS[0])

@@ -28,8 +28,11 @@ def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _keep(op: Op, ctx, flat: tuple, named: dict[str, Tensor | None]) -> None:
     """Saves for backward what `op` names: of a call's flat arguments and its outputs, all by name in `named`."""
-    kept = [next((named[n] for n in names if named[n] is not None), None) for names in op.saved_names]
-    kept = [t if t is None or t.is_contiguous() else t.contiguous() for t in kept]
+    kept = []
+    for names in op.saved_names:
+        t = next((named[n] for n in names if named[n] is not None), None)
+        # What kernels read as it is is kept as it is: a gradient is laid out as the weight was.
+        kept.append(t if t is None or names[0] in op.strided or t.is_contiguous() else t.contiguous())
     options = flat[len(op.inputs) : -1]
     # A gradient made ahead is not saved: it would still be referenced when autograd decides whether it may keep it as
     # a parameter's gradient. A compiler keeps what a graph saves, and copies.

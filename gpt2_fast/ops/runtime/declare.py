@@ -31,6 +31,7 @@ from gpt2_fast.ops.runtime.contract import (
     FLOAT,
     SAME,
     STREAM,
+    STRIDED,
     Input,
     check,
     check_options,
@@ -154,6 +155,7 @@ class Op:
         self.flat_options = flat
         self.tensor_options = [i for i, kind in enumerate(flat.values()) if kind is Tensor]
         self.differentiable = [i.name for i in self.inputs if i.dtype in (FLOAT, SAME, STREAM)]
+        self.strided = {i.name for i in self.inputs if i.read == STRIDED}
         self.saved_names = [tuple(names.split("|")) for names in (saved or {})]
         self._define_forward()
         if gradients is not None:

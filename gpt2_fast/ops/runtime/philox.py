@@ -159,29 +159,3 @@ def check_addition(op: str, residual: torch.Tensor | None, dropout: Dropout) -> 
     """Raises ValueError where elements of what is added would be dropped, and nothing is added."""
     if residual is None and dropout.p > 0.0:
         raise ValueError(f"{op}: dropout's p is {dropout.p} and residual is None; it acts on what is added")
-
-
-def dropout_rows(x: torch.Tensor, p: float, key: torch.Tensor | None, site: int) -> torch.Tensor:
-    """Dropout of a [N, C] tensor, differentiable: the reference of every fused row-wise dropout."""
-    if p == 0.0:
-        return x
-    keep = keep_rows(key, site, x.shape[0], x.shape[1], p)
-    return torch.where(keep, x * scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def arguments(p: float, key: torch.Tensor | None, site: int) -> tuple[int, int, float, int]:
-    """What every C++ kernel with dropout takes last: key address (0: no dropout), threshold, scale, site."""
-    return (key.data_ptr(), threshold(p), scale(p), site) if p > 0.0 else (0, 0, 1.0, site)
-
-
-def check(op: str, p: float, key: torch.Tensor | None, device: torch.device) -> None:
-    """Raises ValueError unless `p` is a probability below 1 with a key to draw from."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: dropout_p is {p}; it must be at least 0 and below 1")
-    if p > 0.0 and key is None:
-        raise ValueError(f"{op}: dropout_p is {p} and rng is None; pass rng=philox.new_key(device)")
-    if key is not None and (key.dtype != torch.int64 or key.numel() != 1 or key.device != device):
-        raise ValueError(
-            f"{op}: rng is {key.dtype} {tuple(key.shape)} on {key.device}; "
-            f"it must be one int64 on {device}: philox.new_key(device)"
-        )

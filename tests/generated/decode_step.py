@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
+from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 
 from . import build
@@ -64,7 +65,7 @@ def _model(index: int) -> GPT2LMHeadModel:
 
 @functools.lru_cache(maxsize=64)
 def _packed(index: int, weights: str, impl: str, dtype: torch.dtype = torch.float32) -> PackedModel:
-    return PackedModel(_model(index), weights, impl=impl, dtype=dtype)
+    return PackedModel(parameters_of(_model(index)), weights, impl=impl, dtype=dtype)
 
 
 def _run(description: Description, impl: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -12,9 +12,11 @@ from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_
 from rooms import DERIVED, ROOMS, Room
 from torch import Tensor
 
+from gpt2_fast.ops.attention import attention
 from gpt2_fast.ops.runtime.contract import MAY_BE_EMPTY
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime.philox import Dropout
 
 EACH = [pytest.param(room, impl, id=f"{room.name}-{impl}") for room in ROOMS for impl in room.impls]
 of_each_room = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
@@ -38,11 +40,11 @@ def _upstream(room: Room, arguments: dict) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
 
 
-def _bits(room: Room, arguments: dict, impl: str = "auto", wanted: list[str] | None = None) -> list[Tensor]:
+def _bits(room: Room, arguments: dict, impl: str = "auto", wanted: list[str] | None = None, upstream=None):
     """Outputs and the gradients of `wanted`, all by default, of one call; strides are kept."""
     wanted = room.differentiable(arguments) if wanted is None else wanted
     leaves = [arguments[name].detach().requires_grad_() for name in wanted]
-    outputs, gradients = evaluate(room.of(arguments, wanted, impl), leaves, _upstream(room, arguments))
+    outputs, gradients = evaluate(room.of(arguments, wanted, impl), leaves, upstream or _upstream(room, arguments))
     return [*outputs, *gradients]
 
 
@@ -74,7 +76,10 @@ def test_every_instruction_set(room, dtype, isa):
 @of_each_room
 def test_operators_keep_torchs_contract(room):
     """Schema, fake and what is written, of forward and backward: torch.library.opcheck."""
-    for arguments in list(room.calls())[:3]:
+    samples = list(room.calls())[:3]
+    for name in room.op.strided:  # whose gradient is laid out as they are
+        samples.append(samples[1] | {name: LAYOUTS["transposed"](samples[1][name])})
+    for arguments in samples:
         found = check_operators(lambda arguments=arguments: _bits(room, arguments, "cpp"))
         backward = [f"{room.name}_backward"] if room.op.gradients and not room.op.ahead else []
         assert found[:1] + found[-1:] == [room.name, *(backward or found[-1:])]
@@ -95,7 +100,7 @@ def _with_rows(room: Room, arguments: dict, n: int) -> dict:
 def test_compiles_whole(room, dynamic):
     """One graph, the values and gradients of eager calls, and with dynamic shapes any number of rows."""
     torch._dynamo.reset()  # one function of this file is compiled for all of them
-    sample = list(room.calls())[1]
+    sample = list(room.calls())[1 + dynamic]
     wanted, given = room.differentiable(sample), list(room.tensors(sample))
     one = [torch.ones(())]
     compiled = None
@@ -157,6 +162,36 @@ def test_strides_change_no_bit(room, layout, own_products):
                 expected = _bits(room, arguments | {name: view.clone(memory_format=torch.contiguous_format)})
                 assert_same_bits(found, expected, f"{name} {tuple(t.shape)}")
     assert seen
+
+
+@of_each_derived
+def test_strides_of_upstream_gradients_change_no_bit(room, own_products):
+    for arguments in list(room.calls())[:4]:
+        upstream = _upstream(room, arguments)
+        for i, t in enumerate(upstream):
+            for name, lay_out in LAYOUTS.items():
+                if (view := lay_out(t)) is not None:
+                    views, copies = list(upstream), list(upstream)
+                    views[i], copies[i] = view, view.clone(memory_format=torch.contiguous_format)
+                    found = _bits(room, arguments, upstream=views)
+                    assert_same_bits(found, _bits(room, arguments, upstream=copies), name)
+
+
+@of_each_derived
+def test_an_output_that_is_not_used(room):
+    """Its gradient is zero, whichever of the outputs it is."""
+    for arguments in list(room.calls())[:3]:
+        names = room.differentiable(arguments)
+        leaves = [arguments[name].clone().requires_grad_() for name in names]
+        outputs = room.of(arguments, names, "cpp")(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for i, output in enumerate(outputs):
+            upstream = [torch.zeros_like(t) for t in _upstream(room, arguments)]
+            upstream[i] = torch.ones_like(output)
+            alone = torch.autograd.grad(output, leaves, upstream[i], retain_graph=True, allow_unused=True)
+            beside = _bits(room, arguments, "cpp", upstream=upstream)[-len(names) :]
+            alone = [torch.zeros_like(t) if g is None else g for g, t in zip(alone, beside, strict=True)]
+            torch.testing.assert_close(alone, beside)
 
 
 @pytest.mark.parametrize(("room", "impl"), EACH)
@@ -295,6 +330,29 @@ def test_bad_input_is_named(room, wrong):
             with pytest.raises((ValueError, TypeError)) as raised:
                 room.call(**(arguments | {i.name: bad}))
             _one_line(room, raised.value)
+
+
+def test_messages_say_what_was_expected():
+    """By the example of one operation: the sizes that other inputs bind, the dtype, the device."""
+    qkv, segments = torch.randn(2, 5, 3, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
+    for wrong, message in [
+        (segments[:, :4], r"attention: segments is \(2, 4\); it must be \[B, T\] with B = 2, T = 5"),
+        (segments.long(), r"attention: segments is torch.int64; it must be torch.int32"),
+        (segments.to("meta"), r"attention: segments is on meta and qkv on cpu; move them to one device"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention(qkv, segments=wrong)
+    with pytest.raises(TypeError, match=r"qkv is a NoneType; it must be a tensor \[B, T, 3, H, D\]"):
+        attention(None)
+    for dropout, message in [(Dropout(1.5), "dropout's p is 1.5"), (Dropout(0.1), "its key is None"),
+                             (Dropout(0.1, torch.zeros(2, dtype=torch.int64)), "it must be one int64")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            attention(qkv, dropout=dropout)
+    for dropout in (None, 0.1, Dropout("0.1"), Dropout(0.1, 5)):
+        with pytest.raises(TypeError, match="attention: dropout"):
+            attention(qkv, dropout=dropout)
+    with pytest.raises(TypeError, match="attention: scale is 'auto', a str; it must be a float | None"):
+        attention(qkv, scale="auto")
 
 
 @of_each_room

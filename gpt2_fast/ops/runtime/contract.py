@@ -12,6 +12,7 @@ from torch import Tensor
 FLOAT = "a floating dtype"
 SAME = "same dtype"  # as the first input
 STREAM = "stream dtype"  # the first input's dtype, or float32 beside a lower precision
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what FLOAT is: no 8 bits, no complex numbers
 INDEX = (torch.int64, torch.int32)
 
 CONTIGUOUS, STRIDED = "contiguous", "strided"
@@ -49,7 +50,7 @@ class Input:
         kind = self.dtype
         if kind is SAME or kind is STREAM:
             return dtype is first or (kind is STREAM and dtype is torch.float32)
-        return dtype.is_floating_point if kind is FLOAT else dtype in kind
+        return dtype in (FLOATS if kind is FLOAT else kind)
 
     @property
     def pattern(self) -> str:

@@ -23,10 +23,13 @@ MAY_BE_EMPTY = {"B", "..."}  # a batch may have no rows; everything else has a s
 class Input:
     """One tensor of an operation.
 
-    shape: names of its sizes, as in "B T 3 H D"; "..." stands for any leading sizes, N for their product. Sizes of
-        one name are equal in all inputs; B and the leading ones may be 0.
-    dtype: FLOAT, SAME, STREAM, or a tuple of dtypes.
-    read: how a kernel gets it: CONTIGUOUS, STRIDED (as it is) or a dtype, in which it is then contiguous.
+    Args:
+        name: of the argument.
+        shape: names of its sizes, as in "B T 3 H D"; "..." stands for any leading sizes, N for their product. Sizes
+            of one name are equal in all inputs; B and the leading ones may be 0.
+        dtype: FLOAT, SAME, STREAM, or a tuple of dtypes.
+        optional: whether it may be None.
+        read: how a kernel gets it: CONTIGUOUS, STRIDED (as it is) or a dtype, in which it is then contiguous.
     """
 
     name: str

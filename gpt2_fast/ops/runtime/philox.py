@@ -108,8 +108,10 @@ _KEYS = (torch.Tensor, type(None))
 class Dropout(NamedTuple):
     """One dropout of one forward pass.
 
-    p: the probability of zeroing an element; 0 in eval mode. key: int64 [1], of this forward pass (`new_key`); needed
-    where p is not 0. site: which dropout of the model this is; each draws its own mask from the key.
+    Attributes:
+        p: the probability of zeroing an element; 0 in eval mode.
+        key: int64 [1], of this forward pass (`new_key`); needed where p is not 0.
+        site: which dropout of the model this is; each draws its own mask from the key.
     """
 
     p: float = 0.0

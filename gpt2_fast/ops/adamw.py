@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime import cpp, dispatch
-from gpt2_fast.ops.runtime.contract import check_dense
+from gpt2_fast.ops.runtime.contract import FLOATS, check_dense
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
 from gpt2_fast.ops.runtime.library import register
 
@@ -80,7 +80,7 @@ def adamw_reference(
     """What is correct: see `adamw`. Any device, floating dtype and strides."""
     masters = iter(masters)
     if max_norm is not None:
-        norm = grad_norm_reference(grads) if norm is None else norm
+        norm = grad_norm_reference(grads) if norm is None else norm.reshape(())
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p, grad, m, v, step, group in zip(params, grads, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
         lr, beta1, beta2, eps, weight_decay, maximize = hyper[group].unbind()
@@ -299,12 +299,12 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
         raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"{OP}: max_norm is {max_norm}; it must be at least 0, or None")
-    if norm is not None and (norm.numel() != 1 or not norm.is_floating_point() or norm.device != hyper.device):
+    if norm is not None and (norm.numel() != 1 or norm.dtype not in FLOATS or norm.device != hyper.device):
         where = f"{norm.dtype} {tuple(norm.shape)} on {norm.device}"
         raise ValueError(f"{OP}: norm is {where}; it must be one floating number on {hyper.device}")
     each = _with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
     for i, (p, master, g, m, v, step, group) in enumerate(each):
-        if p.device != hyper.device or not p.is_floating_point():
+        if p.device != hyper.device or p.dtype not in FLOATS:
             raise ValueError(
                 f"{OP}: param {i} is {p.dtype} on {p.device}; it must be floating, on {hyper.device} as hyper"
             )

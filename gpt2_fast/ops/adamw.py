@@ -245,13 +245,29 @@ _operator = register(
 )
 
 
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether an element may lie upon another one, as in an expanded tensor or in windows of one memory."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps) -> None:
-    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does."""
+    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does.
+
+    Or with itself.
+    """
     written = {"param": params, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
     spans = []
     for lists, writes in ((written, True), ({"grad": grads, "step": steps}, False)):
         for name, tensors in lists.items():
             for i, t in enumerate(tensors):
+                if writes and not t.is_contiguous() and _overlaps_itself(t):
+                    where = f"{tuple(t.shape)} with strides {tuple(t.stride())}"
+                    raise ValueError(f"{OP}: {name} {i} is {where}: its elements lie upon each other; pass .clone()")
                 if t.numel():  # of a strided tensor its first element alone: others' may lie between its own
                     nbytes = t.nbytes if t.is_contiguous() else t.itemsize
                     spans.append((t.data_ptr(), t.data_ptr() + nbytes, writes, name, i))

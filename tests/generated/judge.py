@@ -54,7 +54,7 @@ def differs(actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, fl
     if not actual.numel():
         return None
     error, allowed = (actual - truth).abs().max(), (eager - truth).abs().max()
-    bound = LUCK * (allowed + tiny * truth.abs().max() + TINY[torch.float32] * floor)
+    bound = LUCK * (allowed + tiny * truth.abs().max() + floor)
     return None if error <= bound else f"error {error:.3e}, eager's {allowed:.3e}, bound {bound:.3e}"
 
 
@@ -90,21 +90,26 @@ def _gradients_of(arguments: dict[str, Any], names: Sequence[str]) -> list[str]:
     return [n for n, t in leaves.items() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_sparse]
 
 
-def _floor(arguments: dict[str, Any]) -> float:
-    """What may be left of larger numbers where the truth is 0.
+def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype) -> float:
+    """What may be left of larger numbers where the truth is 0: a part of LUCK times it.
 
     Of a head's gradient its rows, where all of them are one. Of a LayerNorm what is left of nearly equal numbers, times
-    a large rstd.
+    a large rstd. Of attention's dQ and dK over one or two keys dP - delta, and delta is made from the rounded output.
     """
+    tiny, largest = TINY[torch.float32], max((float(t.abs().max()) for t in upstream if t.numel()), default=0.0)
     if "ignore_index" in arguments:
-        return float(arguments["weight"].abs().max()) / LUCK
+        return tiny * float(arguments["weight"].abs().max()) / LUCK
+    if "qkv" in arguments and arguments["qkv"].numel() and arguments["qkv"].shape[1] <= 2:
+        size, D = float(arguments["qkv"].abs().max()), arguments["qkv"].shape[-1]
+        return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) / 4
     if not isinstance(arguments.get("eps"), float) or not arguments["eps"] > 0.0:
         return 0.0
-    h = arguments["x"].double()
-    h = h if arguments["residual"] is None else h + arguments["residual"].double()
-    rstd = (h.var(-1, correction=0) + arguments["eps"]).rsqrt().max() if h.numel() else torch.ones(())
-    parameters = [t.abs().max() for t in arguments.values() if isinstance(t, Tensor) and t.numel()]
-    return float(rstd * max(1.0, *(float(p) for p in parameters)) ** 3)
+    # Dropout may leave the residual alone.
+    rows = [arguments["x"].double(), 0.0 if arguments["residual"] is None else arguments["residual"].double()]
+    streams = [h for h in (rows[0] + rows[1], rows[1]) if isinstance(h, Tensor) and h.numel()]
+    rstd = max((float((h.var(-1, correction=0) + arguments["eps"]).rsqrt().max()) for h in streams), default=1.0)
+    parameters = [float(t.abs().max()) for t in arguments.values() if isinstance(t, Tensor) and t.numel()]
+    return tiny * rstd * max(1.0, *parameters) ** 3
 
 
 def judge(description: Description) -> Outcome:
@@ -115,7 +120,6 @@ def judge(description: Description) -> Outcome:
     first = arguments[room.op.inputs[0].name]
     autocast = description["autocast"]
     inside = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    floor = _floor(arguments) if description["change"] is None else 0.0
 
     def run(impl: str, dtype: torch.dtype | None = None, upstream=None):
         given = {
@@ -160,6 +164,7 @@ def judge(description: Description) -> Outcome:
     dtype = torch.bfloat16 if autocast and first.dtype is not torch.float64 else first.dtype
     if room.name == "embedding":
         dtype = first.dtype
+    floor = _floor(arguments, upstream, dtype) if description["change"] is None else 0.0
     found = [[*outputs, *gradients] for outputs, gradients in (actual, eager, truth)]
     labels = [*(f"output {i}" for i in range(len(shapes))), *(f"gradient of {name}" for name in names)]
     for label, a, e, t in zip(labels, *found, strict=True):

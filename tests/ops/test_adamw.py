@@ -228,6 +228,17 @@ def test_tensors_that_share_memory_are_named(impl):
         adamw(*twice, [0, 0], hyper, impl=impl)
 
 
+def test_elements_upon_each_other_are_named():
+    """An expanded state, and windows of one memory, which torch writes into without a word."""
+    lists, hyper = _low()
+    for at, name in ((0, "param"), (2, "exp_avg"), (3, "exp_avg_sq"), (4, "master")):
+        t = lists[at][0]
+        for view in (t[:1].expand_as(t), t.reshape(-1).as_strided(t.shape, (1, 1))):
+            with pytest.raises(ValueError, match=rf"{name} 0 is \(3, 5\) with strides .* lie upon each other"):
+                adamw(*_replaced(lists, at, 0, view), hyper, impl="reference")
+        adamw(*_replaced(_clones(lists), at, 0, t.t().contiguous().t()), hyper, impl="reference")
+
+
 def test_parameters_that_lie_between_each_others_elements_are_updated_by_the_reference():
     both = torch.ones(6, 2, device=DEVICE)
     params, grads = [both[:, 0], both[:, 1]], [torch.ones(6, device=DEVICE) for _ in range(2)]

@@ -11,7 +11,7 @@ from generated import __main__ as command
 from generated.judge import REFUSED, RIGHT, UNCLEAR, WRONG, differs, refused
 from hypothesis import HealthCheck, given, settings
 
-EXAMPLES = 32  # of each operation
+EXAMPLES = 50  # of each operation
 
 
 @pytest.mark.parametrize("op", OPS)

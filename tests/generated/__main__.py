@@ -51,7 +51,10 @@ def child(ops: list[str], examples: int, seed: int) -> None:
     def make(description):
         print(json.dumps(description), flush=True)
         signal.alarm(LIMIT_S)
-        outcome = strategies.judge(description)
+        try:
+            outcome = strategies.judge(description)
+        except Exception as error:  # of the judge itself
+            outcome = ("unclear", f"the judge: {type(error).__name__}: {error}")
         signal.alarm(0)
         print(json.dumps(outcome), flush=True)
 

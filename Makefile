@@ -1,4 +1,5 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
+# `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
 # Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton` (CONTRIBUTING.md).
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
 	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test lint clean test-install test-transformers test-oldest-transformers test-newest-transformers \
+.PHONY: train test lint docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
 	test-newest-triton
 
 train: $(VENV)/.installed
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/docs/.installed
+	$(VENV)/docs/bin/mkdocs build --strict --clean
 
 test-install: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m install tests/test_install.py
@@ -58,6 +62,11 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2_fast import GPT2LMHeadModel, get_tokenizer
+from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -23,7 +24,7 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 
 def packed_perplexity(model: GPT2LMHeadModel, windows: Tensor, weights: str) -> float:
     """Perplexity of windows, int64 [B, T], by T - 1 decode steps on weights packed as `weights`."""
-    packed = PackedModel(model, weights)
+    packed = PackedModel(parameters_of(model), weights)
     cache = PackedCache(packed, *windows.shape)
     losses = [
         F.cross_entropy(packed.step(windows[:, t].contiguous(), cache), windows[:, t + 1])

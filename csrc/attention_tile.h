@@ -56,7 +56,8 @@ GPT2_INLINE vf vexp2(vf t) {
   return (vf)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
 #else
   vi drop = t < -120.0f;
-  return as<vf>((as<vi>(p) + (__builtin_convertvector(n, vi) << 23)) & ~drop);
+  vu scaled = as<vu>(p) + (as<vu>(__builtin_convertvector(n, vi)) << 23);  // unsigned: what is dropped may wrap
+  return as<vf>(scaled & ~as<vu>(drop));
 #endif
 }
 

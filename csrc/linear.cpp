@@ -31,6 +31,13 @@ GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
 
 // ---- the tile ----
 
+// A unit (4 bytes: a float or a pair of bfloat16), which in place is aligned as its elements are.
+GPT2_INLINE float unit_at(const char* p) {
+  float x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+
 // sums[r][c] (=, += where `add`) the products of TILE_M rows of A, whose units are `next_row` and `next_step` apart, and
 // a panel of B. Every third row has an address of its own: those between are one and two strides on.
 template <int G, bool IN_PLACE>
@@ -51,7 +58,7 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int6
     }
 #pragma GCC unroll 8
     for (int r = 0; r < TILE_M; ++r) {
-      const vf x = splat(IN_PLACE ? *(const float*)(third[r / 3] + r % 3 * next_row) : a[r]);
+      const vf x = splat(IN_PLACE ? unit_at(third[r / 3] + r % 3 * next_row) : a[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < TILE_V; ++v) add_lanes<G>(sum[r][v], column[v], x);
     }

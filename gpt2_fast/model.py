@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.modules import foreign
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, new_key
 from gpt2_fast.outputs import CausalLMOutput, Head
 
@@ -176,8 +177,12 @@ class GPT2Model(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What the operations run on, as it was asked for."""
+        """What the operations run on, as it was asked for; may be set."""
         return self.ops.impl
+
+    @impl.setter
+    def impl(self, name: str) -> None:
+        self.ops.impl = dispatch.checked(name)
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range), zero biases; c_proj divided by sqrt(2 n_layer), for the residual sums it feeds."""
@@ -282,9 +287,15 @@ class GPT2LMHeadModel(nn.Module):
     ) -> GPT2LMHeadModel:
         """The model of a folder or of a hub repository such as "gpt2", in eval mode as transformers has it.
 
-        dtype: of the weights; None keeps what is stored. device: None is the CPU. impl: see the class.
-        revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
-        Raises FileNotFoundError or ValueError, one line, for what is missing, truncated or not a GPT-2.
+        Args:
+            name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
+            dtype: of the weights; None keeps what is stored.
+            device: None is the CPU.
+            impl: see the class.
+            revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
+
+        Raises:
+            FileNotFoundError, ValueError: one line, for what is missing, truncated or not a GPT-2.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16, float16 or float64")
@@ -334,12 +345,17 @@ class GPT2LMHeadModel(nn.Module):
             del state["lm_head.weight"]
         checkpoints.save_pretrained(folder, state, self.config, dtype=dtype)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """input_ids int64 [B, T] and what follows them, int64 [B, T + new], as transformers' `generate` gives it.
 
-        attention_mask: [B, T], 0 for the padding of left-padded rows. options: see `generate_batch`;
-        max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, stop_strings, streamer, seed and others.
-        Raises ValueError, one line, for what it does not do.
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 for the padding of left-padded rows.
+            **options: see `generate_batch`; max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id,
+                stop_strings, streamer, seed and others.
+
+        Raises:
+            ValueError: one line, for what it does not do.
         """
         return generate_batch(self, input_ids, attention_mask, **options)
 

@@ -11,7 +11,7 @@ The tensors are reached through a table of addresses, cut into chunks, one progr
     table [tensors, 10] int64: param, grad, exp_avg, exp_avg_sq, master (0: none), step: addresses; numel;
         group; dtype of param and grad (0 float32, 1 bfloat16, 2 float16); first_chunk, the chunks of the rows
         before. exp_avg, exp_avg_sq and master are float32, step is one float32, already counting this step. A
-        float32 param is its own master; the others need one. A row whose grad is 0 is left alone.
+        float32 param is its own master; the others need one.
     chunk_rows [chunks] int32: the row of the table that a chunk belongs to, see `chunk_rows`.
     hyper [groups, 6] float64: lr, beta1, beta2, eps, weight_decay, maximize (0 or 1).
 
@@ -31,7 +31,7 @@ from .aot import ARCHS, AotSpec, config_arch, make_spec
 from .interpreter import cast
 from .launch import launch
 
-COLUMNS = 10
+COLUMNS = tl.constexpr(10)
 CHUNK = 8192  # elements a program
 
 
@@ -71,19 +71,17 @@ def norm_partial_kernel(
     ALIGNED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(chunk_rows_ptr + chunk).to(tl.int64) * 10
+    row_ptr = table_ptr + tl.load(chunk_rows_ptr + chunk).to(tl.int64) * COLUMNS
     grad = tl.load(row_ptr + 1)
     start = (chunk - tl.load(row_ptr + 9)) * CHUNK
     left = tl.minimum(tl.load(row_ptr + 6) - start, CHUNK).to(tl.int32)
     dtype = tl.load(row_ptr + 8)
-    total = 0.0
-    if grad != 0:
-        if dtype == 0:
-            total = _sum_of_squares(grad + start * 4, left, tl.float32, CHUNK, BLOCK, ALIGNED)
-        elif dtype == 1:
-            total = _sum_of_squares(grad + start * 2, left, tl.bfloat16, CHUNK, BLOCK, ALIGNED)
-        else:
-            total = _sum_of_squares(grad + start * 2, left, tl.float16, CHUNK, BLOCK, ALIGNED)
+    if dtype == 0:
+        total = _sum_of_squares(grad + start * 4, left, tl.float32, CHUNK, BLOCK, ALIGNED)
+    elif dtype == 1:
+        total = _sum_of_squares(grad + start * 2, left, tl.bfloat16, CHUNK, BLOCK, ALIGNED)
+    else:
+        total = _sum_of_squares(grad + start * 2, left, tl.float16, CHUNK, BLOCK, ALIGNED)
     tl.store(partial_ptr + chunk, total)
 
 
@@ -163,45 +161,43 @@ def update_kernel(
     ALIGNED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(chunk_rows_ptr + chunk).to(tl.int64) * 10
-    grad = tl.load(row_ptr + 1)
+    row_ptr = table_ptr + tl.load(chunk_rows_ptr + chunk).to(tl.int64) * COLUMNS
     step_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32))
     start = (chunk - tl.load(row_ptr + 9)) * CHUNK
     left = tl.minimum(tl.load(row_ptr + 6) - start, CHUNK).to(tl.int32)
     group_ptr = hyper_ptr + tl.load(row_ptr + 7) * 6
     dtype = tl.load(row_ptr + 8)
-    if grad != 0:
-        lr = tl.load(group_ptr)
-        beta1 = tl.load(group_ptr + 1)
-        beta2 = tl.load(group_ptr + 2)
-        step = tl.load(step_ptr).to(tl.float64)
-        step_size = (lr / (1.0 - tl.exp(step * tl.log(beta1)))).to(tl.float32)
-        root_scale = (1.0 / tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))).to(tl.float32)
-        decay = (1.0 - lr * tl.load(group_ptr + 4)).to(tl.float32)
-        average = (1.0 - beta1).to(tl.float32)
-        add = (1.0 - beta2).to(tl.float32)
-        keep = beta2.to(tl.float32)
-        eps = tl.load(group_ptr + 3).to(tl.float32)
-        sign = tl.where(tl.load(group_ptr + 5) != 0.0, -1.0, 1.0)
-        if norm_ptr is not None:
-            coefficient = max_norm / (tl.load(norm_ptr) + 1e-6)
-            # written so that a norm that is not a number clips to one that is not, as torch's clamp does
-            sign *= tl.where(coefficient > 1.0, 1.0, coefficient)
-        if dtype == 0:
-            _update_chunk(
-                row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
-                tl.float32, 4, CHUNK, BLOCK, ALIGNED,
-            )  # fmt: skip
-        elif dtype == 1:
-            _update_chunk(
-                row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
-                tl.bfloat16, 2, CHUNK, BLOCK, ALIGNED,
-            )  # fmt: skip
-        else:
-            _update_chunk(
-                row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
-                tl.float16, 2, CHUNK, BLOCK, ALIGNED,
-            )  # fmt: skip
+    lr = tl.load(group_ptr)
+    beta1 = tl.load(group_ptr + 1)
+    beta2 = tl.load(group_ptr + 2)
+    step = tl.load(step_ptr).to(tl.float64)
+    step_size = (lr / (1.0 - tl.exp(step * tl.log(beta1)))).to(tl.float32)
+    root_scale = (1.0 / tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))).to(tl.float32)
+    decay = (1.0 - lr * tl.load(group_ptr + 4)).to(tl.float32)
+    average = (1.0 - beta1).to(tl.float32)
+    add = (1.0 - beta2).to(tl.float32)
+    keep = beta2.to(tl.float32)
+    eps = tl.load(group_ptr + 3).to(tl.float32)
+    sign = tl.where(tl.load(group_ptr + 5) != 0.0, -1.0, 1.0)
+    if norm_ptr is not None:
+        coefficient = max_norm / (tl.load(norm_ptr) + 1e-6)
+        # written so that a norm that is not a number clips to one that is not, as torch's clamp does
+        sign *= tl.where(coefficient > 1.0, 1.0, coefficient)
+    if dtype == 0:
+        _update_chunk(
+            row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
+            tl.float32, 4, CHUNK, BLOCK, ALIGNED,
+        )  # fmt: skip
+    elif dtype == 1:
+        _update_chunk(
+            row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
+            tl.bfloat16, 2, CHUNK, BLOCK, ALIGNED,
+        )  # fmt: skip
+    else:
+        _update_chunk(
+            row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
+            tl.float16, 2, CHUNK, BLOCK, ALIGNED,
+        )  # fmt: skip
 
 
 def chunk_rows(numels: list[int], device: torch.device, chunk: int = CHUNK) -> torch.Tensor:
@@ -221,12 +217,9 @@ def grad_norm(
 
     rows: `chunk_rows`. aligned: whether every address of the table is a multiple of 16 (wider loads).
     """
-    chunks = rows.numel()
+    chunks, config = rows.numel(), _block("norm", table.device, chunk)
     partial = torch.empty(chunks, dtype=torch.float32, device=table.device)
-    if chunks:
-        config = _block("norm", table.device, chunk)
-        launch(norm_partial_kernel, (chunks,), table, rows, partial, CHUNK=chunk, ALIGNED=aligned, **config)
-    # also for no chunks at all: the norm of nothing is 0
+    launch(norm_partial_kernel, (chunks,), table, rows, partial, CHUNK=chunk, ALIGNED=aligned, **config)
     total = tuning.config("adamw", "total", config_arch(table.device))
     launch(norm_total_kernel, (1,), partial, norm, chunks, **total)
 
@@ -245,9 +238,8 @@ def step(
     rows: `chunk_rows`. hyper: float64 [groups, 6]. norm: what `grad_norm` wrote, or None for no clipping to
     max_norm. aligned: whether every address of the table is a multiple of 16.
     """
-    if rows.numel():
-        tensors, config = (table, rows, hyper, norm), _block("update", table.device, chunk)
-        launch(update_kernel, (rows.numel(),), *tensors, float(max_norm), CHUNK=chunk, ALIGNED=aligned, **config)
+    tensors, config = (table, rows, hyper, norm), _block("update", table.device, chunk)
+    launch(update_kernel, (rows.numel(),), *tensors, float(max_norm), CHUNK=chunk, ALIGNED=aligned, **config)
 
 
 def _block(name: str, device: torch.device, chunk: int) -> dict[str, int]:
@@ -263,30 +255,23 @@ def aot_specs() -> list[AotSpec]:
     for arch in ARCHS:
         for aligned in (True, False):
             specs += _specs(arch, aligned)
-        config = tuning.config("adamw", "total", arch)
         types = {"partial_ptr": "*fp32", "norm_ptr": "*fp32", "chunks": "i32"}
-        blocks, loose = {"BLOCK": config["BLOCK"]}, ("chunks",)
-        warps, archs = config["num_warps"], (arch,)
+        config = tuning.config("adamw", "total", arch)
         specs.append(
-            make_spec(norm_total_kernel, "adamw norm_total", types, blocks, warps, archs=archs, unaligned=loose)
+            make_spec(norm_total_kernel, "adamw norm_total", types, {}, config, (arch,), unaligned=("chunks",))
         )
     return specs
 
 
 def _specs(arch: int, aligned: bool) -> list[AotSpec]:
     """The kernels that walk a table."""
-    table = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}
+    table, constexprs = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}, {"CHUNK": CHUNK, "ALIGNED": aligned}
     label = "aligned" if aligned else "unaligned"
-    specs = []
-    config = tuning.config("adamw", "update", arch)
-    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
+    specs, config = [], tuning.config("adamw", "update", arch)
     for clip in (True, False):
         types = {**table, "hyper_ptr": "*fp64", "max_norm": "fp32", **({"norm_ptr": "*fp32"} if clip else {})}
         name = f"adamw update {label}{' clip' * clip}"
-        specs.append(make_spec(update_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
-    config = tuning.config("adamw", "norm", arch)
-    constexprs = {"CHUNK": CHUNK, "BLOCK": config["BLOCK"], "ALIGNED": aligned}
-    types = {**table, "partial_ptr": "*fp32"}
+        specs.append(make_spec(update_kernel, name, types, constexprs, config, (arch,)))
+    types, config = {**table, "partial_ptr": "*fp32"}, tuning.config("adamw", "norm", arch)
     name = f"adamw norm_partial {label}"
-    specs.append(make_spec(norm_partial_kernel, name, types, constexprs, config["num_warps"], archs=(arch,)))
-    return specs
+    return [*specs, make_spec(norm_partial_kernel, name, types, constexprs, config, (arch,))]

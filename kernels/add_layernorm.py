@@ -23,12 +23,13 @@ import triton.language as tl
 
 from . import tuning
 from .aot import ARCHS, AotSpec, config_arch, make_spec
-from .bias import PARTIALS, reduce_partials
+from .bias import reduce_partials
 from .interpreter import cast
 from .launch import launch
-from .philox import keep_rows, keep_scale, load_key, threshold_bits
+from .philox import Dropout, arguments, keep_rows, load_key
 
 WIDEST = 16384  # channels of a row that these kernels hold
+PARTIALS = 512  # programs of backward at most, each with a share of dweight and dbias
 
 
 @triton.jit(do_not_specialize=["threshold", "site"])
@@ -45,7 +46,7 @@ def forward_kernel(
     N,
     eps,
     threshold,
-    scale,
+    kept_scale,
     site,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -61,7 +62,7 @@ def forward_kernel(
         if DROPOUT:
             key_lo, key_hi = load_key(rng_ptr)
             keep = keep_rows(key_lo, key_hi, threshold, site, rows, BLOCK_C)
-            h = tl.where(keep, h * scale, 0.0)
+            h = tl.where(keep, h * kept_scale, 0.0)
         h += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         stored = cast(h, h_ptr.dtype.element_ty)
         tl.store(h_ptr + offsets, stored, mask=mask)
@@ -93,7 +94,7 @@ def backward_kernel(
     rng_ptr,  # int64 [1] or None
     N,
     threshold,
-    scale,
+    kept_scale,
     site,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -130,7 +131,7 @@ def backward_kernel(
             dx = dresidual
             if DROPOUT:
                 keep = keep_rows(key_lo, key_hi, threshold, site, rows, BLOCK_C)
-                dx = tl.where(keep, dx * scale, 0.0)
+                dx = tl.where(keep, dx * kept_scale, 0.0)
             tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
     share = partial_ptr + tl.program_id(0) * C + cols
@@ -167,10 +168,7 @@ def normalize_kernel(
 def _tile(
     channels: int, arch: int, itemsize: int, dropout: bool = False, direction: str = "forward"
 ) -> tuple[dict[str, int], int]:
-    """(constexprs and options of a launch, rows a program) for rows of `channels`, h of `itemsize` bytes an element.
-
-    What ships: about 16 elements a thread forward, and 8 backward, which holds two sums besides.
-    """
+    """(constexprs and options of a launch, rows a program) for rows of `channels`, h of `itemsize` bytes an element."""
     block = max(16, triton.next_power_of_2(channels))
     if block > WIDEST:
         raise ValueError(f"n_embd {channels} is above {WIDEST}, the widest row these kernels hold")
@@ -178,23 +176,13 @@ def _tile(
     return {"C": channels, "BLOCK_C": block, **config}, config["ROWS"]
 
 
-def _dropout(dropout_p: float, rng: torch.Tensor | None, site: int) -> dict[str, object]:
-    return {
-        "rng_ptr": rng if dropout_p > 0 else None,
-        "threshold": threshold_bits(dropout_p),
-        "scale": keep_scale(dropout_p),
-        "site": site,
-        "DROPOUT": dropout_p > 0,
-    }
-
-
-def _rows_forward(x, residual, weight, bias, y, eps, dropout_p, rng, site):
+def _rows_forward(x, residual, weight, bias, y, eps, dropout):
     rows, channels = x.shape
     h = None if residual is None else torch.empty_like(residual)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows:
-        drop = _dropout(0.0 if residual is None else dropout_p, rng, site)
+        drop = arguments(Dropout() if residual is None else dropout)
         itemsize = (x if residual is None else residual).element_size()
         tile, step = _tile(channels, config_arch(x.device), itemsize, drop["DROPOUT"])
         tensors = (x, residual, weight, bias, y, h, mean, rstd)
@@ -218,7 +206,7 @@ def forward(
     Without a residual h is x, nothing is dropped and None stands for h.
     """
     y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    return y, *_rows_forward(x, residual, weight, bias, y, eps, dropout_p, rng, site)
+    return y, *_rows_forward(x, residual, weight, bias, y, eps, Dropout(dropout_p, rng, site))
 
 
 def statistics(
@@ -230,7 +218,7 @@ def statistics(
     site: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """`forward` without y: h (None without a residual), mean and rstd."""
-    return _rows_forward(x, residual, None, None, None, eps, dropout_p, rng, site)
+    return _rows_forward(x, residual, None, None, None, eps, Dropout(dropout_p, rng, site))
 
 
 def normalize(
@@ -272,7 +260,7 @@ def backward(
     own_dx = has_residual and (dropout_p > 0 or x_dtype != h.dtype)
     dx = torch.empty(h.shape, dtype=x_dtype, device=h.device) if own_dx else None
     dresidual = torch.empty_like(h)
-    drop = _dropout(dropout_p if own_dx else 0.0, rng, site)
+    drop = arguments(Dropout(dropout_p, rng, site) if own_dx else Dropout())
     tile, step = _tile(channels, config_arch(h.device), h.element_size(), drop["DROPOUT"], "backward")
     programs = min(PARTIALS, max(1, triton.cdiv(rows, step)))
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
@@ -296,7 +284,7 @@ def aot_specs() -> list[AotSpec]:
 
 def _specs(channels: int, arch: int, row: str, stream: str, dropout: bool) -> list[AotSpec]:
     """The kernels of a sublayer's end: x and y in `row`, the residual stream and parameters in `stream`."""
-    drop = {"threshold": "i32", "scale": "fp32", "site": "i32", **({"rng_ptr": "*i64"} if dropout else {})}
+    drop = {"threshold": "i32", "kept_scale": "fp32", "site": "i32", **({"rng_ptr": "*i64"} if dropout else {})}
     saved = {"h_ptr": f"*{stream}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32"}
     affine = {"weight_ptr": f"*{stream}", "bias_ptr": f"*{stream}", "y_ptr": f"*{row}"}
     statistics_ = {"x_ptr": f"*{row}", "residual_ptr": f"*{stream}", **saved, "eps": "fp32", **drop}
@@ -314,7 +302,7 @@ def _specs(channels: int, arch: int, row: str, stream: str, dropout: bool) -> li
 
 def _specs_alone(channels: int, arch: int, row: str, stream: str) -> list[AotSpec]:
     """The kernels where there is no residual: the first LayerNorm of the model."""
-    drop = {"threshold": "i32", "scale": "fp32", "site": "i32"}
+    drop = {"threshold": "i32", "kept_scale": "fp32", "site": "i32"}
     saved = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32"}
     affine = {"weight_ptr": f"*{stream}", "bias_ptr": f"*{stream}", "y_ptr": f"*{row}"}
     x = {"x_ptr": f"*{stream}", **saved, "eps": "fp32", **drop}
@@ -333,9 +321,5 @@ def _spec(kernel, name: str, types: dict[str, str], channels: int, arch: int, dr
     stream = types["x_ptr" if "h_ptr" not in types else "h_ptr"]
     direction = "backward" if kernel is backward_kernel else "forward"
     tile, _ = _tile(channels, arch, 4 if stream == "*fp32" else 2, bool(dropout), direction)
-    constexprs = {key: tile[key] for key in ("C", "BLOCK_C", "ROWS", "STAGES") if key in tile}
-    if dropout is not None:
-        constexprs["DROPOUT"] = dropout
-    loose = ("N", "threshold", "site")
-    options = {"num_warps": tile["num_warps"], "maxnreg": tile.get("maxnreg"), "archs": (arch,)}
-    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, **options, unaligned=loose)
+    constexprs, loose = {} if dropout is None else {"DROPOUT": dropout}, ("N", "threshold", "site")
+    return make_spec(kernel, f"add_layernorm {name}", types, constexprs, tile, (arch,), unaligned=loose)

@@ -85,20 +85,21 @@ def make_spec(
     name: str,
     types: dict[str, str],
     constexprs: dict[str, Any],
-    num_warps: int = 4,
-    num_stages: int = 3,
+    config: dict[str, int],
     archs: tuple[int, ...] = ARCHS,
     unaligned: tuple[str, ...] = (),
-    maxnreg: int | None = None,
 ) -> AotSpec:
     """An AotSpec whose pointers and integers are multiples of 16, but for those named in `unaligned`.
 
-    The arguments named *_ptr that `types` leaves out are None.
+    types: Triton type of each run-time argument; the arguments named *_ptr that it leaves out are None. config: what
+    `tuning.config` gives; of it the kernel's own constexprs and Triton's options are taken.
     """
     absent = [arg for arg in kernel.arg_names if arg.endswith("_ptr") and arg not in types]
     attrs = tuple(arg for arg, kind in types.items() if kind != "fp32" and arg not in unaligned)
-    constexprs = {**dict.fromkeys(absent), **constexprs}
-    return AotSpec(kernel, name, types, constexprs, num_warps, num_stages, attrs, archs, maxnreg)
+    blocks = {key: value for key, value in config.items() if key in kernel.arg_names}
+    options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
+    constexprs = {**dict.fromkeys(absent), **constexprs, **blocks}
+    return AotSpec(kernel, name, types, constexprs, attrs=attrs, archs=archs, **options)
 
 
 def compile_spec(spec: AotSpec, arch: int) -> Compiled:

@@ -17,13 +17,16 @@ written packed; delta is a by-product of the dQ kernel, not a pass of its own; d
 that each own what they write, so there are no atomics and the same inputs give the same bits.
 """
 
+from __future__ import annotations
+
 import itertools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .aot import ARCHS, AotSpec, config_arch
+from .aot import ARCHS, AotSpec, config_arch, make_spec
 from .attention_backward import backward_dkdv_kernel, backward_dq_kernel
 from .attention_tiles import (
     LN2,
@@ -35,63 +38,12 @@ from .attention_tiles import (
     hide,
     load_segments,
     load_tile,
+    place,
     store_tile,
 )
 from .interpreter import cast, dot
 from .launch import launch
-from .philox import keep_scale, keep_tile, load_key, threshold_bits
-
-
-@triton.jit
-def _forward_tiles(
-    acc,  # [BM, BD] f32, unnormalised output
-    m,  # [BM] f32, running maximum of the scores, in units of log 2
-    l,  # [BM] f32, running sum
-    q,  # [BM, BD]
-    k_ptr,  # this head's keys, likewise v_ptr
-    v_ptr,
-    segments_ptr,  # this sequence's
-    rng_ptr,
-    start_m,  # first query
-    lo,  # first key
-    hi,  # end of keys
-    scale2,  # scale * log2(e)
-    threshold,
-    site,
-    z,
-    T,
-    row_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    rows = start_m + tl.arange(0, BLOCK_M)
-    doc = document(segments_ptr, rows, T, SEGMENTS)
-    if DROPOUT:
-        key_lo, key_hi = load_key(rng_ptr)
-    for start in range(lo, hi, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        s = dot(q, tl.trans(k))
-        seg = load_segments(segments_ptr, cols, T, SEGMENTS)
-        s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], DIAGONAL, SEGMENTS)
-        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
-        shift = m_new
-        if SEGMENTS:
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(s * scale2 - shift[:, None])
-        alpha = tl.math.exp2(m - shift)
-        l = l * alpha + tl.sum(p, 1)
-        m = m_new
-        if DROPOUT:
-            p = tl.where(keep_tile(key_lo, key_hi, threshold, site, z, start_m, start, BLOCK_M, BLOCK_N), p, 0.0)
-        v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, DIAGONAL)
-        acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
-    return acc, m, l
+from .philox import Dropout, arguments, keep_tile, load_key
 
 
 @triton.jit(do_not_specialize=["threshold", "site", "T", "H"])
@@ -115,34 +67,50 @@ def forward_kernel(
     DROPOUT: tl.constexpr,
 ):
     # The last query blocks have the most keys: they start first, and the short ones fill the end.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    z = tl.program_id(2) * H + h
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, h, z = place(H)
     row_stride = 3 * H * HEAD_DIM
     q_ptr = qkv_ptr + b * T * row_stride + h * HEAD_DIM
     k_ptr = q_ptr + H * HEAD_DIM
     v_ptr = k_ptr + H * HEAD_DIM
     if SEGMENTS:
         segments_ptr += b * T
-    rows = start + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    diagonal = start // BLOCK_N * BLOCK_N
-    end = tl.minimum(start + BLOCK_M, T)
-    for crossing in tl.static_range(2):
-        acc, m, l = _forward_tiles(
-            acc, m, l, q, k_ptr, v_ptr, segments_ptr, rng_ptr, start, diagonal if crossing else 0,
-            end if crossing else diagonal, scale * LOG2E, threshold, site, z, T, row_stride, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, crossing == 1, SEGMENTS, DROPOUT,
-        )  # fmt: skip
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, start_m, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # unnormalised
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum of the scores, in units of log 2
+    l = tl.zeros([BLOCK_M], tl.float32)  # running sum
+    diagonal = start_m // BLOCK_N * BLOCK_N
+    end = tl.minimum(start_m + BLOCK_M, T)
+    scale2 = scale * LOG2E
+    for crossing in tl.static_range(2):  # the keys that every query sees, then those on the diagonal
+        doc = document(segments_ptr, rows, T, SEGMENTS)
+        if DROPOUT:
+            key_lo, key_hi = load_key(rng_ptr)
+        for start in range(diagonal if crossing else 0, end if crossing else diagonal, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            k = load_tile(k_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, crossing == 1)
+            s = dot(q, tl.trans(k))
+            seg = load_segments(segments_ptr, cols, T, SEGMENTS)
+            s = hide(s, rows[:, None], cols[None, :], doc[:, None], seg[None, :], crossing == 1, SEGMENTS)
+            m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+            shift = m_new
+            if SEGMENTS:
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.math.exp2(s * scale2 - shift[:, None])
+            alpha = tl.math.exp2(m - shift)
+            l = l * alpha + tl.sum(p, 1)
+            m = m_new
+            if DROPOUT:
+                keep = keep_tile(key_lo, key_hi, threshold, site, z, start_m, start, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            v = load_tile(v_ptr, start, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, crossing == 1)
+            acc = dot(cast(p, v.dtype), v, acc * alpha[:, None])
     tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.math.log2(l)) * LN2, mask=rows < T)
     if SEGMENTS:
         l = tl.where(l == 0.0, 1.0, l)
     acc *= (kept_scale / l)[:, None]
-    store_tile(out_ptr + (b * T * H + h) * HEAD_DIM, acc, start, H * HEAD_DIM, T, HEAD_DIM)
+    store_tile(out_ptr + (b * T * H + h) * HEAD_DIM, acc, start_m, H * HEAD_DIM, T, HEAD_DIM)
 
 
 def forward(
@@ -160,12 +128,11 @@ def forward(
     Raises ValueError for a head size outside 16..128, a scale that is not positive, dropout without rng, or more than
     65535 sequences.
     """
-    common = _common(qkv, scale, dropout_p, rng, site)
-    rng = rng if dropout_p > 0.0 else None
+    common = _common(qkv, scale, segments, Dropout(dropout_p, rng, site))
     B, T, _, H, D = qkv.shape
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
-    _launch("forward", (qkv, segments, rng, out, lse), common)
+    _launch("forward", common, out_ptr=out, lse_ptr=lse)
     return out, lse
 
 
@@ -184,35 +151,32 @@ def backward(
 
     The other arguments are forward's, unchanged. Every element of dqkv is written, each by one program.
     """
-    common = _common(qkv, scale, dropout_p, rng, site)
-    rng = rng if dropout_p > 0.0 else None
+    common = _common(qkv, scale, segments, Dropout(dropout_p, rng, site))
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    _launch("backward_dq", (qkv, segments, rng, out, dout, lse, delta, dqkv), common)
-    _launch("backward_dkdv", (qkv, segments, rng, dout, lse, delta, dqkv), common)
+    gradients = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "dqkv_ptr": dqkv}
+    _launch("backward_dq", common, out_ptr=out, **gradients)
+    _launch("backward_dkdv", common, **gradients)
     return dqkv
 
 
-def _common(qkv: torch.Tensor, scale: float, dropout_p: float, rng: torch.Tensor | None, site: int) -> tuple:
-    """The scalar arguments that end every kernel's run-time list, checked."""
+def _common(qkv: torch.Tensor, scale: float, segments: torch.Tensor | None, dropout: Dropout) -> dict[str, Any]:
+    """The arguments that all three kernels take, checked."""
     B, T, _, H, D = qkv.shape
     check_batch(B)
-    block_d(D)
+    shapes = {"T": T, "H": H, "HEAD_DIM": D, "BLOCK_D": block_d(D), "SEGMENTS": segments is not None}
     if not scale > 0.0:
         raise ValueError(f"scale must be positive, got {scale}")
-    if dropout_p > 0.0 and rng is None:
-        raise ValueError(f"dropout_p = {dropout_p} needs rng, the int64 [1] key of the forward pass")
-    return scale, keep_scale(dropout_p), threshold_bits(dropout_p), site, T, H
+    return {"qkv_ptr": qkv, "segments_ptr": segments, "scale": scale, **shapes, **arguments(dropout)}
 
 
-def _launch(name: str, tensors: tuple, common: tuple) -> None:
+def _launch(name: str, common: dict[str, Any], **tensors: torch.Tensor) -> None:
     kernel, owned = KERNELS[name]
-    qkv, segments, rng = tensors[:3]
+    qkv, dropout = common["qkv_ptr"], common["DROPOUT"]
     B, T, _, H, D = qkv.shape
-    tile = config(name, config_arch(qkv.device), qkv.element_size(), D, rng is not None)
+    tile = config(name, config_arch(qkv.device), qkv.element_size(), D, dropout)
     grid = (triton.cdiv(T, tile["BLOCK_M" if owned == "queries" else "BLOCK_N"]), H, B)
-    forms = {"SEGMENTS": segments is not None, "DROPOUT": rng is not None}
-    launch(kernel, grid, *tensors, *common, HEAD_DIM=D, BLOCK_D=block_d(D), **forms, **tile)
+    launch(kernel, grid, **common, **tensors, **tile)
 
 
 # What a program of each kernel owns: a block of queries or of keys.
@@ -223,7 +187,7 @@ KERNELS = {
 }
 
 
-def aot_specs() -> list:
+def aot_specs() -> list[AotSpec]:
     """Every shipped configuration with segments, its larger form; at head size 64 also without, and float16;
     beside head size 128 the padded 80."""
     types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
@@ -236,14 +200,11 @@ def aot_specs() -> list:
     specs = []
     for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), ARCHS, forms):
         D, dtype, itemsize, segments, dropout = form
-        tile = config(name, arch, itemsize, D, dropout)
-        constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), **{key: tile[key] for key in ("BLOCK_M", "BLOCK_N")}}
-        constexprs |= {"SEGMENTS": segments, "DROPOUT": dropout}
-        constexprs |= {} if segments else {"segments_ptr": None}
-        constexprs |= {} if dropout else {"rng_ptr": None}
-        signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
+        constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "SEGMENTS": segments, "DROPOUT": dropout}
+        absent = ("segments_ptr",) * (not segments) + ("rng_ptr",) * (not dropout)
+        given = [a for a in kernel.arg_names if (a in types or a.endswith("_ptr")) and a not in absent]
+        signature = {a: types.get(a, f"*{dtype}") for a in given}
         label = f"attention.{name} {dtype} D={D}{' segments' * segments}{' dropout' * dropout}"
-        pointers = tuple(a for a in signature if a.endswith("_ptr"))
-        options = (tile["num_warps"], tile["num_stages"], pointers, (arch,), tile.get("maxnreg"))
-        specs.append(AotSpec(kernel, label, signature, constexprs, *options))
+        tile, loose = config(name, arch, itemsize, D, dropout), ("threshold", "site", "T", "H")
+        specs.append(make_spec(kernel, label, signature, constexprs, tile, (arch,), unaligned=loose))
     return specs

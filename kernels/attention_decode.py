@@ -11,12 +11,16 @@ atomics are used: a sequence decodes to the same bits alone and in any batch. No
 worth a tensor core (one row a head); the bound is reading K and V once.
 """
 
+from __future__ import annotations
+
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, INTERPRETER, AotSpec, config_arch
+from .aot import ARCHS, INTERPRETER, AotSpec, config_arch, make_spec
 from .attention_tiles import LOG2E, block_d, check_batch
 from .interpreter import cast
 from .launch import launch
@@ -142,26 +146,20 @@ def decode(
     return out
 
 
-def aot_specs() -> list:
+def aot_specs() -> list[AotSpec]:
     """Every configuration of both kernels; at two bytes bfloat16, and float16 for head size 64; the
     padded head size 80 too."""
     forms = [(D, "bf16", 2) for D in (32, 64, 80, 128)] + [(64, "fp16", 2)]
     forms += [(D, "fp32", 4) for D in (32, 64, 80, 128)]
+    parts = {"acc_ptr": "*fp32", "stats_ptr": "*fp32"}
     specs = []
-    for arch in ARCHS:
-        for D, dtype, itemsize in forms:
-            tile = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}
-            label = f"{dtype} D={D}"
-            split, combine = (_config(kernel, arch, itemsize, D) for kernel in ("split", "combine"))
-            signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
-            signature |= {"starts_ptr": "*i32", "lengths_ptr": "*i32", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
-            pointers = tuple(signature)
-            signature |= {"scale": "fp32", "S": "i32", "H": "i32"}
-            constexprs = tile | {"BLOCK_N": split["BLOCK_N"], "KEYS": SPLIT}
-            name, options = f"attention_decode.split {label}", (split["num_warps"], split["num_stages"])
-            specs.append(AotSpec(split_kernel, name, signature, constexprs, *options, pointers, (arch,)))
-            signature = {"acc_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": f"*{dtype}", "P": "i32"}
-            constexprs = tile | {"BLOCK_P": combine["BLOCK_P"]}
-            name, options = f"attention_decode.combine {label}", (combine["num_warps"], combine["num_stages"])
-            specs.append(AotSpec(combine_kernel, name, signature, constexprs, *options, tuple(signature)[:3], (arch,)))
+    for arch, (D, dtype, itemsize) in itertools.product(ARCHS, forms):
+        tile, label = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}, f"{dtype} D={D}"
+        split, combine = (_config(kernel, arch, itemsize, D) for kernel in ("split", "combine"))
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
+        types |= {"starts_ptr": "*i32", "lengths_ptr": "*i32", **parts, "scale": "fp32", "S": "i32", "H": "i32"}
+        name, loose = f"attention_decode.split {label}", ("S", "H")
+        specs.append(make_spec(split_kernel, name, types, {**tile, "KEYS": SPLIT}, split, (arch,), unaligned=loose))
+        types, name = {**parts, "out_ptr": f"*{dtype}", "P": "i32"}, f"attention_decode.combine {label}"
+        specs.append(make_spec(combine_kernel, name, types, tile, combine, (arch,), unaligned=("P",)))
     return specs

@@ -13,6 +13,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def place(H):
+    """(sequence, as int64, head, and both as one number for dropout) of a program of a grid (blocks, H, B)."""
+    h = tl.program_id(1)
+    return tl.program_id(2).to(tl.int64), h, tl.program_id(2) * H + h
+
+
+@triton.jit
 def load_tile(
     ptr,  # element 0 of row 0 of one head
     start,  # first row of the tile

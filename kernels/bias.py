@@ -15,9 +15,6 @@ from . import tuning
 from .aot import ARCHS, TRITON_DTYPE, AotSpec, config_arch, make_spec
 from .launch import launch
 
-# Rows of partial sums, the launch shape of every stage one.
-PARTIALS = 512
-
 
 @triton.jit
 def reduce_partials_kernel(
@@ -83,13 +80,10 @@ def aot_specs() -> list[AotSpec]:
     sizes = {"partial_ptr": "*fp32", "C": "i32"}
     specs = []
     for arch in ARCHS:
-        config = tuning.config("bias", "reduce_partials", arch)
-        blocks, warps = {key: config[key] for key in ("BLOCK_P", "BLOCK_C")}, config["num_warps"]
-        types = {**sizes, "out_ptr": "*fp32", "P": "i32"}
-        specs.append(make_spec(reduce_partials_kernel, "reduce_partials", types, blocks, warps, archs=(arch,)))
+        config, types = tuning.config("bias", "reduce_partials", arch), {**sizes, "out_ptr": "*fp32", "P": "i32"}
+        specs.append(make_spec(reduce_partials_kernel, "reduce_partials", types, {}, config, (arch,)))
         config = tuning.config("bias", "column_sum", arch)
-        blocks, warps = {key: config[key] for key in ("BLOCK_N", "BLOCK_C")}, config["num_warps"]
         for dtype in TRITON_DTYPE.values():
             types = {**sizes, "x_ptr": f"*{dtype}", "N": "i32"}
-            specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, blocks, warps, archs=(arch,)))
+            specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, {}, config, (arch,)))
     return specs

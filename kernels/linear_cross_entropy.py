@@ -30,7 +30,6 @@ def softmax_xent_kernel(
     logits_ptr,  # [n, V], rows row_stride apart; dlogits when WRITE_GRAD
     labels_ptr,  # int64 [n]
     losses_ptr,  # float32 [n]
-    lse_ptr,  # float32 [n]
     row_scale_ptr,  # float32 [1] or [n]
     row_stride,
     V,
@@ -70,7 +69,6 @@ def softmax_xent_kernel(
     # A label outside [0, V) has no loss: NaN says so, and its gradient is 0 so that nothing else is lost.
     loss = tl.where(valid, tl.log(total) - (target - top), float("nan"))
     tl.store(losses_ptr + row, tl.where(kept, loss, 0.0))
-    tl.store(lse_ptr + row, top + tl.log(total))
     if WRITE_GRAD:
         scale = tl.load(row_scale_ptr + (row if ROW_SCALE else 0))
         at_label = (lead + label).to(tl.int32)
@@ -108,12 +106,11 @@ def softmax_xent_(
     logits: torch.Tensor,
     labels: torch.Tensor,
     losses: torch.Tensor,
-    lse: torch.Tensor,
     ignore_index: int,
     row_scale: torch.Tensor,
     write_grad: bool,
 ) -> None:
-    """logits [n, V] (unit stride in V) -> losses, lse float32 [n]; with write_grad, dlogits over the logits.
+    """logits [n, V] (unit stride in V) -> losses float32 [n]; with write_grad, dlogits over the logits.
 
     labels int64 [n]; row_scale float32 [1] or [n]. A row labelled ignore_index has loss 0 and gradient 0. A
     label outside [0, V) gives its row loss NaN and gradient 0; no memory outside the row is touched.
@@ -129,7 +126,6 @@ def softmax_xent_(
         logits,
         labels,
         losses,
-        lse,
         row_scale,
         logits.stride(0),
         vocabulary,
@@ -164,10 +160,9 @@ def aot_specs() -> list[AotSpec]:
 def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> AotSpec:
     config = _config(arch, size)
     types = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64"}
-    types |= dict.fromkeys(("losses_ptr", "lse_ptr", "row_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("losses_ptr", "row_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("row_stride", "V", "ignore_index"), "i32")
-    flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size, "BLOCK_V": config["BLOCK_V"]}
+    flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size}
     sizes = ("V", "ignore_index") if padded else ("V", "ignore_index", "row_stride")
     name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}"
-    options = {"num_warps": config["num_warps"], "maxnreg": config.get("maxnreg")}
-    return make_spec(softmax_xent_kernel, name, types, flags, **options, archs=(arch,), unaligned=sizes)
+    return make_spec(softmax_xent_kernel, name, types, flags, config, (arch,), unaligned=sizes)

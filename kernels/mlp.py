@@ -280,24 +280,22 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _gelu_forward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
-    config = dict(tuning.config(OP, "gelu_forward", arch))
-    warps = config.pop("num_warps")
-    types = {"u_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "numel": "i32"}
-    name = f"gelu_forward {dtype}{' erf' * erf}"
-    return make_spec(gelu_forward_kernel, name, types, {**config, "ERF": erf}, warps, archs=(arch,))
+    types, config = (
+        {"u_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "numel": "i32"},
+        tuning.config(OP, "gelu_forward", arch),
+    )
+    return make_spec(gelu_forward_kernel, f"gelu_forward {dtype}{' erf' * erf}", types, {"ERF": erf}, config, (arch,))
 
 
 def _gelu_backward_spec(arch: int, dtype: str, erf: bool) -> AotSpec:
-    config = tuning.config(OP, "gelu_backward", arch)
     types = {
         **dict.fromkeys(("dy_ptr", "u_ptr", "du_ptr"), f"*{dtype}"),
         "partial_ptr": "*fp32",
         "N": "i32",
         "F": "i32",
     }
-    constexprs = {"BLOCK_N": config["BLOCK_N"], "BLOCK_F": config["BLOCK_F"], "ERF": erf}
-    name, warps = f"gelu_backward {dtype}{' erf' * erf}", config["num_warps"]
-    return make_spec(gelu_backward_kernel, name, types, constexprs, warps, archs=(arch,), unaligned=("N",))
+    name, config = f"gelu_backward {dtype}{' erf' * erf}", tuning.config(OP, "gelu_backward", arch)
+    return make_spec(gelu_backward_kernel, name, types, {"ERF": erf}, config, (arch,), unaligned=("N",))
 
 
 def _matmul_spec(arch: int, config: dict[str, int], dtype: str, stream: str, erf: bool) -> AotSpec:
@@ -307,14 +305,6 @@ def _matmul_spec(arch: int, config: dict[str, int], dtype: str, stream: str, erf
         **dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32"),
         **dict.fromkeys(("N", "F"), "i32"),
     }
-    constexprs = {key: config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    return make_spec(
-        matmul_kernel,
-        f"mlp few rows {dtype} h={stream}{' erf' * erf}",
-        types,
-        {**constexprs, "C": 768, "ERF": erf, "GROUP_M": GROUP_M},
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        archs=(arch,),
-        unaligned=("N",),
-    )
+    name = f"mlp few rows {dtype} h={stream}{' erf' * erf}"
+    constexprs = {"C": 768, "ERF": erf, "GROUP_M": GROUP_M}
+    return make_spec(matmul_kernel, name, types, constexprs, config, (arch,), unaligned=("N",))

@@ -4,6 +4,11 @@ Where the eight elements of a block are held by one thread, Triton moves the who
 and no number passes through shared memory. That is why words are joined, permuted and only then compared.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -27,6 +32,27 @@ def threshold_bits(dropout_p: float) -> int:
 def keep_scale(dropout_p: float) -> float:
     """Factor on kept elements: the inverse of the probability that one is."""
     return STEPS / (STEPS - _dropped(dropout_p))
+
+
+class Dropout(NamedTuple):
+    """What a launcher drops. Any object with these three attributes will do."""
+
+    p: float = 0.0
+    key: torch.Tensor | None = None  # int64 [1], read when p is above 0
+    site: int = 0  # which dropout of the model
+
+
+def arguments(dropout: Dropout) -> dict[str, Any]:
+    """The arguments of every kernel that drops. Raises ValueError for a dropout without a key."""
+    if dropout.p > 0.0 and dropout.key is None:
+        raise ValueError(f"dropout of p = {dropout.p} needs a key, int64 [1]: that of the forward pass")
+    return {
+        "rng_ptr": dropout.key if dropout.p > 0.0 else None,
+        "kept_scale": keep_scale(dropout.p),
+        "threshold": threshold_bits(dropout.p),
+        "site": dropout.site,
+        "DROPOUT": dropout.p > 0.0,
+    }
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 
 import pytest
@@ -156,6 +158,32 @@ def test_packed_weights_follow_the_model(monkeypatch):
     monkeypatch.setattr(decoders, "PackedModel", pack)
     assert packed_model(model, "int8").weights == "int8"
     assert alive == [None], "two packings of one model are in memory"
+
+
+def test_threads_pack_a_model_once(monkeypatch):
+    """Eight that use it first at one time get one packing."""
+    _, model = pair_on_cpu()
+    made, start = [], threading.Barrier(8)
+
+    def pack(*args):
+        made.append(PackedModel(*args))
+        time.sleep(0.05)  # long enough for the others to arrive
+        return made[-1]
+
+    def use(found):
+        start.wait()
+        found.append(packed_model(model, "float32"))
+
+    monkeypatch.setattr(decoders, "PackedModel", pack)
+    found = []
+    users = [threading.Thread(target=use, args=(found,)) for _ in range(8)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert len(made) == 1
+    assert all(packed is made[0] for packed in found)
+    assert len(found) == 8
 
 
 def test_who_is_packed(monkeypatch):

@@ -86,7 +86,7 @@ sys.path.insert(0, sys.argv[1])
 import one, moved, renamed, other
 kernels = (one.double, moved.double, renamed.twice, other.double)
 for arch in aot.ARCHS:
-    specs = (aot.make_spec(kernel, "k", {"x_ptr": "*fp32", "N": "i32"}, {"BLOCK": 256}) for kernel in kernels)
+    specs = (aot.make_spec(kernel, "k", {"x_ptr": "*fp32", "N": "i32"}, {"BLOCK": 256}, {}) for kernel in kernels)
     print(*(aot.code_hash(aot.compile_spec(spec, arch).cubin) for spec in specs))
 """
 

@@ -96,7 +96,7 @@ def _every_launcher(device: str) -> None:
     cache, at = empty(2, 2, 300, 64), empty(2, dtype=torch.int32)
     attention_decode.decode(empty(2, 2, 64), cache, cache, at, at, 0.125)
     logits, labels = empty(N, V + 6).narrow(1, 0, V), empty(N, dtype=torch.int64)
-    linear_cross_entropy.softmax_xent_(logits, labels, float32(N), float32(N), -100, float32(1), True)
+    linear_cross_entropy.softmax_xent_(logits, labels, float32(N), -100, float32(1), True)
     table, chunks, norm = empty(3, 10, dtype=torch.int64), empty(7, dtype=torch.int32), float32(1)
     adamw.grad_norm(table, chunks, norm, True)
     adamw.step(table, chunks, empty(1, 6, dtype=torch.float64), norm, 1.0, True)
@@ -167,7 +167,7 @@ def test_what_changes_from_call_to_call_compiles_nothing_anew():
          lambda x, c: mlp.gelu_backward(c.t(), c, False)),
         ("linear_cross_entropy.softmax_xent_kernel: losses_ptr",
          lambda x, c: linear_cross_entropy.softmax_xent_(
-             c, torch.zeros(32, dtype=torch.int64), c[:, 0], c[0], -100, torch.ones(1), False)),
+             c, torch.zeros(32, dtype=torch.int64), c[:, 0], -100, torch.ones(1), False)),
     ],
 )  # fmt: skip
 def test_a_strided_tensor_is_refused_by_name(name, call, launches):

@@ -147,6 +147,12 @@ def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
         assert (id(p) in decayed) == (p.ndim == 2), name
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpp"])
+def test_the_named_implementation_updates_too(corpus, tmp_path, impl):
+    run = Run(TrainConfig(**options(corpus, tmp_path / "run", impl=impl, device="cpu")))
+    assert run.optimizer.impl == impl
+
+
 def test_learning_rate_schedule():
     config = TrainConfig(lr=1.0, min_lr=0.1, warmup=10, steps=110)
     assert config.learning_rate(0) == pytest.approx(0.1)

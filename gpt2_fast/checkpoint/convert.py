@@ -35,11 +35,17 @@ def convert(
 ) -> Loaded:
     """Read `source` in whatever format it is, write `target`, and return what was written.
 
-    to: one of FORMATS; None goes by the target's name.
-    dtype: of the written weights, torch.float32 or torch.bfloat16. None keeps every number as it is; llm.c then
-        gets bfloat16 where all weights are bfloat16, and float32 for narrower or mixed ones, which is exact.
+    Nothing is left behind after an error.
 
-    Nothing is left behind after an error. Raises FileNotFoundError, ValueError or OSError, one line.
+    Args:
+        source: see `load`.
+        target: a file or a folder.
+        to: one of FORMATS; None goes by the target's name.
+        dtype: of the written weights, torch.float32 or torch.bfloat16. None keeps every number as it is; llm.c then
+            gets bfloat16 where all weights are bfloat16, and float32 for narrower or mixed ones, which is exact.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: one line.
     """
     target = Path(target).expanduser()
     to = target_format(target) if to is None else to

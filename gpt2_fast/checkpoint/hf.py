@@ -59,12 +59,15 @@ def load_pretrained(
 ) -> tuple[GPT2Config, dict[str, Tensor]]:
     """Config and state dict, on the CPU, of a GPT-2 in a local folder or on the Hugging Face hub.
 
-    name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
-    revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
-    dtype: what the weights are turned into; None keeps each tensor's.
-
     Reads model.safetensors, its shards, or pytorch_model.bin (as weights only: no code in it is run).
-    Raises FileNotFoundError or ValueError, one line, for what is missing, truncated or not a GPT-2.
+
+    Args:
+        name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
+        revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
+        dtype: what the weights are turned into; None keeps each tensor's.
+
+    Raises:
+        FileNotFoundError, ValueError: one line, for what is missing, truncated or not a GPT-2.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():

@@ -59,9 +59,18 @@ def save_training_state(
 ) -> Path:
     """Write folder/training.pt, all in one file so that its parts are of one step. Returns its path.
 
-    rng: as from `capture_rng`; None captures it now. extra: whatever else the loop needs, of tensors, numbers,
-    strings, None, lists, tuples and dicts, as everything here: the file loads with no code run.
-    Raises TypeError, naming where, for anything else, and OSError where the folder cannot be written.
+    Args:
+        folder: of the run; made where it is missing.
+        step: how many steps are done.
+        config: of the model.
+        model_state, optimizer_state: state dicts.
+        rng: as from `capture_rng`; None captures it now.
+        extra: whatever else the loop needs, of tensors, numbers, strings, None, lists, tuples and dicts, as
+            everything here: the file loads with no code run.
+
+    Raises:
+        TypeError: anything else is in it; the message says where.
+        OSError: the folder cannot be written.
     """
     state = {
         "format": _FORMAT,

@@ -30,19 +30,21 @@ def load_data(
 ) -> tuple[TokenDataset, TokenDataset]:
     """Open data as (train, validation).
 
-    source: a text file, a .jsonl (its "text" fields, a document each), a folder of either, a nanoGPT or llm.c
-      .bin file, a folder or glob pattern of those, a list of any of these, or None: the source text of the running
-      Python's standard library.
-    context: T, the longest window asked for later.
-    vocab_size: of the model; every id must be below it.
-    val_fraction: share that becomes validation where no file is named for it. A .bin or .jsonl is named for it
-      when "val" is a word of its name (val.bin, fineweb_val_000000.bin); otherwise it is the end of the tokens.
-      Those with the word "test" are left out.
-      Text files of a folder are ordered by a hash of their names, so that the end is a fair sample.
-    progress: whether a terminal shows a bar while text is tokenised.
+    Args:
+        source: a text file, a .jsonl (its "text" fields, a document each), a folder of either, a nanoGPT or llm.c
+            .bin file, a folder or glob pattern of those, a list of any of these, or None: the source text of the
+            running Python's standard library.
+        context: T, the longest window asked for later.
+        vocab_size: of the model; every id must be below it.
+        val_fraction: share that becomes validation where no file is named for it. A .bin or .jsonl is named for it
+            when "val" is a word of its name (val.bin, fineweb_val_000000.bin); otherwise it is the end of the
+            tokens. Those with the word "test" are left out. Text files of a folder are ordered by a hash of their
+            names, so that the end is a fair sample.
+        progress: whether a terminal shows a bar while text is tokenised.
 
-    Raises FileNotFoundError or ValueError, one line, for what is missing, empty, too short or not token data,
-    and OSError where the tokenised text cannot be cached ($GPT2_FAST_CACHE chooses the folder).
+    Raises:
+        FileNotFoundError, ValueError: one line, for what is missing, empty, too short or not token data.
+        OSError: the tokenised text cannot be cached ($GPT2_FAST_CACHE chooses the folder).
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction is {val_fraction}; give a share between 0 and 1")

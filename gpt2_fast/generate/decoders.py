@@ -15,6 +15,7 @@ overwritten by the next call. `make_decoder` chooses one of three:
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from torch import Tensor
 from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
 from gpt2_fast.ops import decode_step
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters
 from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
@@ -150,6 +151,23 @@ class PackedDecoder:
 
 
 PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()
+PACKING = threading.Lock()  # of PACKED: threads that want one model wait for the one that packs it
+
+
+def parameters_of(model: Model) -> Parameters:
+    """The tensors that a model computes with, for `PackedModel`."""
+    affine = lambda product: (product.weight_io.t(), product.bias)
+    norm = lambda layernorm: (layernorm.weight, layernorm.bias)
+    layers = [
+        LayerParameters(
+            norm(block.ln_1), affine(block.attn.c_attn), affine(block.attn.c_proj),
+            norm(block.ln_2), affine(block.mlp.c_fc), affine(block.mlp.c_proj), block.attn.scale,
+        )
+        for block in model.transformer.h
+    ]  # fmt: skip
+    transformer = model.transformer
+    tables = transformer.wte.weight, transformer.wpe.weight
+    return Parameters(model.config, *tables, layers, norm(transformer.ln_f), model.lm_head.weight)
 
 
 @torch.no_grad()
@@ -163,12 +181,13 @@ def packed_model(model: Model, weights: str) -> PackedModel:
     parameters = list(model.parameters())
     versions = (weights, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
     probes = torch.cat([p.flatten()[:: max(1, p.numel() // PROBES)].double() for p in parameters])
-    held = PACKED.pop(model, None)
-    if held is None or held[0] != versions or not torch.equal(held[1], probes):
-        del held  # before the new one is made: two would be in memory
-        held = (versions, probes, PackedModel(model, weights))
-    PACKED[model] = held
-    return held[2]
+    with PACKING:
+        held = PACKED.pop(model, None)
+        if held is None or held[0] != versions or not torch.equal(held[1], probes):
+            del held  # before the new one is made: two would be in memory
+            held = (versions, probes, PackedModel(parameters_of(model), weights))
+        PACKED[model] = held
+        return held[2]
 
 
 def make_decoder(

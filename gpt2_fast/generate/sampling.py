@@ -19,10 +19,11 @@ from gpt2_fast.ops.runtime import philox
 class Sampling:
     """How tokens are chosen. Raises ValueError, one line, for a value that means nothing.
 
-    temperature: divides the logits; 0 takes the most likely token.
-    top_k: keeps the k most likely; None keeps all.
-    top_p: then keeps the fewest whose probabilities sum to at least p (Holtzman et al., 2019, arXiv:1904.09751).
-    repetition_penalty: see `penalize_repetition`; 1 is none.
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keeps the k most likely; None keeps all.
+        top_p: then keeps the fewest whose probabilities sum to at least p (Holtzman et al., 2019, arXiv:1904.09751).
+        repetition_penalty: see `penalize_repetition`; 1 is none.
     """
 
     temperature: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def complete(
     num_samples: int = 1,
     stop: Sequence[str] = (),
     write: Callable[[str], object] | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> list[str]:
     """Continuations of a text, num_samples of them, each up to end-of-text or the first stop string.
 

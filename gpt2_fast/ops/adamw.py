@@ -363,7 +363,8 @@ def adamw(
     """
     _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm)
     if not params:
-        return None if max_norm is None else hyper.new_zeros((), dtype=torch.float32)
+        norm = hyper.new_zeros(()) if norm is None else norm
+        return None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
     name = dispatch.choose(OP, impl, params[0].device, params[0].dtype)
     lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
     if name == "reference":

@@ -21,7 +21,7 @@ from torch import Tensor
 from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
-from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, check_addition
 
 PARTIAL_CHUNKS = 64  # of rows, each summed alone and then in order: the same bits on any number of threads
 
@@ -110,6 +110,7 @@ OP = Op(
         Input("bias", "C", FLOAT, read=torch.float32),
     ),
     options={"eps": float, "dropout": Dropout, "y_dtype": torch.dtype},
+    check=lambda x, residual, *_, dropout, **__: check_addition("add_layernorm", residual, dropout),
     reference=add_layernorm_reference,
     outputs=_outputs,
     output_names=("y", "h", "mean", "rstd"),
@@ -151,8 +152,6 @@ def add_layernorm(
         ValueError: shapes, dtypes, devices or dropout that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    if residual is None and dropout.p > 0.0:
-        raise ValueError(f"add_layernorm: dropout's p is {dropout.p} and residual is None; it acts on what is added")
     y, h = OP(x, residual, weight, bias, eps=eps, dropout=dropout, y_dtype=autocast_dtype(x), impl=impl)
     return y, x if residual is None else h
 

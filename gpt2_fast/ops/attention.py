@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import FLOAT, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.memory import round_up
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, keep_tiles
 
 HEAD_MIN, HEAD_MAX = 16, 128
@@ -70,9 +71,10 @@ def attention_decode_reference(
     """What is correct: see `attention_decode`. Any device and floating dtype."""
     j = torch.arange(k_cache.shape[2], device=q.device)
     hidden = ~((j >= starts.view(-1, 1, 1)) & (j < lengths.view(-1, 1, 1)))  # (B, 1, S)
-    scores = (k_cache @ q.unsqueeze(-1)).squeeze(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    probabilities = scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
-    return (probabilities.unsqueeze(2) @ v_cache).squeeze(2)
+    with torch.autocast(q.device.type, enabled=False):  # what is cached has its dtype
+        scores = (k_cache @ q.unsqueeze(-1)).squeeze(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        probabilities = scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+        return (probabilities.unsqueeze(2) @ v_cache).squeeze(2)
 
 
 def segments_from(attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
@@ -109,7 +111,7 @@ def _backward_cpp(a, out):
     partial, groups, heads = None, _groups(a.T), a.B * a.H
     if groups > 1 and heads < 2 * torch.get_num_threads():
         # Too few heads to keep the threads busy: the keys of a head are shared out, each leaving its own part of dq.
-        partial = a.lse.new_empty(a.B, a.H, groups, a.T, -(-a.D // 16) * 16)
+        partial = a.lse.new_empty(a.B, a.H, groups, a.T, round_up(a.D, 16))
     cpp.attention_backward(out, a, scale=_scale(a), partial=partial)
 
 
@@ -126,7 +128,7 @@ def _backward_triton(a, out):
 
 
 def _decode_cpp(a, out):
-    partial = a.q.new_empty(a.B, a.H, _groups(a.S), -(-a.D // 16) * 16 + 16, dtype=torch.float32)
+    partial = a.q.new_empty(a.B, a.H, _groups(a.S), round_up(a.D, 16) + 16, dtype=torch.float32)
     cpp.attention_decode(out, a, scale=_scale(a), partial=partial)
 
 
@@ -145,7 +147,7 @@ def _check_head(op: str, head_dim: int) -> None:
 
 
 def _check_scale(op: str, scale: float | None) -> None:
-    if scale is not None and not 0.0 < scale < math.inf:
+    if isinstance(scale, (float, int)) and not 0.0 < scale < math.inf:
         raise ValueError(f"{op}: scale is {scale}; it must be positive and finite, or None for D ** -0.5")
 
 
@@ -266,6 +268,17 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
             key = torch.tensor([0x1234_5678_9ABC_DEF0], device=device)
             options["dropout"] = Dropout(options["dropout"], key, 4)
         yield qkv, options
+
+
+def decode_samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Inputs (q, k_cache, v_cache, options) of `attention_decode`, smallest first; one of three sees nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for B, H, S, D, scale in [(1, 2, 1, 16, None), (3, 1, 7, 20, 0.3), (3, 2, 131, 64, None)]:
+        shapes = ((B, H, D), (B, H, S, D), (B, H, S, D))
+        tensors = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        starts, lengths = torch.tensor([0, S // 3, S][:B]), torch.tensor([S, max(S - 1, 1), S][:B])
+        bounds = {"starts": starts.to(device, torch.int32), "lengths": lengths.to(device, torch.int32)}
+        yield (*tensors, bounds | {"scale": scale})
 
 
 def cost(B: int, T: int, H: int, D: int, itemsize: int) -> dict[str, dict[str, int]]:

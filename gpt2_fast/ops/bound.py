@@ -25,9 +25,7 @@ class Operations:
     """
 
     def __init__(self, impl: str = "auto"):
-        if impl not in dispatch.OF_MODELS:
-            raise ValueError(f"impl is {impl!r}; choose one of {', '.join(dispatch.OF_MODELS)}")
-        self.impl = impl
+        self.impl = dispatch.checked(impl)
         for op in BOUND:
             setattr(self, op.__name__, functools.partial(self.run, op))
 

@@ -14,14 +14,19 @@ values are indexed by its own positions, so it decodes to the same bits alone an
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded, round_up
-from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded
+from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.dispatch import address
 from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
+from gpt2_fast.ops.runtime.memory import round_up
 
 OP = "decode_step"
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
@@ -30,11 +35,43 @@ TILE_ROWS = 12  # the most rows of a tile, in csrc/decode_panels.h
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 
 
+Affine = tuple[Tensor, Tensor | None]  # weight and bias: of a LayerNorm [C] both, of a product [out, in] and [out]
+
+
+class LayerParameters(NamedTuple):
+    """One block of a GPT-2: what it computes with, in the order of csrc/decode_step.h.
+
+    scale: what its attention multiplies scores by.
+    """
+
+    ln_1: Affine
+    c_attn: Affine
+    attn_proj: Affine
+    ln_2: Affine
+    c_fc: Affine
+    mlp_proj: Affine
+    scale: float
+
+
+class Parameters(NamedTuple):
+    """A GPT-2 as plain tensors, of any floating dtype and strides.
+
+    config: a GPT2Config. wte [V, C]; wpe [n_positions, C]; lm_head [V, C], wte itself where they are tied.
+    """
+
+    config: Any
+    wte: Tensor
+    wpe: Tensor
+    layers: Sequence[LayerParameters]
+    ln_f: Affine
+    lm_head: Tensor
+
+
 class PackedModel:
-    """A GPT2LMHeadModel's weights, packed for `step` and `prefill`; the model itself is not needed afterwards.
+    """A GPT-2's weights, packed for `step` and `prefill`; the model itself is not needed afterwards.
 
     Args:
-        model: a GPT2LMHeadModel on the CPU, of any floating dtype; its weights are copied.
+        model: its tensors on the CPU, which are copied; `gpt2_fast.generate.decoders.parameters_of` has them.
         weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
             output. Sums are float32. Activations too, but where int8 meets a processor with VNNI: there a row's are
             multiples of its largest magnitude / 16256. Biases, LayerNorms and positions stay float32.
@@ -47,23 +84,22 @@ class PackedModel:
     Raises ValueError for a model that is not on the CPU, or unknown `weights`.
     """
 
-    def __init__(self, model: nn.Module, weights: str, *, impl: str = "auto", dtype: torch.dtype = torch.float32):
+    def __init__(self, model: Parameters, weights: str, *, impl: str = "auto", dtype: torch.dtype = torch.float32):
         if weights not in CODES:
             raise ValueError(f"{OP}: weights is {weights!r}; choose {', '.join(CODES)}")
-        transformer = model.transformer
-        device = transformer.wte.weight.device
+        device = model.wte.device
         if device.type != "cpu":
             raise ValueError(f"{OP}: the model is on {device}; move it to the CPU")
         self.impl = dispatch.choose(OP, impl, device, torch.float32)
         self.config, self.weights, self.dtype = model.config, weights, dtype
         self.cache_dtype = CACHE_DTYPES[weights]
         memory = HugePages()
-        self.layers = [_PackedLayer(block, weights, memory) for block in transformer.h]
-        self.wte = PackedMatrix(transformer.wte.weight, weights, memory=memory)
-        tied = model.lm_head.weight is transformer.wte.weight
-        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head.weight, weights, memory=memory)
-        self.wpe = transformer.wpe.weight.detach().to(torch.float32, copy=True).contiguous()
-        self.ln_f = _parameters(transformer.ln_f)
+        self.layers = [_PackedLayer(layer, weights, memory) for layer in model.layers]
+        self.wte = PackedMatrix(model.wte, weights, memory=memory)
+        tied = model.lm_head is model.wte
+        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head, weights, memory=memory)
+        self.wpe = model.wpe.detach().to(torch.float32, copy=True).contiguous()
+        self.ln_f = _padded(*model.ln_f)
         self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
         self._table = torch.tensor(self._entries())
 
@@ -103,11 +139,11 @@ class PackedModel:
 
 
 class _PackedLayer:
-    def __init__(self, block: nn.Module, weights: str, memory: HugePages):
-        self.scale = block.attn.scale
-        self.ln_1, self.ln_2 = _parameters(block.ln_1), _parameters(block.ln_2)
-        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.matrices = [PackedMatrix(linear.weight_io.t(), weights, linear.bias, memory=memory) for linear in linears]
+    def __init__(self, layer: LayerParameters, weights: str, memory: HugePages):
+        self.scale = layer.scale
+        self.ln_1, self.ln_2 = _padded(*layer.ln_1), _padded(*layer.ln_2)
+        products = (layer.c_attn, layer.attn_proj, layer.c_fc, layer.mlp_proj)
+        self.matrices = [PackedMatrix(weight, weights, bias, memory=memory) for weight, bias in products]
 
     def table(self) -> list[int]:
         """DecodeLayer of csrc/decode_step.h."""
@@ -115,16 +151,15 @@ class _PackedLayer:
         return [*map(address, self.ln_1), *c_attn, *attn_proj, *map(address, self.ln_2), *c_fc, *mlp_proj]
 
 
-def _parameters(layernorm: nn.Module) -> tuple[Tensor, Tensor]:
-    bias = layernorm.bias
-    return padded(layernorm.weight), padded(torch.zeros_like(layernorm.weight) if bias is None else bias)
+def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return padded(weight), padded(torch.zeros_like(weight) if bias is None else bias)
 
 
 class PackedCache:
     """Keys and values of every layer for `PackedModel`, float32 where its weights are, otherwise bfloat16.
 
     Args:
-        packed: the model.
+        packed: the model, the only one that this cache can be used with.
         batch_size: B.
         n_positions: S, prompt with its padding and new tokens together; at most the model's n_positions.
         starts: int32 [B], how many padding positions each row begins with; None: none.
@@ -136,7 +171,7 @@ class PackedCache:
     """
 
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int, starts: Tensor | None = None):
-        config = packed.config
+        config, self._of = packed.config, weakref.ref(packed)
         if not 1 <= n_positions <= config.n_positions:
             raise ValueError(
                 f"{OP}: the cache is for {n_positions} positions and the model has {config.n_positions}; "
@@ -217,9 +252,9 @@ def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache) ->
         tokens, positions, sequences = tokens[real], positions[real], sequences[real]
     tokens, positions, sequences = (t.contiguous() for t in (tokens, positions, sequences))
     logits = torch.empty(B, packed.config.vocab_size)
-    dispatch.extension().decode_step(
-        address(packed._table), address(cache._table), address(tokens), address(sequences), address(positions),
-        tokens.numel(), address(logits), cache.threads,
+    cpp.decode_step(
+        model=packed._table, cache=cache._table, tokens=tokens, sequences=sequences, positions=positions,
+        rows=tokens.numel(), logits=logits, threads=cache.threads,
     )  # fmt: skip
     return logits
 
@@ -237,7 +272,8 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tens
         [B, V] float32.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, a cache that is too short, a row that is all padding.
+        ValueError: a shape or dtype that does not fit, a cache that is too short or another model's, a row that is
+            all padding.
         IndexError: a token outside the vocabulary.
     """
     _validate(packed, tokens, cache)
@@ -248,6 +284,8 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tens
 
 
 def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
+    if cache._of() is not packed:
+        raise ValueError(f"{OP}: the cache was made for another PackedModel; make PackedCache(packed, ...) of this one")
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
         raise ValueError(
             f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64, {cache.batch_size} rows of at "

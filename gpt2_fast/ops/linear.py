@@ -80,13 +80,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """Inputs (x, weight, bias) that tests and benchmarks read, smallest first."""
+    """Inputs (x, weight, bias, options) that tests and benchmarks read, smallest first."""
     generator = torch.Generator().manual_seed(0)
     for shape, out, has_bias in [((1, 1, 20), 7, True), ((2, 3, 96), 288, True), ((65, 96), 33, False)]:
         x = torch.randn(shape, generator=generator)
         weight = torch.randn(shape[-1], out, generator=generator) * 0.1
         bias = torch.randn(out, generator=generator)
-        yield tuple(t.to(device, dtype) if t is not None else None for t in (x, weight, bias if has_bias else None))
+        tensors = (x, weight, bias if has_bias else None)
+        yield (*(t if t is None else t.to(device, dtype) for t in tensors), {})
 
 
 def cost(n_rows: int, n_in: int, n_out: int, itemsize: int) -> dict[str, dict[str, int]]:

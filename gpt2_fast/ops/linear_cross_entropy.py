@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, SAME, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
-from gpt2_fast.ops.runtime.declare import Backend, Op
+from gpt2_fast.ops.runtime.declare import Backend, Op, autocast
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.ops.runtime.products import add_product, product
 
@@ -94,7 +94,7 @@ def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_gra
 def _softmax_xent_triton(logits, labels, losses, row_scale, ignore_index, write_grad):
     from gpt2_fast.kernels import linear_cross_entropy as kernel
 
-    kernel.softmax_xent_(logits, labels, losses, torch.empty_like(losses), ignore_index, row_scale, write_grad)
+    kernel.softmax_xent_(logits, labels, losses, ignore_index, row_scale, write_grad)
 
 
 _SOFTMAX_XENT = {"cpp": _softmax_xent_cpp, "triton": _softmax_xent_triton}
@@ -223,6 +223,21 @@ OP = Op(
 )
 
 
+def _one_number(num_items: float | Tensor | None, x: Tensor) -> Tensor | None:
+    """num_items as the declaration has it: a float32 scalar, beside x if it was on the CPU."""
+    device = getattr(x, "device", None)
+    if num_items is None or (isinstance(num_items, Tensor) and num_items.is_complex()):
+        return num_items
+    if not isinstance(num_items, (float, int, Tensor)):
+        raise TypeError(f"linear_cross_entropy: num_items is a {type(num_items).__name__}; it must be one number")
+    if not isinstance(num_items, Tensor):
+        return torch.full((), float(num_items), device=device)
+    if num_items.numel() != 1 or num_items.layout is not torch.strided:
+        raise ValueError(f"linear_cross_entropy: num_items is {tuple(num_items.shape)}; it must be one number")
+    one = num_items.detach().to(torch.float32).reshape(())
+    return one.to(device) if one.is_cpu else one
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -260,15 +275,8 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: num_items is what reduction='mean' divides by; with {reduction!r} pass None"
         )
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"linear_cross_entropy: num_items is {tuple(num_items.shape)}; it must be one number")
-        num_items = num_items.detach().to(x.device, torch.float32).reshape(())
-    elif num_items is not None:
-        num_items = torch.full((), float(num_items), device=x.device)
-    if isinstance(x, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = autocast(x, weight)
+    num_items = _one_number(num_items, x)
     return OP(x, weight, labels, num_items, ignore_index=ignore_index, reduction=reduction, impl=impl)
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from gpt2_fast.ops import add_layernorm
 from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, STRIDED, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
-from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype, autocasts
 from gpt2_fast.ops.runtime.gelu import Gelu, bias_gelu, bias_gelu_backward, gelu, kind_of
-from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, check_addition
 from gpt2_fast.ops.runtime.products import (
     bias_gradient,
     gelu_product,
@@ -180,6 +180,12 @@ def _backward_triton(a, out):
     out.dfc_weight = dfc_weight if a.needs["fc_weight"] else None
 
 
+def _check(x, residual, ln_weight, ln_bias, fc_weight, fc_bias, proj_weight, proj_bias, *, dropout, **_):
+    check_addition("mlp", residual, dropout)
+    if proj_weight is None and proj_bias is not None:
+        raise ValueError("mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither")
+
+
 OP = Op(
     "mlp",
     inputs=(
@@ -193,6 +199,7 @@ OP = Op(
         Input("proj_bias", "O", FLOAT, optional=True),
     ),
     options={"eps": float, "dropout": Dropout, "kind": int},
+    check=_check,
     reference=mlp_reference,
     outputs=_outputs,
     output_names=("m", "h", "u", "f", "mean", "rstd"),
@@ -246,16 +253,12 @@ def mlp(
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     kind, dtype = kind_of("mlp", activation), autocast_dtype(x)
-    if residual is None and dropout.p > 0.0:
-        raise ValueError(f"mlp: dropout's p is {dropout.p} and residual is None; it acts on what is added")
-    if proj_weight is None and proj_bias is not None:
-        raise ValueError("mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither")
     weights = {"fc_weight": fc_weight, "fc_bias": fc_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     for name, t in weights.items():
-        if isinstance(t, Tensor) and t.dtype != dtype:
-            if not torch.is_autocast_enabled(x.device.type):
+        if isinstance(t, Tensor) and isinstance(x, Tensor) and t.dtype != dtype:
+            if not autocasts(x):
                 raise ValueError(f"mlp: {name} is {t.dtype} and x {dtype}; they must match")
-            weights[name] = t.to(dtype)
+            weights[name] = t.to(dtype) if t.is_floating_point() else t
     m, h = OP(x, residual, ln_weight, ln_bias, *weights.values(), eps=eps, dropout=dropout, kind=kind, impl=impl)
     return m, x if residual is None else h
 

@@ -19,15 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2_fast.ops.runtime.dispatch import address
-from gpt2_fast.ops.runtime.memory import large_pages
+from gpt2_fast.ops.runtime.memory import large_pages, round_up
 
 PANEL = 16
 GROUPS = {"float32": 1, "bfloat16": 2, "int8": 4}
 CODES = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/decode_step.h
-
-
-def round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
 
 
 def padded(vector: Tensor | None) -> Tensor | None:

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = f"{len(found)} configurations, triton {triton.__version__}, {time.monotonic() - began:.0f} s"
     if options.write:
         names = {(shipped.spec(job).name, str(job.arch)) for job in shipped.jobs()}
-        kept = {key: row for key, row in read(file).items() if key in names} if options.only else {}
+        kept = {key: row for key, row in read(file).items() if key in names} if options.only and file.exists() else {}
         write(file, {**kept, **found})
         print(f"{file.name} written: {seconds}")
         return 0

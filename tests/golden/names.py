@@ -27,6 +27,7 @@ def documents() -> list[Path]:
 
 
 def _in_text(text: str) -> set[str]:
+    text = re.sub(r"^:::.*", "", text, flags=re.M)  # where a docstring lies, which may move: no name to import by
     names = set(re.findall(rf"\b{PACKAGE}(?:\.[A-Za-z_]\w*)+", text))
     for module, imported in re.findall(rf"from ({PACKAGE}[\w.]*) import ([\w, ]+)", text):
         names |= {f"{module}.{name.strip().split(' as ')[0]}" for name in imported.split(",") if name.strip()}

@@ -112,6 +112,15 @@ def test_norm_that_is_given_and_norm_that_is_not_finite(impl):
     assert lists[0][3].isnan().all()  # as after torch.nn.utils.clip_grad_norm_
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_norm_that_is_given_without_parameters_is_returned(impl):
+    *_, hyper, _ = next(iter(samples(DEVICE)))
+    nothing = [[] for _ in range(7)]
+    assert adamw(*nothing, hyper, max_norm=1.0, norm=torch.tensor(3.0, device=DEVICE), impl=impl) == 3.0
+    assert adamw(*nothing, hyper, max_norm=1.0, impl=impl) == 0.0
+    assert adamw(*nothing, hyper, impl=impl) is None
+
+
 def test_same_bits_whatever_the_threads(threads):
     *lists, hyper, _ = list(samples())[2]
     lists = [[t.repeat(40) if t.ndim == 1 else t.repeat(40, 1) for t in tensors] for tensors in lists[:5]] + lists[5:]

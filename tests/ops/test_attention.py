@@ -1,11 +1,11 @@
-"""attention and attention_decode: every implementation against float64, values and gradients."""
+"""attention and attention_decode: what is their own; test_shared.py has what all operations share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, evaluate
 
 from gpt2_fast.ops.attention import (
     attention,
@@ -13,11 +13,9 @@ from gpt2_fast.ops.attention import (
     attention_decode_reference,
     attention_reference,
     keep_mask,
-    samples,
     segments_from,
 )
 from gpt2_fast.ops.runtime import dispatch
-from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
@@ -32,28 +30,6 @@ def _check(qkv, options, impl):
         return attention_reference(x, **options)
 
     check_op(run, reference, [qkv], qkv.dtype, f"{impl} {qkv.dtype} {tuple(qkv.shape)} {sorted(options)}")
-
-
-def _inputs(impl, dtype):
-    for qkv, options in samples(DEVICE, dtype):
-        if impl == "triton" and INTERPRETED:
-            if qkv.shape[1] > 63 or (qkv.shape[1] > 17 and dtype != torch.float32):
-                continue
-            qkv = qkv[:, :, :, :1]
-        yield qkv, options
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_values_and_gradients(impl, dtype):
-    for qkv, options in _inputs(impl, dtype):
-        _check(qkv, options, impl)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set(isa, dtype):
-    for qkv, options in samples("cpu", dtype):
-        _check(qkv, options, "cpp")
 
 
 @pytest.mark.parametrize("D", [16, 20, 64, 80, 128])
@@ -158,11 +134,6 @@ def test_not_a_number_is_not_hidden(isa):
     assert out[0, :40].isfinite().all()
 
 
-def test_strided_qkv():
-    _check(torch.randn(3, 21, 2, 3, 16).transpose(2, 3), {}, "cpp")
-    _check(torch.randn(21, 2, 3, 2, 32).transpose(0, 1)[..., ::2], {}, "cpp")
-
-
 def test_same_bits_whatever_the_threads(threads):
     dropout = Dropout(0.1, torch.tensor([5]))
     for shape in ((2, 150, 3, 3, 64), (1, 600, 3, 1, 16)):
@@ -174,15 +145,6 @@ def test_same_bits_whatever_the_threads(threads):
             runs.append([*outputs, *gradients])
         for run in runs[1:]:
             assert_same_bits(runs[0], run, str(shape))
-
-
-def test_autocast_decides_the_dtype():
-    qkv = torch.randn(1, 9, 3, 2, 16, device=DEVICE, requires_grad=True)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        out = attention(qkv)
-    assert out.dtype == torch.bfloat16
-    (dqkv,) = torch.autograd.grad(out.float().sum(), qkv)
-    assert dqkv.dtype == torch.float32
 
 
 def test_segments_encoding():
@@ -215,13 +177,6 @@ def _check_decode(B, H, S, D, dtype, impl):
     assert actual.dtype == dtype
     assert_as_exact(actual, eager, truth, f"{impl} {dtype} {(B, H, S, D)}", dtype)
     assert (actual[2:] == 0).all(), "a sequence that sees nothing must give 0"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_decode(impl, dtype):
-    for S, D in ((1, 16), (131, 64), (70, 80)):
-        _check_decode(3, 1 if impl == "triton" else 2, S, D, dtype, impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,65 +214,6 @@ def test_decode_alone_and_in_a_batch_same_bits(threads):
 # ---- the operators' contract ----
 
 
-def test_operator_contract():
-    qkv, segments = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.zeros(2, 9, dtype=torch.int32)
-    dropout = Dropout(0.1, torch.tensor([5]), 1)
-    names = check_operators(lambda: attention(qkv, segments=segments, dropout=dropout, impl="cpp").sum().backward())
-    assert names == ["attention", "attention_backward"]
-    bounds = {"starts": torch.zeros(2, dtype=torch.int32), "lengths": torch.full((2,), 7, dtype=torch.int32)}
-    cache = (torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16))
-    assert check_operators(lambda: attention_decode(torch.randn(2, 2, 16), *cache, **bounds)) == ["attention_decode"]
-
-
-def test_compiles_whole():
-    dropout = Dropout(0.1, torch.tensor([5]))
-
-    def step(qkv, mask):
-        return attention(qkv * 1.5, segments=segments_from(mask), dropout=dropout).square().sum()
-
-    one, compiled = [torch.ones(())], torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T in (7, 9):
-        inputs = [torch.randn(1, T, 3, 2, 16, requires_grad=True), (torch.arange(T) > 1)[None]]
-        torch.testing.assert_close(evaluate(compiled, inputs, one), evaluate(step, inputs, one))
-
-
-def test_functional_transforms():
-    qkv = torch.randn(3, 2, 7, 3, 2, 16)
-    value = lambda x: attention(x, impl="cpp").square().sum()
-    one = [torch.func.grad(value)(x) for x in qkv]
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(qkv), torch.stack(one))
-    torch.testing.assert_close(one[0], torch.func.grad(lambda x: attention_reference(x).square().sum())(qkv[0]))
-
-
-def test_second_derivative_raises():
-    qkv = torch.randn(1, 5, 3, 1, 16, requires_grad=True)
-    (dqkv,) = torch.autograd.grad(attention(qkv, impl="cpp").square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention: its gradient .* use impl='reference'"):
-        dqkv.square().sum().backward()
-
-
-def test_decoding_has_no_gradient_and_says_so():
-    q, k, v = (t.requires_grad_() for t in _cache(2, 1, 9, 16, torch.float32, "cpu"))
-    bounds = {"starts": torch.zeros(2, dtype=torch.int32), "lengths": torch.full((2,), 7, dtype=torch.int32)}
-    out = attention_decode(q, k, v, **bounds, impl="cpp")
-    with torch.no_grad():
-        assert_same_bits([out], [attention_decode(q, k, v, **bounds, impl="cpp")])
-    with pytest.raises(RuntimeError, match="attention_decode: its kernels have no gradient; use impl='reference'"):
-        out.sum().backward()
-
-
-def test_strided_segments_and_caches():
-    """Every other token of a table of segments, a cache that is a part of a longer one."""
-    segments = segments_from(torch.ones(2, 18), torch.arange(36).view(2, 18) // 4)[:, ::2]
-    _check(torch.randn(2, 9, 3, 2, 16), {"segments": segments}, "cpp")
-    q, k, v = _cache(4, 2, 40, 16, torch.float32, "cpu")
-    bounds = torch.tensor([[0, 9], [2, 20], [1, 30], [0, 20]], dtype=torch.int32).t()
-    tensors = (q[::2], k[::2, :, :20], v[::2, :, :20])
-    actual = attention_decode(*tensors, starts=bounds[0, ::2], lengths=bounds[1, ::2], impl="cpp")
-    expected = attention_decode_reference(*tensors, bounds[0, ::2], bounds[1, ::2])
-    torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bounds_outside_of_the_cache_read_nothing_there(impl):
     """Keys before the first and after the last are none; the tensors lie within larger ones whose rest is NaN."""
@@ -351,69 +247,18 @@ def test_python_and_the_kernels_agree_on_a_group_of_keys(monkeypatch, threads):
     assert (1, 1, 2, 48) in asked
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_no_rows(impl):
-    qkv = torch.randn(0, 5, 3, 2, 16, requires_grad=True)
-    out = attention(qkv, impl=impl)
-    assert out.shape == (0, 5, 2, 16)
-    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
-    none, cache = torch.zeros(0, dtype=torch.int32), torch.randn(0, 2, 9, 16)
-    assert attention_decode(cache[:, :, 0], cache, cache, starts=none, lengths=none, impl=impl).shape == (0, 2, 16)
-
-
-def test_float64_is_the_references():
-    qkv = torch.randn(2, 5, 3, 2, 16, dtype=torch.float64)
-    assert_same_bits([attention(qkv)], [attention_reference(qkv)])
-
-
-def test_bad_input_is_named():
-    qkv, key = torch.randn(2, 5, 3, 2, 16), torch.tensor([5])
-    for match, arguments, options in [
-        (r"attention: qkv is \(2, 5, 3, 32\); it must be \[B, T, 3, H, D\]", qkv.view(2, 5, 3, 32), {}),
-        (r"qkv is \(2, 5, 2, 2, 16\); it must be \[B, T, 3, H, D\]", qkv[:, :, 1:], {}),
-        (r"qkv is \(2, 0, 3, 2, 16\); T of .* must be at least 1", qkv[:, :0], {}),
-        (r"qkv is \(2, 5, 3, 2, 0\); D of .* must be at least 1", qkv[..., :0], {}),
-        (r"qkv is \(2, 5, 3, 0, 16\); H of .* must be at least 1", qkv[:, :, :, :0], {}),
-        (r"qkv is torch.int64; it must be a floating dtype", qkv.long(), {}),
-        (r"head size 8 is outside 16 to 128.*use impl='reference'", qkv[..., :8], {}),
-        (r"segments is torch.int64; it must be torch.int32", qkv, {"segments": torch.zeros(2, 5, dtype=torch.int64)}),
-        (r"segments is \(2, 6\); it must be \[B, T\] with B = 2, T = 5", qkv,
-         {"segments": torch.zeros(2, 6, dtype=torch.int32)}),
-        (r"segments is on meta and qkv on cpu", qkv,
-         {"segments": torch.zeros(2, 5, dtype=torch.int32, device="meta")}),
-        (r"dropout's p is 1.5", qkv, {"dropout": Dropout(1.5, key)}),
-        (r"its key is None", qkv, {"dropout": Dropout(0.1)}),
-        (r"scale is -1.0; it must be positive and finite", qkv, {"scale": -1.0}),
-        (r"scale is nan", qkv, {"scale": float("nan")}),
-        (r"scale is inf", qkv, {"scale": float("inf")}),
-        (r"no implementation 'cuda' on cpu", qkv, {"impl": "cuda"}),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=match) as error:
-            attention(arguments, **options)
-        assert "\n" not in str(error.value)
-    with pytest.raises(TypeError, match="qkv is a NoneType; it must be a tensor"):
-        attention(None)
-    with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
-        attention(qkv.double(), impl="cpp")
+def test_what_the_kernels_do_not_take_is_named():
+    qkv, q, k = torch.randn(2, 5, 3, 2, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16)
+    bounds = torch.ones(2, dtype=torch.int32)
+    decode = lambda q, k, scale=None: attention_decode(q, k, k, starts=bounds, lengths=bounds, scale=scale)
+    for call in (lambda: attention(qkv[..., :8]), lambda: decode(q[..., :8], k[..., :8])):
+        with pytest.raises(ValueError, match=r"head size 8 is outside 16 to 128.*use impl='reference'"):
+            call()
+    for scale, said in ((-1.0, "-1.0"), (0, "0"), (float("nan"), "nan"), (float("inf"), "inf")):
+        for call in (lambda s: attention(qkv, scale=s), lambda s: decode(q, k, s)):
+            with pytest.raises(ValueError, match=rf"scale is {said}; it must be positive and finite"):
+                call(scale)
     with pytest.raises(ValueError, match="both None"):
         segments_from()
     with pytest.raises(ValueError, match=r"must be \[B, T\]"):
         segments_from(torch.ones(2, 1, 1, 5))
-
-
-def test_bad_decode_input_is_named():
-    q, k, bounds = torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16), torch.ones(2, dtype=torch.int32)
-    options = {"starts": bounds, "lengths": bounds}
-    for match, tensors, others in [
-        (r"attention_decode: k_cache is \(2, 3, 9, 16\); it must be \[B, H, S, D\] with B = 2, H = 3, .*D = 15",
-         (q[..., :15], k, k), {}),
-        (r"v_cache is \(2, 3, 8, 16\)", (q, k, k[:, :, 1:]), {}),
-        (r"k_cache is \(2, 3, 0, 16\); S of .* must be at least 1", (q, k[:, :, :0], k), {}),
-        (r"v_cache is torch.bfloat16; it must be torch.float32", (q, k, k.bfloat16()), {}),
-        (r"lengths is torch.int64; it must be torch.int32", (q, k, k), {"lengths": bounds.long()}),
-        (r"head size 8 is outside 16 to 128.*use impl='reference'", (q[..., :8], k[..., :8], k[..., :8]), {}),
-        (r"scale is 0", (q, k, k), {"scale": 0}),
-        (r"scale is nan", (q, k, k), {"scale": float("nan")}),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=match):
-            attention_decode(*tensors, **options | others)

@@ -9,6 +9,7 @@ import torch
 from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
+from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, samples
 from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
 
@@ -46,9 +47,9 @@ def test_every_instruction_set(isa, threads, weights):
     allowed = torch.float32 if weights == "float32" else torch.bfloat16 if vnni else torch.float16
     for sizes, tokens, starts in samples():
         model = _model(**sizes)
-        actual = _run(PackedModel(model, weights, impl="cpp"), tokens, starts)
-        eager = _run(PackedModel(model, weights, impl="reference"), tokens, starts)
-        truth = _run(PackedModel(model, weights, impl="reference", dtype=torch.float64), tokens, starts)
+        actual = _run(PackedModel(parameters_of(model), weights, impl="cpp"), tokens, starts)
+        eager = _run(PackedModel(parameters_of(model), weights, impl="reference"), tokens, starts)
+        truth = _run(PackedModel(parameters_of(model), weights, impl="reference", dtype=torch.float64), tokens, starts)
         assert_as_exact(actual, eager, truth, f"{weights} {sizes}", allowed)
 
 
@@ -59,7 +60,7 @@ def test_float32_is_the_model(threads):
         model = _model(**sizes)
         index = torch.arange(tokens.shape[1])
         mask, positions = index >= starts.unsqueeze(1), (index - starts.unsqueeze(1)).clamp(min=0)
-        actual = _run(PackedModel(model, "float32", impl="cpp"), tokens, starts)
+        actual = _run(PackedModel(parameters_of(model), "float32", impl="cpp"), tokens, starts)
         eager, truth = (
             m(tokens, attention_mask=mask.long(), position_ids=positions).logits.transpose(0, 1)[-len(actual) :]
             for m in (model, copy.deepcopy(model).double())
@@ -73,18 +74,18 @@ def test_a_layer_without_biases_and_one_that_stores_out_in():
     for module in model.modules():
         if hasattr(module, "weight_io") or isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.zeros_(module.bias)
-    expected = _run(PackedModel(model, "float32"), tokens)
+    expected = _run(PackedModel(parameters_of(model), "float32"), tokens)
     for module in model.modules():
         if hasattr(module, "weight_io") or isinstance(module, torch.nn.LayerNorm):
             module.bias = None
     for impl in ("cpp", "reference"):
-        torch.testing.assert_close(_run(PackedModel(model, "float32", impl=impl), tokens), expected)
+        torch.testing.assert_close(_run(PackedModel(parameters_of(model), "float32", impl=impl), tokens), expected)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_same_bits_on_any_number_of_threads(isa, threads, weights):
     packed, tokens = (
-        PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
+        PackedModel(parameters_of(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301)), weights),
         torch.randint(301, (3, 9)),
     )
     runs = []
@@ -100,7 +101,7 @@ def test_same_bits_alone_in_a_batch_and_however_the_prompt_is_cut(isa, weights):
     """Rows of a padded batch whose prefill takes more than one chunk, and the same tokens one by one."""
     B, T, start = CHUNK // 24 + 2, 25, 7
     packed, tokens = (
-        PackedModel(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301), weights),
+        PackedModel(parameters_of(_model(n_layer=2, n_embd=96, n_head=3, vocab_size=301)), weights),
         torch.randint(301, (B, T)),
     )
     assert B * (T - 1) - start > CHUNK
@@ -138,7 +139,7 @@ def test_int8_rounds_each_row_by_its_own_scale():
 
 def test_sizes():
     model = _model(n_layer=1, n_embd=64, n_head=2, vocab_size=320)
-    packed = {weights: PackedModel(model, weights) for weights in WEIGHTS}
+    packed = {weights: PackedModel(parameters_of(model), weights) for weights in WEIGHTS}
     assert packed["float32"].nbytes == 4 * model.num_parameters()
     matrices = 320 * 64 + 64 * (3 * 64 + 64 + 8 * 64)
     assert packed["float32"].nbytes - packed["bfloat16"].nbytes == 2 * matrices
@@ -152,10 +153,10 @@ def test_sizes():
 def test_what_is_refused():
     model = _model(n_layer=1, n_embd=16, n_head=2, vocab_size=50)
     with pytest.raises(ValueError, match="weights is 'int4'; choose float32, bfloat16, int8"):
-        PackedModel(model, "int4")
+        PackedModel(parameters_of(model), "int4")
     with pytest.raises(ValueError, match="model is on meta; move it to the CPU"):
-        PackedModel(copy.deepcopy(model).to("meta"), "int8")
-    packed = PackedModel(model, "int8")
+        PackedModel(parameters_of(copy.deepcopy(model).to("meta")), "int8")
+    packed = PackedModel(parameters_of(model), "int8")
     with pytest.raises(ValueError, match="cache is for 65 positions and the model has 64"):
         PackedCache(packed, 1, 65)
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -178,3 +179,29 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"a step takes one token a row, \[B\]"):
         packed.step(tokens, cache)
     assert cache.length == 3
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_a_cache_of_another_model_is_refused(impl):
+    """A smaller one's memory would be written beyond its end."""
+    small = PackedModel(parameters_of(_model(n_layer=1, n_embd=16, n_head=2, vocab_size=50)), "float32", impl=impl)
+    large = PackedModel(parameters_of(_model(n_layer=3, n_embd=96, n_head=3, vocab_size=50)), "float32", impl=impl)
+    cache = PackedCache(small, 2, 8)
+    for packed in (large, PackedModel(parameters_of(_model(n_layer=1, n_embd=16, n_head=2, vocab_size=50)), "int8")):
+        with pytest.raises(ValueError, match="the cache was made for another PackedModel"):
+            packed.prefill(torch.zeros(2, 3, dtype=torch.int64), cache)
+    assert cache.length == 0
+
+
+def test_tensors_of_any_strides_are_packed():
+    """The same bits whatever the strides, and from a head that is no longer the table itself."""
+    model, tokens = _model(n_layer=1, n_embd=48, n_head=3, vocab_size=50), torch.randint(50, (2, 9))
+    parameters = parameters_of(model)
+    expected = _run(PackedModel(parameters, "int8"), tokens)
+    strided = lambda t: torch.stack([t, t + 1.0], -1)[..., 0]
+    *affines, scale = parameters.layers[0]
+    layer = type(parameters.layers[0])(*((strided(w), strided(b)) for w, b in affines), scale)
+    tables = {"wte": strided(parameters.wte), "wpe": strided(parameters.wpe), "lm_head": strided(parameters.wte)}
+    ln_f = tuple(map(strided, parameters.ln_f))
+    again = parameters._replace(**tables, layers=[layer], ln_f=ln_f)
+    assert_same_bits([_run(PackedModel(again, "int8"), tokens)], [expected])

@@ -1,15 +1,13 @@
-"""linear: the own and the vendor's products against float64, values and gradients."""
+"""linear and the products behind it: what is their own; test_shared.py has what all operations share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
-from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
+from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
 from gpt2_fast.ops.linear import linear, linear_reference, samples
-from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu, gelu
 from gpt2_fast.ops.runtime.products import add_product, gelu_product, product
@@ -18,13 +16,6 @@ OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
 POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]
 # (M, N, K): one number; less than a tile; tiles and what is left over; two blocks of inputs; two of rows and of inputs.
 SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (1600, 49, 1601)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", dispatch.implementations("linear", DEVICE)[:-1])
-def test_values_and_gradients(impl, dtype):
-    for inputs in samples(DEVICE, dtype):
-        check_op(lambda *t: linear(*t, impl=impl), linear_reference, inputs, dtype, f"{impl} {dtype}")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -112,19 +103,6 @@ def test_own_product_gives_the_same_bits_on_any_number_of_threads(pairs, threads
         assert_same_bits(runs[:1], [other])
 
 
-def test_no_rows():
-    x, weight, bias = torch.empty(2, 0, 3, requires_grad=True), torch.randn(3, 2, requires_grad=True), torch.zeros(2)
-    y = linear(x, weight, bias)
-    assert y.shape == (2, 0, 2)
-    (dweight,) = torch.autograd.grad(y.sum(), [weight])
-    assert torch.equal(dweight, torch.zeros(3, 2))
-
-
-def test_strided_inputs():
-    x, weight = torch.randn(6, 4, 48).transpose(0, 1), torch.randn(33, 48).t()
-    check_op(linear, linear_reference, [x, weight, torch.randn(33)], torch.float32)
-
-
 @pytest.mark.parametrize("library", ["cpp", "mkl", "onednn"])
 def test_weight_of_nn_linear(library, use_policy):
     """Its gradient is laid out as nn.Linear stores it, and autograd keeps that memory."""
@@ -134,30 +112,6 @@ def test_weight_of_nn_linear(library, use_policy):
     linear(torch.randn(6, 4, 48), stored.t()).sum().backward()
     assert stored.grad.is_contiguous()
     assert stored.grad.data_ptr() == seen[0]
-
-
-def test_frozen_weight_gets_no_gradient():
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, 5)
-    y = linear(x, weight, torch.zeros(5))
-    (dx,) = torch.autograd.grad(y.sum(), [x])
-    torch.testing.assert_close(dx, weight.sum(1).expand(3, 8))
-
-
-def test_autocast_casts_everything():
-    x, weight, bias = torch.randn(3, 8), torch.randn(8, 5, requires_grad=True), torch.randn(5)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = linear(x, weight, bias)
-    expected = x.bfloat16().double() @ weight.bfloat16().double() + bias.bfloat16().double()
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-7)
-    (dweight,) = torch.autograd.grad(y.float().sum(), [weight])
-    assert dweight.dtype == torch.float32
-
-
-def test_same_bits_twice():
-    inputs = [torch.randn(65, 96, requires_grad=True), torch.randn(96, 33, requires_grad=True)]
-    runs = [evaluate(linear, inputs, [torch.ones(65, 33)]) for _ in range(2)]
-    assert_same_bits([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]])
 
 
 @pytest.mark.parametrize("kind", Gelu)
@@ -185,28 +139,3 @@ def test_gelu_again_is_the_products_gelu(isa, dtype, kind, use_policy):
     a, b, bias = (torch.randn(shape).to(dtype) for shape in ((65, 40), (40, 97), (97,)))
     y, u = gelu_product(a, b, bias, dtype, True, kind)
     assert_same_bits([gelu(u, kind)], [y])
-
-
-def test_operator_contract():
-    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 8), (8, 5), (5,)))
-    for layout in (weight, weight.detach().t().contiguous().t().requires_grad_()):
-        names = check_operators(lambda w=layout: linear(x, w, bias).sum().backward())
-        assert names == ["linear", "linear_backward"]
-
-
-def test_compiles_whole():
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, 5, requires_grad=True)
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    upstream = [torch.randn(3, 5)]
-    torch.testing.assert_close(evaluate(compiled, [x, weight], upstream), evaluate(linear, [x, weight], upstream))
-
-
-def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"linear: weight is \(5, 8\); it must be \[I, O\] with I = 8"):
-        linear(torch.randn(3, 8), torch.randn(5, 8))
-    with pytest.raises(ValueError, match=r"linear: bias is \(4,\); it must be \[O\] with O = 5"):
-        linear(torch.randn(3, 8), torch.randn(8, 5), torch.randn(4))
-    with pytest.raises(ValueError, match="linear: weight is torch.float32; it must be torch.bfloat16"):
-        linear(torch.randn(3, 8).bfloat16(), torch.randn(8, 5))
-    with pytest.raises(ValueError, match=r"linear: x is \(3, 0\); I of \[..., I\] must be at least 1"):
-        linear(torch.randn(3, 0), torch.randn(0, 5))

@@ -44,7 +44,7 @@ class Region:
         nbytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             self.collect()
-            span = self._carve(-(-nbytes // PAGE) * PAGE)
+            span = self._carve(memory.round_up(nbytes, PAGE))
         if span is None:
             return None
         # The storage holds the array, which dies with it. That is noted without the lock: this thread may hold it.

@@ -1,8 +1,8 @@
-"""What an operation takes: the shapes, dtypes and devices of its inputs, and what its kernels may read of them."""
+"""What an operation takes: shapes, dtypes and devices of its inputs, its options, and what its kernels may read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 FLOAT = "a floating dtype"
 SAME = "same dtype"  # as the first input
 STREAM = "stream dtype"  # the first input's dtype, or float32 beside a lower precision
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what FLOAT is: no 8 bits, no complex numbers
 INDEX = (torch.int64, torch.int32)
 
 CONTIGUOUS, STRIDED = "contiguous", "strided"
@@ -22,10 +23,13 @@ MAY_BE_EMPTY = {"B", "..."}  # a batch may have no rows; everything else has a s
 class Input:
     """One tensor of an operation.
 
-    shape: names of its sizes, as in "B T 3 H D"; "..." stands for any leading sizes, N for their product. Sizes of
-        one name are equal in all inputs; B and the leading ones may be 0.
-    dtype: FLOAT, SAME, STREAM, or a tuple of dtypes.
-    read: how a kernel gets it: CONTIGUOUS, STRIDED (as it is) or a dtype, in which it is then contiguous.
+    Args:
+        name: of the argument.
+        shape: names of its sizes, as in "B T 3 H D"; "..." stands for any leading sizes, N for their product. Sizes
+            of one name are equal in all inputs; B and the leading ones may be 0.
+        dtype: FLOAT, SAME, STREAM, or a tuple of dtypes.
+        optional: whether it may be None.
+        read: how a kernel gets it: CONTIGUOUS, STRIDED (as it is) or a dtype, in which it is then contiguous.
     """
 
     name: str
@@ -46,7 +50,7 @@ class Input:
         kind = self.dtype
         if kind is SAME or kind is STREAM:
             return dtype is first or (kind is STREAM and dtype is torch.float32)
-        return dtype.is_floating_point if kind is FLOAT else dtype in kind
+        return dtype in (FLOATS if kind is FLOAT else kind)
 
     @property
     def pattern(self) -> str:
@@ -104,6 +108,24 @@ def check(op: str, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) ->
         if t.layout is not torch.strided:
             raise ValueError(f"{op}: {spec.name} is {t.layout}; it must be dense: call .to_dense()")
     return empty or 0 in bound.get("...", ())
+
+
+# What a caller may pass for an option of each kind.
+OPTIONS = {
+    float: (float, int),
+    float | None: (float, int, type(None)),
+    int: (int, torch.SymInt),
+    torch.dtype | None: (torch.dtype, type(None)),
+}
+
+
+def check_options(op: str, kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raises TypeError, one line that names the option, unless each of `values` is of its kind in `kinds`."""
+    for name, kind in kinds.items():
+        value = values[name]
+        if not isinstance(value, OPTIONS.get(kind, kind)):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise TypeError(f"{op}: {name} is {value!r}, a {type(value).__name__}; it must be a {wanted}")
 
 
 def sizes_of(shapes: dict[str, str]) -> Callable[[dict[str, Any]], None]:

@@ -26,7 +26,18 @@ from torch import Tensor
 
 from gpt2_fast.ops.runtime import buffers, dispatch
 from gpt2_fast.ops.runtime.autograd import as_tuple, function_of, functional_of, underivable_of
-from gpt2_fast.ops.runtime.contract import CONTIGUOUS, FLOAT, SAME, STREAM, STRIDED, Input, check, reader, sizes_of
+from gpt2_fast.ops.runtime.contract import (
+    CONTIGUOUS,
+    FLOAT,
+    SAME,
+    STREAM,
+    STRIDED,
+    Input,
+    check,
+    check_options,
+    reader,
+    sizes_of,
+)
 from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import Dropout
 
@@ -258,10 +269,11 @@ class Op:
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
         empty = check(self.name, self.inputs, tensors)
         first = tensors[0]
-        if self.check is not None:
-            self.check(*tensors, **options)
+        check_options(self.name, self.options, options)
         if self.dropout:
             options["dropout"].check(self.name, first.device)
+        if self.check is not None:
+            self.check(*tensors, **options)
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
         if chosen == "reference" or empty:
             return self.reference(*tensors, **options)
@@ -303,19 +315,26 @@ def traced(flat: Sequence[Any]) -> bool:
     return any(isinstance(t, Tensor) and (type(t) not in PLAIN or t.is_neg()) for t in flat)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
+def autocasts(x: Any) -> bool:
+    """Whether `torch.autocast` is on for x; it leaves float64 alone. Of no tensor the contract says so later."""
+    if not isinstance(x, Tensor) or x.device.type == "meta":
+        return False
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What an operation on x computes in: autocast's dtype inside `torch.autocast`, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else getattr(x, "dtype", None)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """`tensors` in autocast's dtype inside `torch.autocast`, as it casts those of a product; otherwise as they are."""
-    dtype = autocast_dtype(tensors[0])
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    if not autocasts(tensors[0]):
         return tensors
+    dtype = autocast_dtype(tensors[0])
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
     )
 
 

@@ -59,6 +59,13 @@ def implementations(op: str, device_type: str) -> tuple[str, ...]:
     return TABLE[op].get(device_type, ("reference",)) + on_request
 
 
+def checked(impl: str) -> str:
+    """A model's `impl`; raises ValueError for another name."""
+    if impl not in OF_MODELS:
+        raise ValueError(f"impl is {impl!r}; choose one of {', '.join(OF_MODELS)}")
+    return impl
+
+
 @torch.compiler.assume_constant_result
 def of_model(impl: str, op: str, device_type: str) -> str:
     """What a model's `impl` is for one of its operations.

@@ -13,6 +13,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _retains = False
 
 
+def round_up(n: int, step: int) -> int:
+    """The least multiple of `step` that is not below n."""
+    return -(-n // step) * step
+
+
 def large_pages(size: int) -> mmap.mmap:
     """`size` bytes of zeros, which become memory when first written, on pages of 2 MiB where the system has them.
 

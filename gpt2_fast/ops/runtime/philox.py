@@ -102,11 +102,16 @@ def keep_tiles(key: torch.Tensor, site: int, n_heads: int, n_tokens: int, p: flo
     return kept.reshape(n_heads, 16 * patches, 16 * patches)[:, :n_tokens, :n_tokens]
 
 
+_KEYS = (torch.Tensor, type(None))
+
+
 class Dropout(NamedTuple):
     """One dropout of one forward pass.
 
-    p: the probability of zeroing an element; 0 in eval mode. key: int64 [1], of this forward pass (`new_key`); needed
-    where p is not 0. site: which dropout of the model this is; each draws its own mask from the key.
+    Attributes:
+        p: the probability of zeroing an element; 0 in eval mode.
+        key: int64 [1], of this forward pass (`new_key`); needed where p is not 0.
+        site: which dropout of the model this is; each draws its own mask from the key.
     """
 
     p: float = 0.0
@@ -133,8 +138,11 @@ class Dropout(NamedTuple):
         return torch.where(keep, x * self.scale, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def check(self, op: str, device: torch.device) -> None:
-        """Raises ValueError unless p is a probability below 1 and there is, above 0, a key on `device`."""
-        p, key, _ = self
+        """Raises TypeError or ValueError unless p is below 1 and there is, above 0, a key on `device`."""
+        p, key, site = self
+        for name, value, kinds in (("p", p, (float, int)), ("key", key, _KEYS), ("site", site, int)):
+            if not isinstance(value, kinds):
+                raise TypeError(f"{op}: dropout's {name} is a {type(value).__name__}; see philox.Dropout")
         if not 0.0 <= p < 1.0:
             raise ValueError(f"{op}: dropout's p is {p}; it must be at least 0 and below 1")
         if p > 0.0 and key is None:
@@ -147,3 +155,9 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout()
+
+
+def check_addition(op: str, residual: torch.Tensor | None, dropout: Dropout) -> None:
+    """Raises ValueError where elements of what is added would be dropped, and nothing is added."""
+    if residual is None and dropout.p > 0.0:
+        raise ValueError(f"{op}: dropout's p is {dropout.p} and residual is None; it acts on what is added")

@@ -1,6 +1,7 @@
-"""README.md holds: every row of its table runs, both sides where transformers is the left one, and so does its Python.
+"""README.md and docs/ hold: rows, Python, commands and links.
 
-A row runs as it is written, in a folder that has what it names: gpt2/, out/ckpt.pt, gpt2_124M.bin, data/*.bin, my.txt,
+Every row of the table of docs/migrate.md runs, both sides where transformers is the left one. A row runs as it is
+written, in a folder that has what it names: gpt2/, out/ckpt.pt, gpt2_124M.bin, data/*.bin, my.txt,
 hellaswag_val.jsonl and lambada_test.jsonl, of a tiny model.
 """
 
@@ -11,6 +12,8 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,14 +31,15 @@ from gpt2_fast.checkpoint import convert
 from gpt2_fast.data import load_data, load_tokens
 from gpt2_fast.data.tokenizer import get_tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
 SIZES = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 
 
 def table() -> list[tuple[str, str]]:
-    section = README.split("## Coming from transformers, nanoGPT or llm.c")[1].split("\n## ")[0]
+    section = PAGES["docs/migrate.md"].split("\n## ")[0]
     cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return [(row[0], row[1].rstrip("| ")) for row in cells[2:] if not row[0].startswith("**")]
 
@@ -320,7 +324,7 @@ CHECKS = {
 @pytest.mark.parametrize(("left", "right"), table(), ids=[str(i) for i, _ in enumerate(table(), start=1)])
 def test_row(world, left, right):
     key = (spans(left) or [left])[0]
-    assert key in CHECKS, f"README's row {left!r} has no test"
+    assert key in CHECKS, f"the row {left!r} of docs/migrate.md has no test"
     CHECKS[key](world, spans(left), spans(right))
 
 
@@ -328,24 +332,98 @@ def test_every_check_has_its_row():
     assert [(spans(left) or [left])[0] for left, _ in table()] == list(CHECKS)
 
 
-def blocks(language: str) -> list[str]:
-    fenced = README.split("```")[1::2]
+def blocks(page: str, language: str) -> list[str]:
+    fenced = PAGES[page].split("```")[1::2]
     return [block.split("\n", 1)[1] for block in fenced if block.split("\n", 1)[0] == language]
 
 
-def test_python_blocks_run(made, monkeypatch):
+# What declares an op runs in a process of its own, where it is in nobody's table.
+WITH_PYTHON = sorted(page for page in PAGES if blocks(page, "python") and page != "docs/add-an-op.md")
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_blocks_run(page, made, monkeypatch):
     """In order, in one namespace; "gpt2" is tiny."""
     monkeypatch.chdir(made.root)
+    monkeypatch.setenv("GPT2_FAST_CACHE", str(made.root / "cache"))
     monkeypatch.setitem(config.PRESETS, "gpt2", SIZES)
-    names = {"input_ids": torch.randint(50257, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
-    assert blocks("python")
-    for block in blocks("python"):
+    names = {}
+    for block in blocks(page, "python"):
         exec(block, names)
-    assert names["loss"].isfinite()
+    assert "loss" not in names or names["loss"].isfinite()
+
+
+def test_the_pages_that_show_how_have_python():
+    shown = ("evaluate", "generate", "look-inside", "migrate", "patch", "train")
+    assert ["README.md", *(f"docs/{page}.md" for page in shown)] == WITH_PYTHON
+
+
+DECLARED = """
+import sys, types, torch
+room = types.ModuleType("softcap")
+exec(sys.stdin.read(), vars(room))
+from gpt2_fast.ops.runtime import cpp
+
+def forward(out, a):
+    assert a.x.is_contiguous() and a.N * a.C == a.x.numel()
+    out.y.copy_(a.cap * torch.tanh(a.x / a.cap))
+
+def backward(out, a):
+    out.dx.copy_(a.dy * (1 - (a.y / a.cap) ** 2))
+
+cpp.softcap_forward, cpp.softcap_backward = forward, backward
+torch.library.opcheck(room.OP.forward_op, (torch.randn(2, 3), 1.0, True, "cpp"))
+for x, options in room.samples():
+    for x in (x, x[..., :1].expand_as(x)):
+        found = []
+        for impl in ("cpp", "reference"):
+            t = x.clone().requires_grad_() if x.is_contiguous() else x.detach().requires_grad_()
+            y = room.softcap(t, **options, impl=impl)
+            (y * torch.arange(y.shape[-1])).sum().backward()
+            found.append((y, t.grad))
+        torch.testing.assert_close(*found)
+try:
+    room.softcap(x, cap=0.0)
+except ValueError:
+    print("declared")
+"""
+
+
+def test_the_op_of_add_an_op_is_declared_as_it_stands():
+    """Its kernels' places are taken by PyTorch: what the page shows of C++ is not built here."""
+    (code,) = blocks("docs/add-an-op.md", "python")
+    done = subprocess.run([sys.executable, "-c", DECLARED], input=code, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "declared\n", done.stderr
 
 
 def test_commands_parse():
-    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("gpt2-fast ")]
+    lines = [line for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("gpt2-fast ")]
     assert len(lines) > 10
     for line in lines:
         cli.parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 130
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+DOCUMENTS = sorted({*PAGES, *(str(p.relative_to(ROOT)) for g in ("*.md", "benchmarks/*.md") for p in ROOT.glob(g))})
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{page} links to {target}"

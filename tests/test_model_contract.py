@@ -1,0 +1,221 @@
+"""What users do to a model from outside: hooks, pruning, ties, wrappers that walk its output, second derivatives."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
+
+from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
+from gpt2_fast.ops.runtime import dispatch
+
+SIZES = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": 61, "n_positions": 16}
+
+
+@pytest.fixture
+def model() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(**SIZES, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(61, (2, 9))
+
+
+def _as_reference(model: GPT2LMHeadModel, ids: torch.Tensor) -> None:
+    """The model's logits are those of the plain PyTorch reference with the same modules."""
+    logits = model(ids).logits
+    model.transformer.impl = "reference"
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    model.transformer.impl = "auto"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wte", "wpe", "h.0.ln_1", "h.0.attn", "h.0.attn.c_attn", "h.1.attn.c_proj", "h.1.ln_2", "h.1.mlp", "h.0.mlp.c_fc",
+     "h.0.mlp.c_proj", "h.1", "ln_f"],
+)  # fmt: skip
+def test_a_forward_hook_runs_and_its_result_counts(model, ids, name):
+    before = model(ids).logits
+    module = model.transformer.get_submodule(name)
+
+    def double(_, __, output):
+        return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+    handle = module.register_forward_hook(double)
+    doubled = model(ids).logits
+    assert not torch.allclose(doubled, before, atol=1e-4)
+    handle.remove()
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["c_fc", "c_proj"])
+def test_a_pruned_layer_multiplies_by_the_pruned_weight(model, ids, name):
+    before = model(ids).logits
+    prune.l1_unstructured(getattr(model.transformer.h[0].mlp, name), "weight", amount=0.5)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-5)
+    _as_reference(model, ids)
+    model(ids, labels=ids).loss.backward()
+    assert getattr(model.transformer.h[0].mlp, name).weight_orig.grad.abs().sum() > 0
+
+
+def test_a_layer_that_was_swapped_in_is_called(model, ids):
+    class Adapter(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.scale = inner, nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x):
+            return self.inner(x) * self.scale
+
+    before = model(ids).logits
+    model.transformer.h[1].attn.c_proj = Adapter(model.transformer.h[1].attn.c_proj)
+    model.transformer.h[0].mlp.c_fc = Adapter(model.transformer.h[0].mlp.c_fc)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-5)
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.scale.grad != 0
+
+
+def test_a_quantised_head_is_called(model, ids):
+    before = model.eval()(ids).logits
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    output = quantised(ids, labels=ids)
+    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert not torch.equal(output.logits, before)
+    torch.testing.assert_close(output.logits, before, rtol=0.1, atol=0.02)
+
+
+def test_a_state_that_is_assigned_stays_tied(model, ids, tmp_path):
+    expected = model(ids, labels=ids).loss
+    other = GPT2LMHeadModel(model.config)
+    other.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert other.lm_head.weight is other.transformer.wte.weight
+    torch.testing.assert_close(other(ids, labels=ids).loss, expected, rtol=0, atol=0)
+    untied = {name: t.clone() for name, t in model.state_dict().items()}
+    untied["lm_head.weight"] += 1.0
+    with pytest.raises(ValueError, match="differ and config.tie_word_embeddings is true"):
+        other.load_state_dict(untied, assign=True)
+    other.lm_head.weight = nn.Parameter(untied["lm_head.weight"])
+    with pytest.raises(ValueError, match="call tie_weights"):
+        other.save_pretrained(tmp_path)
+    other.tie_weights()
+    other.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        GPT2LMHeadModel.from_pretrained(tmp_path)(ids, labels=ids).loss, expected, rtol=0, atol=0
+    )
+
+
+def test_logits_after_a_step_are_refused(model, ids):
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    kept, late = model(ids, labels=ids), model(ids, labels=ids)
+    before = kept.logits.clone()
+    (kept.loss + late.loss).backward()
+    optimizer.step()
+    torch.testing.assert_close(kept.logits, before, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"read \.logits before the step"):
+        _ = late.logits
+
+
+def test_a_second_derivative_raises(model, ids):
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="use impl='reference' for second derivatives"):
+        sum(g.square().sum() for g in gradients).backward()
+    model.transformer.impl = "reference"
+    gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters, create_graph=True)
+    sum(g.square().sum() for g in gradients).backward()
+    assert sum(p.grad.square().sum() for p in parameters) > 0
+
+
+def test_the_output_is_known_to_torchs_walkers(model, ids):
+    output = model(ids, labels=ids)
+    leaves, spec = pytree.tree_flatten(output)
+    assert any(t is output.loss for t in leaves)
+    assert any(t is output.last_hidden_state for t in leaves)
+    rebuilt = pytree.tree_unflatten(leaves, spec)
+    torch.testing.assert_close(rebuilt.logits, output.logits, rtol=0, atol=0)
+
+
+def test_the_model_exports(model, ids):
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (ids,))
+        torch.testing.assert_close(exported.module()(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_an_impl_that_runs_nowhere_here_raises(model, ids):
+    with pytest.raises(dispatch.ImplementationUnavailable, match="impl='cpp' runs nothing on a cuda device"):
+        dispatch.of_model("cpp", "linear", "cuda")
+    with pytest.raises(ValueError, match="choose one of auto, reference, cpp, triton"):
+        GPT2LMHeadModel(model.config, impl="aten")
+
+
+WRAPPED = textwrap.dedent(
+    """
+    import sys
+    import torch, torch.distributed as dist, torch.multiprocessing as mp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    from gpt2_fast import GPT2Config, GPT2LMHeadModel
+
+    def build():
+        torch.manual_seed(0)
+        sizes = dict(n_layer=2, n_embd=48, n_head=3, vocab_size=61, n_positions=16)
+        return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+
+    def wrap(kind, model):
+        if kind.startswith("ddp"):
+            return DDP(model, **{"ddp": {}, "ddp-unused": {"find_unused_parameters": True},
+                                 "ddp-static": {"static_graph": True}}[kind])
+        mesh = init_device_mesh("cpu", (2,))
+        if kind == "fsdp-block":
+            for block in model.transformer.h:
+                fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def train(model, ids, world):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+
+    def rank(r, port):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=r, world_size=2)
+        ids = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(1))
+        expected = train(build(), ids, 1)
+        for kind in ("ddp", "ddp-unused", "ddp-static", "fsdp-root", "fsdp-block"):
+            weights = train(wrap(kind, build()), ids[2 * r : 2 * r + 2], 2)
+            for a, b in zip(weights, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m: f"{kind}: {m}")
+            sys.stdout.write(f"{kind} as one process\\n")
+            sys.stdout.flush()
+        dist.destroy_process_group()
+
+    if __name__ == "__main__":
+        mp.spawn(rank, args=(int(sys.argv[1]),), nprocs=2)
+    """
+)
+
+
+def test_wrapped_by_two_processes_as_by_one(tmp_path):
+    """DDP and FSDP2, by root and by block, reach one process's weights: replicas do not drift."""
+    script = tmp_path / "wrapped.py"
+    script.write_text(WRAPPED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run([sys.executable, str(script), str(port)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("ddp", "ddp-unused", "ddp-static", "fsdp-root", "fsdp-block"):
+        assert done.stdout.count(f"{kind} as one process\n") == 2, done.stdout

@@ -27,41 +27,44 @@ def _objects(run, reference, inputs):
     return after_breaking
 
 
-def _spoil(monkeypatch, room, table, index, change=torch.zeros_like):
-    """Replaces output `index` of the room's C++ implementation by a changed one."""
-    functions = getattr(room, table)
-    original = functions["cpp"]
+def _spoil(monkeypatch, op, which, name, change=torch.zeros_like, impl="cpp"):
+    """Changes what an implementation's forward or backward writes as `name`."""
+    backend = op.backends[impl]
 
-    def spoiled(*args):
-        outputs = list(original(*args))
-        outputs[index] = change(outputs[index])
-        return tuple(outputs)
+    def spoiled(a, out):
+        getattr(backend, which)(a, out)
+        setattr(out, name, change(getattr(out, name)))
 
-    monkeypatch.setitem(functions, "cpp", spoiled)
+    monkeypatch.setitem(op.backends, impl, backend._replace(**{which: spoiled}))
 
 
-@pytest.mark.parametrize("index", [1, 2, 3], ids=["dresidual", "dweight", "dbias"])
-def test_add_layernorm_without_a_gradient(monkeypatch, index):
+@pytest.mark.parametrize("name", ["dresidual", "dweight", "dbias"])
+def test_add_layernorm_without_a_gradient(monkeypatch, name):
     inputs = [torch.randn(5, 96), torch.randn(5, 96), torch.randn(96), torch.randn(96)]
     objects = _objects(lambda *t: ln_room.add_layernorm(*t, impl="cpp"), ln_room.add_layernorm_reference, inputs)
-    _spoil(monkeypatch, ln_room, "_BACKWARD", index)
+    _spoil(monkeypatch, ln_room.OP, "backward", name)
     objects()
 
 
 def test_add_layernorm_with_a_slightly_wrong_mean(monkeypatch):
     inputs = [torch.randn(5, 96), torch.randn(5, 96), torch.randn(96), torch.randn(96)]
     objects = _objects(lambda *t: ln_room.add_layernorm(*t, impl="cpp"), ln_room.add_layernorm_reference, inputs)
-    _spoil(monkeypatch, ln_room, "_FORWARD", 0, lambda y: y + 1e-4)
+    _spoil(monkeypatch, ln_room.OP, "forward", "y", lambda y: y + 1e-4)
     objects()
 
 
 def test_linear_without_a_bias_gradient(monkeypatch):
     inputs = [torch.randn(5, 8), torch.randn(8, 3), torch.randn(3)]
     objects = _objects(linear_room.linear, linear_room.linear_reference, inputs)
-    original = linear_room._Linear.backward
-    monkeypatch.setattr(
-        linear_room._Linear, "backward", staticmethod(lambda ctx, dy: (*original(ctx, dy)[:2], *(None,) * 4))
-    )
+    _spoil(monkeypatch, linear_room.OP, "backward", "dbias", impl="auto")
+    objects()
+
+
+@pytest.mark.parametrize("name", ["dresidual", "dln_weight", "dfc_weight", "dfc_bias", "dproj_weight", "dproj_bias"])
+def test_mlp_without_a_gradient(monkeypatch, name):
+    inputs = [torch.randn(shape) for shape in ((5, 32), (5, 32), 32, 32, (32, 48), 48, (48, 32), 32)]
+    objects = _objects(lambda *t: mlp_room.mlp(*t, impl="cpp"), mlp_room.mlp_reference, inputs)
+    _spoil(monkeypatch, mlp_room.OP, "backward", name)
     objects()
 
 

@@ -23,7 +23,7 @@ SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (160
 def test_every_policy_is_right(policy, dtype, use_policy):
     """What another processor would choose is right on this one too."""
     use_policy(policy)
-    for inputs in samples("cpu", dtype):
+    for *inputs, _ in samples("cpu", dtype):
         check_op(linear, linear_reference, inputs, dtype, f"{policy} {dtype}")
 
 

@@ -1,6 +1,7 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
-# Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton` (CONTRIBUTING.md).
+# Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
+# `make sanitize` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
 	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test lint docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
+.PHONY: train test lint fuzz sanitize docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
 	test-newest-triton
 
 train: $(VENV)/.installed
@@ -27,6 +28,14 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
+
+# Generated inputs: make fuzz FUZZ="--examples 500 --ops linear --seed 3"
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.generated $(FUZZ)
+
+# csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer (g++), under the operations' tests and generated inputs.
+sanitize: $(VENV)/.installed-test
+	$(BIN)/python -m tests.sanitize $(SANITIZE)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

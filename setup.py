@@ -4,7 +4,8 @@ Every kernel source in csrc/ is compiled once per instruction set that it gains 
 see csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
 NVRTC to compile at first use elsewhere (gpt2_fast/ops/runtime/cuda.py).
 
-Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time).
+Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time),
+GPT2_FAST_ISAS (some of the instruction sets alone, for a build that is not to be shipped).
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def known_isas(cxx: str) -> dict[str, str]:
         return {"baseline": ""}
     probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
     known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0
-    return {isa: march for isa, march in X86_ISAS.items() if isa not in PARTIAL or known(march)}
+    wanted = os.environ.get("GPT2_FAST_ISAS", " ".join(X86_ISAS)).split()
+    return {isa: march for isa, march in X86_ISAS.items() if isa in wanted and (isa not in PARTIAL or known(march))}
 
 
 def isa_flags(stem: str, isa: str) -> str | None:

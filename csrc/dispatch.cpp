@@ -8,6 +8,8 @@ namespace gpt2 {
 extern const Kernels kernels_baseline;
 #ifdef GPT2_HAVE_AVX2
 extern const Kernels kernels_avx2;
+#endif
+#ifdef GPT2_HAVE_AVX512
 extern const Kernels kernels_avx512;
 #endif
 #ifdef GPT2_HAVE_AVX512BF16
@@ -26,6 +28,8 @@ struct Isa {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+#endif
+#ifdef GPT2_HAVE_AVX512
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -42,8 +46,10 @@ const Isa isas[] = {
 #ifdef GPT2_HAVE_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, has_avx512bf16},
 #endif
-#ifdef GPT2_HAVE_AVX2
+#ifdef GPT2_HAVE_AVX512
     {"avx512", &kernels_avx512, has_avx512},
+#endif
+#ifdef GPT2_HAVE_AVX2
     {"avx2", &kernels_avx2, has_avx2},
 #endif
     {"baseline", &kernels_baseline, [] { return true; }},

@@ -82,6 +82,36 @@ def _leaves(inputs: Sequence, dtype: torch.dtype | None = None) -> list:
     return fresh
 
 
+def runs_of(
+    run: Callable, reference: Callable | None, inputs: Sequence, gradients: bool = True, before: Sequence | None = None
+) -> tuple:
+    """(outputs, gradients) of `run`, and of the reference in the inputs' dtypes and in float64; one upstream gradient.
+
+    before: a result of this function, whose runs of the reference are taken.
+    """
+    leaves = _leaves if gradients else lambda inputs, dtype=None: [t.to(dtype or t.dtype) for t in inputs]
+    if before is None:
+        with torch.no_grad():
+            shapes = reference(*inputs)
+    else:
+        shapes = before[1][0]
+    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in shapes]
+    if before is None:
+        true = evaluate(reference, leaves(inputs, torch.float64), upstream)
+        before = (None, evaluate(reference, leaves(inputs), upstream), true)
+    return (evaluate(run, leaves(inputs), upstream), *before[1:])
+
+
+def compare(actual, eager, true, dtype: torch.dtype, what: str = "", row_slack: float = ROW_SLACK) -> None:
+    """Holds values and all gradients of `runs_of` to the rule of this module."""
+    for kind, *lists in zip(("output", "gradient"), actual, eager, true, strict=True):
+        for i, (a, e, t) in enumerate(zip(*lists, strict=True)):
+            assert a.dtype == e.dtype, f"{what} {kind} {i}: {a.dtype}, expected {e.dtype}"
+            assert_as_exact(a, e, t, f"{what} {kind} {i}", dtype, row_slack)
+
+
 def check_op(
     run: Callable,
     reference: Callable,
@@ -92,21 +122,7 @@ def check_op(
     row_slack: float = ROW_SLACK,
 ) -> None:
     """Holds values and all gradients of `run` to the rule of this module against `reference`."""
-    with torch.no_grad():
-        shapes = reference(*inputs)
-    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in shapes]
-    leaves = _leaves if gradients else lambda inputs, dtype=None: [t.to(dtype or t.dtype) for t in inputs]
-    truth, true_gradients = evaluate(reference, leaves(inputs, torch.float64), upstream)
-    eager, eager_gradients = evaluate(reference, leaves(inputs), upstream)
-    actual, found = evaluate(run, leaves(inputs), upstream)
-    for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
-        assert a.dtype == e.dtype, f"{what} output {i}: {a.dtype}, expected {e.dtype}"
-        assert_as_exact(a, e, t, f"{what} output {i}", dtype, row_slack)
-    for i, (a, e, t) in enumerate(zip(found, eager_gradients, true_gradients, strict=True)):
-        assert a.dtype == e.dtype, f"{what} gradient {i}: {a.dtype}, expected {e.dtype}"
-        assert_as_exact(a, e, t, f"{what} gradient {i}", dtype, row_slack)
+    compare(*runs_of(run, reference, inputs, gradients), dtype, what, row_slack)
 
 
 def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor], what: str = "") -> None:

@@ -6,66 +6,166 @@ import functools
 
 import pytest
 import torch
-from numerics import check_op
+from conftest import DEVICE
+from generated import adamw as generated_adamw
+from generated import decode_step as generated_decode
+from generated.judge import RIGHT, WRONG
+from numerics import TINY, assert_as_exact, check_op, compare, runs_of
+from rooms import ROOMS
 
 from gpt2_fast.ops import add_layernorm as ln_room
 from gpt2_fast.ops import attention as attention_room
-from gpt2_fast.ops import linear as linear_room
 from gpt2_fast.ops import linear_cross_entropy as loss_room
 from gpt2_fast.ops import mlp as mlp_room
+from gpt2_fast.ops.runtime import cpp
 from gpt2_fast.ops.runtime.gelu import Gelu
 
-
-def _objects(run, reference, inputs):
-    """check_op passes as things are; returns a call that expects it to fail."""
-    check_op(run, reference, inputs, torch.float32)
-
-    def after_breaking():
-        with pytest.raises(AssertionError, match="error|bits|finite"):
-            check_op(run, reference, inputs, torch.float32)
-
-    return after_breaking
+OBJECTION = "error|finite|bits"
 
 
-def _spoil(monkeypatch, op, which, name, change=torch.zeros_like, impl="cpp"):
-    """Changes what an implementation's forward or backward writes as `name`."""
-    backend = op.backends[impl]
+def _spoil(patch, op, impl, which, name):
+    """Lets a backend's forward or backward leave zeros where it has written `name`; which names it has written."""
+    original, written = op.backends[impl], []
 
     def spoiled(a, out):
-        getattr(backend, which)(a, out)
-        setattr(out, name, change(getattr(out, name)))
+        getattr(original, which)(a, out)
+        if (t := getattr(out, name)) is not None:
+            written.append(name)
+            setattr(out, name, torch.zeros_like(t))
 
-    monkeypatch.setitem(op.backends, impl, backend._replace(**{which: spoiled}))
+    patch.setitem(op.backends, impl, original._replace(**{which: spoiled}))
+    return written
 
 
-@pytest.mark.parametrize("name", ["dresidual", "dweight", "dbias"])
-def test_add_layernorm_without_a_gradient(monkeypatch, name):
-    inputs = [torch.randn(5, 96), torch.randn(5, 96), torch.randn(96), torch.randn(96)]
-    objects = _objects(lambda *t: ln_room.add_layernorm(*t, impl="cpp"), ln_room.add_layernorm_reference, inputs)
-    _spoil(monkeypatch, ln_room.OP, "backward", name)
-    objects()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("room", "impl"), [pytest.param(room, impl, id=f"{room.name}-{impl}") for room in ROOMS for impl in room.impls]
+)
+def test_whatever_a_kernel_leaves_out(monkeypatch, room, impl, dtype):
+    """Every output, what is kept for backward and every gradient, one after another."""
+    op, seen = room.op, set()
+    samples = list(room.calls(DEVICE, dtype, impl))[:3]
+    for arguments in samples[:1] if impl == "triton" else samples[1:]:
+        names = [name for name, t in room.tensors(arguments).items() if t.is_floating_point()]
+        double = {n: t.double() if n in names else t for n, t in arguments.items()}
+        run, reference = room.of(arguments, names, impl), room.of(double, names, "reference")
+        runs = runs_of(run, reference, [arguments[n] for n in names], op.gradients is not None)
+        compare(*runs, dtype, "unbroken", room.row_slack)
+        backward = [f"d{name}" for name in op.differentiable] if op.gradients else []
+        # What is kept beside gradients made ahead is for a second backward.
+        forward = [n for n in op.output_names if not op.ahead or n in (*op.returns, *op.ahead)]
+        for which, name in [*(("forward", n) for n in forward), *(("backward", n) for n in backward)]:
+            with monkeypatch.context() as patch:
+                written = _spoil(patch, op, impl, which, name)
+                broken = runs_of(run, None, [arguments[n] for n in names], op.gradients is not None, runs)
+            if written:
+                seen.add(name)
+                with pytest.raises(AssertionError, match=OBJECTION):
+                    compare(*broken, dtype, f"without {name}", room.row_slack)
+    assert {*op.returns} <= seen
+    assert op.ahead or {name for name in backward if name[1:] in names} - {f"d{n}" for n in op.alias} <= seen
+
+
+@pytest.mark.parametrize("impl", ["cpp", "aten"])
+def test_a_wrong_row_of_small_values_in_bfloat16(monkeypatch, impl):
+    """The largest element of the whole tensor would hide it: the rule for that alone does not object."""
+    room = next(room for room in ROOMS if room.name == "linear")
+    x, weight = torch.randn(9, 32).bfloat16(), torch.randn(32, 20).bfloat16()
+    x[4] *= 2.0**-7
+    original = room.op.backends[impl]
+
+    def forward(a, out):
+        original.forward(a, out)
+        out.y[4] = 0.0
+
+    run = lambda x, weight: room.call(x, weight, impl=impl)
+    check_op(run, lambda x, weight: x @ weight, [x, weight], torch.bfloat16)
+    monkeypatch.setitem(room.op.backends, impl, original._replace(forward=forward))
+    truth = x.double() @ weight.double()
+    error, allowed = ((y.double() - truth).abs().max() for y in (run(x, weight), x @ weight))
+    assert error <= 2 * allowed + TINY[torch.bfloat16] * truth.abs().max()
+    with pytest.raises(AssertionError, match=r"error .* in row \(4,\)"):
+        assert_as_exact(run(x, weight), x @ weight, truth, "y", torch.bfloat16)
 
 
 def test_add_layernorm_with_a_slightly_wrong_mean(monkeypatch):
     inputs = [torch.randn(5, 96), torch.randn(5, 96), torch.randn(96), torch.randn(96)]
-    objects = _objects(lambda *t: ln_room.add_layernorm(*t, impl="cpp"), ln_room.add_layernorm_reference, inputs)
-    _spoil(monkeypatch, ln_room.OP, "forward", "y", lambda y: y + 1e-4)
-    objects()
+    run = lambda *t: ln_room.add_layernorm(*t, impl="cpp")
+    check_op(run, ln_room.add_layernorm_reference, inputs, torch.float32)
+    original = ln_room.OP.backends["cpp"]
+
+    def forward(a, out):
+        original.forward(a, out)
+        out.y = out.y + 1e-4
+
+    monkeypatch.setitem(ln_room.OP.backends, "cpp", original._replace(forward=forward))
+    with pytest.raises(AssertionError, match="output 0: error"):
+        check_op(run, ln_room.add_layernorm_reference, inputs, torch.float32)
 
 
-def test_linear_without_a_bias_gradient(monkeypatch):
-    inputs = [torch.randn(5, 8), torch.randn(8, 3), torch.randn(3)]
-    objects = _objects(linear_room.linear, linear_room.linear_reference, inputs)
-    _spoil(monkeypatch, linear_room.OP, "backward", "dbias", impl="auto")
-    objects()
+def _step(dtype, **options):
+    params = [{"shape": [33, 7], "dtype": dtype, "seed": i, "layout": "contiguous", "grad": "contiguous", "step": 3,
+               "group": 0} for i in range(2)]  # fmt: skip
+    common = {"op": "adamw", "params": params, "hyper": "contiguous", "max_norm": 0.5, "norm": None, "change": None}
+    return common | {"valid": True} | options
 
 
-@pytest.mark.parametrize("name", ["dresidual", "dln_weight", "dfc_weight", "dfc_bias", "dproj_weight", "dproj_bias"])
-def test_mlp_without_a_gradient(monkeypatch, name):
-    inputs = [torch.randn(shape) for shape in ((5, 32), (5, 32), 32, 32, (32, 48), 48, (48, 32), 32)]
-    objects = _objects(lambda *t: mlp_room.mlp(*t, impl="cpp"), mlp_room.mlp_reference, inputs)
-    _spoil(monkeypatch, mlp_room.OP, "backward", name)
-    objects()
+@pytest.mark.parametrize("column", range(5), ids=["lr", "beta1", "beta2", "eps", "weight_decay"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["cpp", "triton"] if DEVICE == "cpu" else ["triton"])
+def test_adamw_that_reads_a_hyperparameter_wrong(monkeypatch, impl, dtype, column):
+    """By a hundredth; eps, of no weight beside the averages, by a factor."""
+    description = _step(dtype, impl=impl)
+    assert generated_adamw.judge(description).kind == RIGHT
+
+    def wrong(hyper):
+        hyper = hyper.clone()
+        hyper[:, column] *= 1e7 if column == 3 else 0.99
+        return hyper
+
+    if impl == "cpp":
+        update = cpp.adamw_update
+        monkeypatch.setattr(cpp, "adamw_update", lambda *a, hyper, **k: update(*a, hyper=wrong(hyper), **k))
+    else:
+        from gpt2_fast.kernels import adamw as kernel
+
+        step = kernel.step
+        monkeypatch.setattr(kernel, "step", lambda table, chunks, hyper, *a: step(table, chunks, wrong(hyper), *a))
+    outcome = generated_adamw.judge(description)
+    assert outcome.kind == WRONG
+    assert outcome.text.startswith("param" if column in (0, 3, 4) else ("exp_avg", "param")), outcome.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_that_does_not_clip(monkeypatch, dtype):
+    update = cpp.adamw_update
+    monkeypatch.setattr(cpp, "adamw_update", lambda *a, max_norm, **k: update(*a, max_norm=-1.0, **k))
+    assert generated_adamw.judge(_step(dtype, impl="cpp")).kind == WRONG
+
+
+BROKEN_STEPS = {
+    "other tokens": lambda a: a | {"tokens": a["tokens"].flip(0)},
+    "positions one on": lambda a: a | {"positions": a["positions"] + 1},
+    "logits of before": lambda a: a | {"logits": torch.empty_like(a["logits"])},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_STEPS)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_decoding_that_is_broken(monkeypatch, weights, broken):
+    description = {"op": "decode_step", "model": 1, "seed": 3, "weights": weights, "impl": "cpp", "B": 2, "prompt": 5,
+                   "steps": 2, "room": 9, "starts": [0, 1], "layout": "contiguous", "change": None,
+                   "valid": True}  # fmt: skip
+    assert generated_decode.judge(description).kind == RIGHT
+    step = cpp.decode_step
+
+    def spoiled(**arguments):
+        step(**BROKEN_STEPS[broken](arguments))
+        if broken == "logits of before":
+            arguments["logits"].zero_()
+
+    monkeypatch.setattr(cpp, "decode_step", spoiled)
+    assert generated_decode.judge(description).kind == WRONG
 
 
 def _attention(segments=None):

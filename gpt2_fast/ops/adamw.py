@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime import cpp, dispatch
+from gpt2_fast.ops.runtime.contract import FLOATS, check_dense
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, KERNEL_DTYPES, LOW_PRECISION, address
 from gpt2_fast.ops.runtime.library import register
 
@@ -79,7 +80,7 @@ def adamw_reference(
     """What is correct: see `adamw`. Any device, floating dtype and strides."""
     masters = iter(masters)
     if max_norm is not None:
-        norm = grad_norm_reference(grads) if norm is None else norm
+        norm = grad_norm_reference(grads) if norm is None else norm.reshape(())
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p, grad, m, v, step, group in zip(params, grads, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
         lr, beta1, beta2, eps, weight_decay, maximize = hyper[group].unbind()
@@ -282,6 +283,15 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{OP}: {len(values)} {name} for {len(params)} params; one each")
+    tensors = {"param": params, "grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    for name, values in {**tensors, "step": steps}.items():
+        for i, t in enumerate(values):
+            check_dense(OP, f"{name} {i}", t)
+    check_dense(OP, "hyper", hyper)
+    if norm is not None:
+        check_dense(OP, "norm", norm)
+    if not isinstance(max_norm, (float, int, type(None))):
+        raise TypeError(f"{OP}: max_norm is a {type(max_norm).__name__}; it must be a number or None")
     low = sum(p.dtype in LOW_PRECISION for p in params)
     if len(masters) != low:
         raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
@@ -289,16 +299,16 @@ def _validate(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hype
         raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"{OP}: max_norm is {max_norm}; it must be at least 0, or None")
-    if norm is not None and (norm.numel() != 1 or not norm.is_floating_point() or norm.device != hyper.device):
+    if norm is not None and (norm.numel() != 1 or norm.dtype not in FLOATS or norm.device != hyper.device):
         where = f"{norm.dtype} {tuple(norm.shape)} on {norm.device}"
         raise ValueError(f"{OP}: norm is {where}; it must be one floating number on {hyper.device}")
     each = _with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
     for i, (p, master, g, m, v, step, group) in enumerate(each):
-        if p.device != hyper.device or not p.is_floating_point():
+        if p.device != hyper.device or p.dtype not in FLOATS:
             raise ValueError(
                 f"{OP}: param {i} is {p.dtype} on {p.device}; it must be floating, on {hyper.device} as hyper"
             )
-        if g.layout is not torch.strided or g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
             raise ValueError(f"{OP}: grad {i} must be a dense {p.dtype} {tuple(p.shape)} on {p.device}, as its param")
         for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
             if t is not None and (t.shape != p.shape or t.device != p.device or t.dtype not in STATE_DTYPES):

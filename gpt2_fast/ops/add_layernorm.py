@@ -21,6 +21,7 @@ from torch import Tensor
 from gpt2_fast.ops.runtime import buffers, cpp
 from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, check_addition
 
 PARTIAL_CHUNKS = 64  # of rows, each summed alone and then in order: the same bits on any number of threads
@@ -62,11 +63,20 @@ def _gradients(a):
     }
 
 
+def _written(x_dtype: torch.dtype, y_dtype: torch.dtype) -> torch.dtype:
+    """What the C++ kernels have y in: beside one low precision they know no other, which is rounded to afterwards."""
+    return torch.float32 if {x_dtype, y_dtype} == set(LOW_PRECISION) else y_dtype
+
+
 def _forward_cpp(a, out):
-    cpp.add_layernorm_forward(out, a, h_dtype=(a.x if a.residual is None else a.residual).dtype)
+    y = out.y = buffers.empty(a.x, a.x.shape, _written(a.x.dtype, a.y_dtype))
+    h_dtype = (a.x if a.residual is None else a.residual).dtype
+    cpp.add_layernorm_forward(out, a, h_dtype=h_dtype, y_dtype=y.dtype)
+    out.y = y.to(a.y_dtype)
 
 
 def _backward_cpp(a, out):
+    a.dy = a.dy.to(_written(a.x_dtype, a.dy.dtype))
     chunks = min(a.N, PARTIAL_CHUNKS)
     partial = a.h.new_empty(chunks, 2, a.C, dtype=torch.float32)
     cpp.add_layernorm_backward(out, a, chunks=chunks, partial=partial)
@@ -74,9 +84,12 @@ def _backward_cpp(a, out):
 
 def normalized(h: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
     """y again, [..., C] in `dtype`, to the bits of the C++ forward, from h and the float32 [N] statistics it saved."""
-    y, weight, bias = buffers.empty(h, h.shape, dtype), *(t.float().contiguous() for t in (weight, bias))
+    y, weight, bias = (
+        buffers.empty(h, h.shape, _written(h.dtype, dtype)),
+        *(t.float().contiguous() for t in (weight, bias)),
+    )
     cpp.add_layernorm_normalize(h=h, weight=weight, bias=bias, mean=mean, rstd=rstd, y=y, N=len(mean), C=h.shape[-1])
-    return y
+    return y.to(dtype)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

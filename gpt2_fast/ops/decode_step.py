@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded
 from gpt2_fast.ops.runtime import cpp, dispatch
+from gpt2_fast.ops.runtime.contract import check_dense
 from gpt2_fast.ops.runtime.dispatch import address
 from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
 from gpt2_fast.ops.runtime.memory import round_up
@@ -133,6 +134,7 @@ class PackedModel:
 
         Raises ValueError when the cache is full.
         """
+        check_dense(OP, "tokens", tokens)
         if tokens.ndim != 1:
             raise ValueError(f"{OP}: tokens is {tuple(tokens.shape)}; a step takes one token a row, [B]")
         return decode_step(self, tokens.unsqueeze(1), cache)
@@ -179,9 +181,14 @@ class PackedCache:
             )
         if batch_size < 1:
             raise ValueError(f"{OP}: batch_size is {batch_size}; it must be at least 1")
-        if starts is not None and (starts.shape != (batch_size,) or starts.dtype != torch.int32 or starts.min() < 0):
+        if starts is not None:
+            check_dense(OP, "starts", starts)
+        if starts is not None and (
+            starts.shape != (batch_size,) or starts.dtype != torch.int32 or not starts.is_cpu or starts.min() < 0
+        ):
             raise ValueError(
-                f"{OP}: starts is {starts.dtype} {tuple(starts.shape)}; it must be int32 [{batch_size}], >= 0"
+                f"{OP}: starts is {starts.dtype} {tuple(starts.shape)} on {starts.device}; "
+                f"it must be int32 [{batch_size}] on the CPU, >= 0"
             )
         self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone()
         self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
@@ -286,10 +293,12 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tens
 def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
     if cache._of() is not packed:
         raise ValueError(f"{OP}: the cache was made for another PackedModel; make PackedCache(packed, ...) of this one")
-    if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
+    check_dense(OP, "tokens", tokens)
+    fits = tokens.ndim == 2 and tokens.shape[0] == cache.batch_size and tokens.shape[1] > 0
+    if tokens.dtype != torch.int64 or not fits or not tokens.is_cpu:
         raise ValueError(
-            f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64, {cache.batch_size} rows of at "
-            "least one token"
+            f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}; it must be int64 on the CPU, "
+            f"{cache.batch_size} rows of at least one token"
         )
     needed = cache.length + tokens.shape[1]
     if needed > cache.n_positions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import signal
@@ -25,9 +26,9 @@ LIMIT_S = 120  # for one call
 
 
 def _import() -> None:
-    """What tests/conftest.py does for pytest."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    """What pytest does for tests."""
     sys.path.insert(0, str(TESTS))
+    importlib.import_module("conftest")
 
 
 def child(ops: list[str], examples: int, seed: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import DEVICE
+from numerics import check_op
 
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.runtime.philox import Dropout, keep_rows
@@ -27,6 +30,23 @@ def test_float32_stream_beside_bfloat16(impl):
         expected = torch.nn.functional.layer_norm(expected, (96,), weight, bias)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y, expected.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["float32 stream", "low-precision stream"])
+@pytest.mark.parametrize(("inside", "dtype"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_low_precision_beside_the_other(impl, inside, dtype, stream):
+    """A float16 model under autocast to bfloat16, and the other way round."""
+    x, residual, weight, bias = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((5, 96), (5, 96), 96, 96))
+    inputs = [x, residual.float() if stream else residual, weight, bias]
+
+    def run(*tensors, impl=impl):
+        with torch.autocast(DEVICE, inside):
+            y, h = add_layernorm(*tensors, impl=impl)
+        assert y.dtype == (torch.float64 if tensors[0].dtype == torch.float64 else inside)
+        return y, h
+
+    check_op(run, partial(run, impl="reference"), inputs, torch.bfloat16)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

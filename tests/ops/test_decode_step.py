@@ -161,7 +161,7 @@ def test_what_is_refused():
         PackedCache(packed, 1, 65)
     with pytest.raises(ValueError, match="batch_size is 0"):
         PackedCache(packed, 0, 4)
-    with pytest.raises(ValueError, match=r"starts is torch.int64 \(2,\); it must be int32 \[2\]"):
+    with pytest.raises(ValueError, match=r"starts is torch.int64 \(2,\) on cpu; it must be int32 \[2\]"):
         PackedCache(packed, 2, 4, torch.tensor([0, 1]))
     cache = PackedCache(packed, 2, 3, torch.tensor([0, 1], dtype=torch.int32))
     tokens = torch.zeros(2, 3, dtype=torch.int64)
@@ -169,7 +169,7 @@ def test_what_is_refused():
         packed.prefill(tokens[:, :1], cache)
     with pytest.raises(IndexError, match="token 50 is outside the vocabulary of 50"):
         packed.prefill(tokens + 50, cache)
-    with pytest.raises(ValueError, match=r"tokens is torch.int32 \(2, 3\); it must be int64, 2 rows"):
+    with pytest.raises(ValueError, match=r"tokens is torch.int32 \(2, 3\) on cpu; it must be int64 on the CPU, 2 rows"):
         packed.prefill(tokens.int(), cache)
     packed.prefill(tokens, cache)
     with pytest.raises(ValueError, match="cache already holds 3 positions"):

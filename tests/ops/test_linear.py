@@ -65,6 +65,16 @@ def test_own_product_takes_two_dtypes_and_any_strides(use_policy):
     assert actual.dtype == torch.float32
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_elements_upon_each_other(policy, use_policy):
+    """Windows that move on by one element, rows that are one row, everything one number."""
+    use_policy(policy)
+    x, numbers = torch.randn(15, 36), torch.randn(54)
+    for strides in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        weight = numbers.as_strided((36, 19), strides)
+        check_op(linear, linear_reference, [x, weight, torch.randn(19)], torch.float32, f"strides {strides}")
+
+
 @pytest.mark.parametrize("policy", [*OWN, CpuPolicy("onednn", False, ""), CpuPolicy("mkl", False, "")], ids=str)
 def test_sum_of_products(policy, use_policy):
     use_policy(policy)

@@ -110,6 +110,14 @@ def check(op: str, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) ->
     return empty or 0 in bound.get("...", ())
 
 
+def check_dense(op: str, name: str, value: Any) -> None:
+    """Raises TypeError or ValueError, one line that names the input, unless `value` is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; it must be a tensor")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} is {value.layout}; it must be dense: call .to_dense()")
+
+
 # What a caller may pass for an option of each kind.
 OPTIONS = {
     float: (float, int),

@@ -39,6 +39,13 @@ def _unit_stride(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
+def _without_overlap(matrix: Tensor) -> Tensor:
+    """The matrix, copied where its elements lie upon each other or in no order that oneDNN has a name for."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    plain = (right == 1 and down >= columns) or (down == 1 and right >= rows)
+    return matrix if plain else matrix.contiguous()
+
+
 def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish: int, u: Tensor | None = None) -> None:
     """csrc/linear.cpp: out [M, N], contiguous, from a [M, K] @ b [K, N] + bias as `finish` says."""
     (M, K), N = a.shape, b.shape[1]
@@ -57,7 +64,7 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
 def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if cpu_policy().float32 == "onednn" and a.shape[0] > 1:
         # Computes a @ w^T for w [N, K]; a transposed view of b is what it wants.
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_without_overlap(a), _without_overlap(b).t(), bias, "none", [], "")
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt2_fast import sources
 from gpt2_fast.ops.runtime import cuda, dispatch
@@ -148,11 +149,27 @@ def test_a_compiler_without_avx512bf16_builds_the_rest(tmp_path, monkeypatch):
 
 
 def test_kernels_check_their_arguments():
-    first_outside = dispatch.extension().embedding_first_outside
-    with pytest.raises(TypeError, match=r"embedding_first_outside\(addr ids, .*\) takes 4 arguments, not 1"):
-        first_outside(1)
-    with pytest.raises(TypeError, match="float"):
-        first_outside(0, 0, 1.5, 0)
+    """They are read by name, the first source that has one counts, and no kernel reads what it was not given."""
+    kernel, name = dispatch.extension().embedding_first_outside, "embedding_first_outside"
+    ids, result = torch.tensor([[0, 5], [2, 7]]), torch.zeros(1, dtype=torch.int64)
+    given = {"n": 4, "limit": 5, "result": result}
+    kernel({"ids": ids}, given)
+    assert result.item() == 1
+    kernel({"limit": 6}, {"ids": ids}, given)
+    assert result.item() == 3
+    for changed, said in (
+        ({"ids": ids.t()}, "ids must be a contiguous tensor"),
+        ({"ids": ids.int()}, "ids must be of dtype i64"),
+        ({"ids": ids.to("meta")}, "ids must be on the CPU"),
+        ({"ids": ids, "result": 3}, "result must be a contiguous tensor"),
+        ({"ids": ids, "limit": 1.5}, "limit is"),
+        ({}, "ids is not given"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: {said}"):
+            kernel(changed, given)
+    for passed in ((), (1,), ({"ids": ids},)):
+        with pytest.raises(TypeError, match=rf"^{name}: \w+ is not given"):
+            kernel(*passed)
 
 
 @needs_nvrtc

@@ -299,9 +299,9 @@ def test_logits_beside_a_loss_wait_until_they_are_used(monkeypatch):
         expected = ours.lm_head(ours.transformer(idx))
     logits, loss = ours(idx, targets)
     assert isinstance(logits, LazyLogits)
-    assert logits._output._logits is None
+    assert logits._output.computed_logits is None
     torch.testing.assert_close(F.cross_entropy(logits.view(-1, 65), targets.view(-1)), loss, rtol=1e-5, atol=0)
-    assert logits._output._logits is not None
+    assert logits._output.computed_logits is not None
     assert (logits.shape, logits.dtype, len(logits)) == ((2, 7, 65), torch.float32, 2)
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(logits[:, -1] / 2 - 1, expected[:, -1] / 2 - 1, **close)

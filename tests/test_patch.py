@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 
@@ -221,6 +222,31 @@ def test_a_cache_by_hand():
             outputs.append((second.logits, last.logits))
         for expected, actual in zip(*outputs, strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_block_takes_its_cache_by_each_name_that_transformers_takes():
+    """transformers 5.24 calls past_key_values cache, and still takes the old name."""
+    (unpatched, patched), tokens = pair(), ids()
+    names = {"cache"} & inspect.signature(modeling_gpt2.GPT2Block.forward).parameters.keys()
+    with torch.no_grad():
+        for name in {"past_key_values", *names}:
+            outputs = []
+            for model in (unpatched, patched):
+                past, x = DynamicCache(config=model.config), model.transformer.wte(tokens)
+                for part in (x[:, :6], x[:, 6:7]):
+                    out = model.transformer.h[0](part, **{name: past})
+                assert past.get_seq_length() == 7
+                outputs.append(out[0] if isinstance(out, tuple) else out)
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-5, atol=2e-5)
+
+
+def test_an_argument_that_a_block_does_not_know_goes_to_transformers(monkeypatch):
+    """As past_key_values would under a new name: the result is transformers', not that of a call without it."""
+    (unpatched, patched), tokens = pair(), ids()
+    monkeypatch.setattr(modules, "_STRANGE", {modules._CACHE})
+    monkeypatch.setattr(modules, "attend", None)
+    expected, actual = (m.generate(tokens, max_new_tokens=4, do_sample=False) for m in (unpatched, patched))
+    assert torch.equal(actual, expected)
 
 
 def test_documents_packed_into_a_row():

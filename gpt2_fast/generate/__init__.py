@@ -8,8 +8,8 @@ cache     keys and values of the tokens so far
 sampling  from logits to a token
 protocol  what generation asks of a model
 
-State of the process: `decoders.PACKED` and its lock `decoders.PACKING`, packed copies of models' weights, each as
-long as its model lives.
+State of the process: `decoders.PACKED`, packed copies of models' weights, each as long as its model lives, and its lock
+`decoders.PACKING`.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ _NEUTRAL: dict[str, Any] = {
     "output_logits": False, "output_attentions": False, "output_hidden_states": False,
     "return_dict_in_generate": False, "renormalize_logits": False, "remove_invalid_values": False,
 } | dict.fromkeys((
-    "inputs", "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache_implementation",
-    "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
-    "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "bad_words_ids", "force_words_ids", "constraints",
-    "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-    "bos_token_id", "guidance_scale", "max_time", "custom_generate", "epsilon_cutoff", "eta_cutoff",
+    "inputs", "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache",
+    "cache_implementation", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
+    "synced_gpus", "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "bad_words_ids", "force_words_ids",
+    "constraints", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "bos_token_id", "guidance_scale", "max_time", "custom_generate", "epsilon_cutoff",
+    "eta_cutoff",
 ))  # fmt: skip
 
 

@@ -7,7 +7,7 @@ own, without hooks: a LoRA layer, a quantized one or one that somebody listens t
     h = h + dropout(c_proj(attention(ln_1(h))))        h = h + dropout(c_proj(gelu(c_fc(ln_2(h)))))
 
 A call that a forward does not take over goes to transformers' own, argument for argument. Signatures are read from
-there, so transformers 4.57 and 5 need no two versions of this file.
+there, so transformers 4.57 to 5.24 need no two versions of this file.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class GPT2Block(modeling_gpt2.GPT2Block):
     def forward(self, *args, **kwargs):
         call = dict(zip(_BLOCK, args, strict=False)) | kwargs
         cross = call.get("encoder_hidden_states") is not None or hasattr(self, "crossattention")
-        if cross or not isinstance(self, GPT2Block):
+        strange = any(call.get(name) is not None for name in _STRANGE)
+        if cross or strange or not isinstance(self, GPT2Block):
             return modeling_gpt2.GPT2Block.forward(self, *args, **kwargs)
         h = call.pop("hidden_states")
         drops = max(_rate(d) for d in (self.attn.attn_dropout, self.attn.resid_dropout, self.mlp.dropout)) > 0.0
@@ -118,7 +119,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
 
     def _attention(self, y: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
         """c_proj(attention(y)), the dropout that is still to be applied to it, and weights if they were asked for."""
-        attn, past = self.attn, call.get("past_key_values")
+        attn, past = self.attn, call.get(_CACHE)
         if attention_taken(self) or isinstance(past, EncoderDecoderCache):
             cross = ("encoder_hidden_states", "encoder_attention_mask")
             a, weights = attn(y, **{k: v for k, v in call.items() if k not in cross})
@@ -217,10 +218,10 @@ class GPT2Model(modeling_gpt2.GPT2Model):
             dropout=philox.Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, EMBEDDING),
         )  # fmt: skip
         for block in self.h:
-            out = block(h, past_key_values=past, attention_mask=segments, use_cache=use_cache)
+            out = block(h, attention_mask=segments, use_cache=use_cache, **{_CACHE: past})
             h = out[0] if isinstance(out, tuple) else out
         h = _layernorm(self.ln_f, h).view(*shape, -1)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, past_key_values=past)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, **{_CACHE: past})
 
 
 def _resolve(call: dict, config, name: str):
@@ -281,8 +282,8 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             num_items=call.get("num_items_in_batch"),
         )  # fmt: skip
         return CausalLMOutput.of(
-            loss, self.lm_head, hidden, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
-            attentions=output.attentions, cross_attentions=output.cross_attentions,
+            loss, self.lm_head, hidden, hidden_states=output.hidden_states, attentions=output.attentions,
+            cross_attentions=output.cross_attentions, **{_CACHE: getattr(output, _CACHE)},
         )  # fmt: skip
 
 
@@ -299,6 +300,13 @@ def _wants_loss(model: nn.Module, call: dict) -> bool:
 
 
 _BLOCK = _arguments(modeling_gpt2.GPT2Block.forward)
+# transformers 5.24 calls past_key_values cache. What a block's forward does not know by name it leaves to transformers'
+# own, so that an argument with another name in a later release costs time and not the result.
+_CACHE = "cache" if "cache" in _BLOCK else "past_key_values"
+_STRANGE = ({"past_key_values", "cache", *_BLOCK} - {_CACHE}).difference(
+    ("hidden_states", "cache_position", "attention_mask", "head_mask", "encoder_hidden_states",
+     "encoder_attention_mask", "use_cache", "output_attentions")
+)  # fmt: skip
 _MODEL = _arguments(modeling_gpt2.GPT2Model.forward)
 _LM = _arguments(modeling_gpt2.GPT2LMHeadModel.forward)
 PATCHED = {cls.__bases__[0]: cls for cls in (GPT2Block, GPT2Model, GPT2LMHeadModel)}

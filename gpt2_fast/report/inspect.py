@@ -127,7 +127,8 @@ def attention_pattern(
         if i == layer:
             return pattern
         hidden = hidden + linear((pattern @ value).transpose(0, 1).flatten(1), "attn.c_proj")
-        inner = F.gelu(linear(norm(hidden, "ln_2"), "mlp.c_fc"), approximate=ACTIVATIONS[config.activation_function])
+        kind = ACTIVATIONS[config.activation_function]
+        inner = F.gelu(linear(norm(hidden, "ln_2"), "mlp.c_fc"), approximate=kind.approximate)
         hidden = hidden + linear(inner, "mlp.c_proj")
 
 

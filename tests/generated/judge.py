@@ -94,14 +94,15 @@ def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype
     """What may be left of larger numbers where the truth is 0: a part of LUCK times it.
 
     Of a head's gradient its rows, where all of them are one. Of a LayerNorm what is left of nearly equal numbers, times
-    a large rstd. Of attention's dQ and dK over one or two keys dP - delta, and delta is made from the rounded output.
+    a large rstd. Of attention's dQ and dK, where a query sees one key or as good as one, dP - delta, and delta is made
+    from the rounded output.
     """
     tiny, largest = TINY[torch.float32], max((float(t.abs().max()) for t in upstream if t.numel()), default=0.0)
     if "ignore_index" in arguments:
         return tiny * float(arguments["weight"].abs().max()) / LUCK
-    if "qkv" in arguments and arguments["qkv"].numel() and arguments["qkv"].shape[1] <= 2:
+    if "qkv" in arguments and arguments["qkv"].numel():
         size, D = float(arguments["qkv"].abs().max()), arguments["qkv"].shape[-1]
-        return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) / 4
+        return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) / LUCK
     if not isinstance(arguments.get("eps"), float) or not arguments["eps"] > 0.0:
         return 0.0
     # Dropout may leave the residual alone.

@@ -61,7 +61,7 @@ def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=wide) for g in grads]))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.contiguous(), dtype=wide) for g in grads]))
 
 
 def adamw_reference(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import FLOAT, Input
-from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
+from gpt2_fast.ops.runtime.declare import Backend, Op, autocast
 from gpt2_fast.ops.runtime.memory import round_up
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, keep_tiles
 
@@ -211,8 +211,7 @@ def attention(
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     _check_scale("attention", scale)
-    if isinstance(qkv, Tensor) and qkv.is_floating_point():
-        qkv = qkv.to(autocast_dtype(qkv))
+    (qkv,) = autocast(qkv)
     return OP(qkv, segments, scale=scale, dropout=dropout, impl=impl)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_fast.ops import add_layernorm
-from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, STRIDED, Input
+from gpt2_fast.ops.runtime.contract import FLOAT, FLOATS, STREAM, STRIDED, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype, autocasts
 from gpt2_fast.ops.runtime.gelu import Gelu, bias_gelu, bias_gelu_backward, gelu, kind_of
@@ -258,7 +258,7 @@ def mlp(
         if isinstance(t, Tensor) and isinstance(x, Tensor) and t.dtype != dtype:
             if not autocasts(x):
                 raise ValueError(f"mlp: {name} is {t.dtype} and x {dtype}; they must match")
-            weights[name] = t.to(dtype) if t.is_floating_point() else t
+            weights[name] = t.to(dtype) if t.dtype in FLOATS else t
     m, h = OP(x, residual, ln_weight, ln_bias, *weights.values(), eps=eps, dropout=dropout, kind=kind, impl=impl)
     return m, x if residual is None else h
 

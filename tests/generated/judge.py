@@ -102,7 +102,7 @@ def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype
         return tiny * float(arguments["weight"].abs().max()) / LUCK
     if "qkv" in arguments and arguments["qkv"].numel():
         size, D = float(arguments["qkv"].abs().max()), arguments["qkv"].shape[-1]
-        return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) / LUCK
+        return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) * max(D / 8, 1.0) / LUCK
     if not isinstance(arguments.get("eps"), float) or not arguments["eps"] > 0.0:
         return 0.0
     # Dropout may leave the residual alone.

@@ -332,10 +332,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not autocasts(tensors[0]):
         return tensors
     dtype = autocast_dtype(tensors[0])
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in dispatch.KERNEL_DTYPES else t for t in tensors)
 
 
 def _recorded(tensors: Sequence[Tensor | None]) -> bool:

@@ -99,6 +99,9 @@ class Nvrtc:
     """The few calls of NVRTC that compiling one file takes. `version` is (major, minor)."""
 
     def __init__(self, path: Path):
+        # NVRTC opens its library of built-in functions by name alone, and finds it where it is loaded already.
+        for builtins in sorted(path.parent.glob("libnvrtc-builtins.so*")):
+            ctypes.CDLL(str(builtins))
         self.lib = ctypes.CDLL(str(path))
         self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()

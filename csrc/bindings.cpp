@@ -126,7 +126,7 @@ int64_t code_of(const Kernel& kernel, const Parameter& p, PyObject* dtype) {
 }
 
 PyObject* find(PyObject* key, const py::args& sources) {
-  for (size_t i = 0; i < sources.size(); ++i)
+  for (Py_ssize_t i = 0, n = PyTuple_GET_SIZE(sources.ptr()); i < n; ++i)
     if (PyObject* value = PyDict_GetItemWithError(PyTuple_GET_ITEM(sources.ptr(), i), key)) return value;
   return nullptr;
 }

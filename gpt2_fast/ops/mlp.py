@@ -124,8 +124,8 @@ def _forward_cpp(a, out):
     dtype, kind = a.fc_weight.dtype, Gelu(a.kind)
     wide = _product_dtype(dtype)
     ln = (a.x, a.residual, a.ln_weight, a.ln_bias, a.eps, *a.dropout)
-    n, h, out.mean, out.rstd = add_layernorm.OP.run_forward(*ln, wide, True, "cpp")
-    out.h, n = None if a.residual is None else h, n.view(a.N, a.C)
+    made = add_layernorm.OP.write_forward((*ln, wide, True, "cpp"))
+    n, out.h, out.mean, out.rstd = made["y"].view(a.N, a.C), made["h"], made["mean"], made["rstd"]
     if takes_own_product(n):
         f, u = gelu_product(n, a.fc_weight, a.fc_bias, dtype, a.save, kind)
     else:
@@ -145,8 +145,8 @@ def _backward_cpp(a, out):
         del n  # before dn, which is as large
     dn = product(du, a.fc_weight.t()).view(a.h.shape)
     kept = (a.h, a.ln_weight, a.mean, a.rstd, a.eps, *a.dropout, wide, a.x_dtype, a.has_residual)
-    made = add_layernorm.OP.run_backward(dn, a.dh, *kept, [True] * 4, "cpp")
-    out.dx, out.dresidual, out.dln_weight, out.dln_bias = (t if t.numel() else None for t in made)
+    made = add_layernorm.OP.write_backward((dn, a.dh, *kept, [True] * 4, "cpp"))
+    out.dx, out.dresidual, out.dln_weight, out.dln_bias = (made[f"d{i}"] for i in ("x", "residual", "weight", "bias"))
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

@@ -77,7 +77,7 @@ def test_views_and_graphs_keep_a_block():
 
 @pytest.fixture
 def retained(monkeypatch):
-    monkeypatch.setattr(memory, "_retains", True)
+    monkeypatch.setattr(memory, "retained", True)
     region = Region(64 << 20)
     monkeypatch.setattr(buffers, "_region", lambda: region)
 
@@ -101,7 +101,7 @@ def test_only_large_blocks_of_a_retaining_process(retained, monkeypatch):
     assert buffers._region().holes[0] != (0, 64 << 20)
     buffers.empty(like, (1 << 17,), F32)
     assert _free(buffers._region()) == [(0, 64 << 20)]
-    monkeypatch.setattr(memory, "_retains", False)
+    monkeypatch.setattr(memory, "retained", False)
     kept = buffers.empty(like, (1 << 20,), F32)
     assert _free(buffers._region()) == [(0, 64 << 20)]
     assert kept.shape == (1 << 20,)

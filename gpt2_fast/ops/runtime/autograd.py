@@ -26,52 +26,70 @@ def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
-def _keep(op: Op, ctx, flat: tuple, named: dict[str, Tensor | None]) -> None:
-    """Saves for backward what `op` names: of a call's flat arguments and its outputs, all by name in `named`."""
+def by_name(names: Sequence[str], outputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """What an operator returned, by name; None for what it did not make."""
+    return {name: t if t.numel() else None for name, t in zip(names, as_tuple(outputs), strict=True)}
+
+
+def _keep(op: Op, ctx, flat: tuple, outputs: dict[str, Tensor | None]) -> None:
+    """Saves for backward what `op` names: of a call's flat arguments and its outputs."""
+    named = dict(zip(op.names, flat))  # noqa: B905 - flat ends in the implementation
+    named.update(outputs)
     kept = []
-    for names in op.saved_names:
-        t = next((named[n] for n in names if named[n] is not None), None)
+    for first, *others in op.saved_names:
+        t = named[first]
+        for name in others:
+            t = named[name] if t is None else t
         # What kernels read as it is is kept as it is: a gradient is laid out as the weight was.
-        kept.append(t if t is None or names[0] in op.strided or t.is_contiguous() else t.contiguous())
-    options = flat[len(op.inputs) : -1]
-    # A gradient made ahead is not saved: it would still be referenced when autograd decides whether it may keep it as
-    # a parameter's gradient. A compiler keeps what a graph saves, and copies.
-    ahead = [named[name] for name in op.ahead]
-    ctx.ahead, recorded = ([], ahead) if torch.compiler.is_compiling() else (ahead, [])
-    ctx.save_for_backward(*kept, *(options[i] for i in op.tensor_options), *recorded)
-    carried = () if op.carry is None else op.carry_values(named)
-    ctx.options = [None if i in op.tensor_options else value for i, value in enumerate(options)]
-    ctx.carried, ctx.impl = carried, flat[-1]
-    ctx.dtypes = [None if t is None else t.dtype for t in flat[: len(op.inputs)]]
+        kept.append(t if t is None or first in op.strided or t.is_contiguous() else t.contiguous())
+    inputs = len(op.inputs)
+    options = [*flat[inputs:-1]]
+    for i in op.tensor_options:
+        kept.append(options[i])
+        options[i] = None
+    if op.ahead:
+        # A gradient made ahead is not saved: it would still be referenced when autograd decides whether it may keep it
+        # as a parameter's gradient. A compiler keeps what a graph saves, and copies.
+        ctx.ahead = [named[name] for name in op.ahead]
+        if torch.compiler.is_compiling():
+            kept += ctx.ahead
+            ctx.ahead = []
+    ctx.save_for_backward(*kept)
     first = named[op.returns[0]]
-    ctx.first = (first.shape, first.dtype)
+    ctx.options, ctx.carried, ctx.impl = options, op.carry_values(named) if op.carry else (), flat[-1]
+    ctx.dtypes, ctx.first = [None if t is None else t.dtype for t in flat[:inputs]], (first.shape, first.dtype)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """What backward returns: a gradient for each input that wants one, None for everything else."""
-    saved, options = list(ctx.saved_tensors), list(ctx.options)
-    kept, saved = saved[: len(op.saved_names)], saved[len(op.saved_names) :]
-    for i in op.tensor_options:
-        options[i] = saved.pop(0)
-    in_place, ahead, ctx.ahead = bool(ctx.ahead), ctx.ahead or saved, []
+    saved, options, count = ctx.saved_tensors, ctx.options, len(op.saved_names)
+    kept, saved = saved[:count], saved[count:]
+    if op.tensor_options:
+        options = list(options)
+        for i, t in zip(op.tensor_options, saved, strict=False):
+            options[i] = t
+        saved = saved[len(op.tensor_options) :]
+    in_place, ahead = False, ()
+    if op.ahead:
+        in_place, ahead, ctx.ahead = bool(ctx.ahead), ctx.ahead or saved, []
     needs = ctx.needs_input_grad[: len(op.inputs)]
     if grads[0] is None:
         like = next(t for t in kept if t is not None)
         grads = (like.new_zeros(ctx.first[0], dtype=ctx.first[1]), *grads[1:])
     flat = (*grads, *kept, *options, *ctx.carried, list(needs), ctx.impl)
-    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if recorded:
-        made = op.underivable.apply(*flat)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # this backward is recorded itself
+        made = by_name(op.made, op.underivable.apply(*flat))
     elif any(g is not None for g in ahead):
         made = op.rescale(ahead, flat, in_place)
     else:
         made = op.call_backward(flat)
     found = op.by_input(made)
-    for i, (g, dtype) in enumerate(zip(found, ctx.dtypes, strict=True)):
+    for i, dtype in enumerate(ctx.dtypes):
+        g = found[i]
         if g is not None:
-            found[i] = None if not needs[i] else g if g.dtype == dtype else g.to(dtype)
-    return *found, *(None,) * (len(ctx.options) + 1)
+            found[i] = None if not needs[i] else g if g.dtype is dtype else g.to(dtype)
+    return *found, *(None,) * (len(options) + 1)
 
 
 def underivable_of(name: str, run: Callable, count: int, why: str) -> type[torch.autograd.Function]:
@@ -107,9 +125,9 @@ def function_of(op: Op) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *flat):
-            named = op.call(flat, ctx.needs_input_grad[: len(op.inputs)])
-            _keep(op, ctx, flat, named)
-            return tuple(named[name] for name in op.returns)
+            outputs = op.call(flat, ctx.needs_input_grad[: len(op.inputs)])
+            _keep(op, ctx, flat, outputs)
+            return tuple([outputs[name] for name in op.returns])
 
         @staticmethod
         def backward(ctx, *grads):
@@ -130,10 +148,9 @@ def functional_of(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            named = op.named(inputs, output)
             constant = [o for n, o in zip(op.output_names, output, strict=True) if n not in op.returns]
             ctx.mark_non_differentiable(*constant)
-            _keep(op, ctx, inputs, named)
+            _keep(op, ctx, inputs, by_name(op.output_names, output))
 
         @staticmethod
         def backward(ctx, *grads):

@@ -87,7 +87,7 @@ def _region() -> Region | None:
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised and contiguous, on the device of `like`."""
-    if not memory.retains() or not like.is_cpu or math.prod(shape) * dtype.itemsize < SMALLEST:
+    if not memory.retained or not like.is_cpu or math.prod(shape) * dtype.itemsize < SMALLEST:
         return like.new_empty(shape, dtype=dtype)
     region = _region()
     taken = None if region is None else region.take(shape, dtype)

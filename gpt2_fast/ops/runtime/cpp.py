@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Callable[..., None]:
     kernel = getattr(dispatch.extension(), name)
 
     def call(*sources: object, **own: object) -> None:
-        kernel(own, *map(_named, sources))
+        kernel(own, *[s if type(s) is dict else s.named() for s in sources])
 
     call.__name__, call.__doc__ = name, kernel.__doc__
     globals()[name] = call
@@ -25,10 +25,4 @@ def __getattr__(name: str) -> Callable[..., None]:
 
 def pack(kernel: str, *sources: object, **own: object) -> bytes:
     """The arguments of `kernel` as one struct of 8 bytes each, for the CUDA kernel that takes the same."""
-    return dispatch.extension().pack(kernel, own, *map(_named, sources))
-
-
-def _named(source: object) -> dict[str, object]:
-    if isinstance(source, dict):
-        return source
-    return source.named() if hasattr(source, "named") else vars(source)
+    return dispatch.extension().pack(kernel, own, *[s if type(s) is dict else s.named() for s in sources])

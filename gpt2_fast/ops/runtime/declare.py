@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gpt2_fast.ops.runtime import buffers, dispatch
-from gpt2_fast.ops.runtime.autograd import as_tuple, function_of, functional_of, underivable_of
+from gpt2_fast.ops.runtime.autograd import by_name, function_of, functional_of, underivable_of
 from gpt2_fast.ops.runtime.contract import (
     CONTIGUOUS,
     FLOAT,
@@ -39,14 +40,14 @@ from gpt2_fast.ops.runtime.contract import (
     sizes_of,
 )
 from gpt2_fast.ops.runtime.library import register
-from gpt2_fast.ops.runtime.philox import Dropout
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
 SCHEMA |= {float | None: "float?", torch.dtype | None: "ScalarType?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
 # What is allocated: shape and dtype, and of a matrix whether its transpose is what is contiguous; or nothing.
 Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool] | None
-PLAIN = (Tensor, torch.nn.Parameter)
+KNOWN = 4096  # calls that an operation keeps the contract's answer for
 OPS: dict[str, Op] = {}
 
 
@@ -56,12 +57,13 @@ class Arguments:
     def __init__(self, values: dict[str, Any]):
         self.__dict__ = values
 
+    def named(self) -> dict[str, Any]:
+        """All of it, for a kernel that takes its arguments by name."""
+        return self.__dict__
 
-def allocate(like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """Uninitialised memory on the device of `like`."""
-    if transposed:
-        return buffers.empty(like, tuple(shape[::-1]), dtype).t()
-    return buffers.empty(like, shape, dtype)
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    return buffers.empty(like, tuple(shape[::-1]), dtype).t() if transposed else buffers.empty(like, shape, dtype)
 
 
 class Outputs:
@@ -74,15 +76,15 @@ class Outputs:
         if name.startswith("_") or name not in self._specs:
             raise AttributeError(f"no output {name!r} is declared")
         spec = self._specs[name]
-        made = self.__dict__[name] = None if spec is None else allocate(self._like, *spec)
+        made = self.__dict__[name] = None if spec is None else _empty(self._like, *spec)
         return made
 
     def named(self) -> dict[str, Any]:
         """Everything declared, for a kernel that takes its arguments by name."""
-        own = self.__dict__
+        own, like = self.__dict__, self._like
         for name, spec in self._specs.items():
             if name not in own:
-                own[name] = None if spec is None else allocate(self._like, *spec)
+                own[name] = None if spec is None else _empty(like, *spec)
         return own
 
 
@@ -157,6 +159,7 @@ class Op:
         self.differentiable = [i.name for i in self.inputs if i.dtype in (FLOAT, SAME, STREAM)]
         self.strided = {i.name for i in self.inputs if i.read == STRIDED}
         self.saved_names = [tuple(names.split("|")) for names in (saved or {})]
+        self._known: dict[tuple, str] = {}
         self._define_forward()
         if gradients is not None:
             self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
@@ -178,7 +181,8 @@ class Op:
         self.names = [*shapes, *self.flat_options]
         ask = "needs" if self.ahead else "save"  # what is wanted of forward beside its values
         names = [*self.names, ask, "impl"]
-        self.run_forward, fake = self._bodies(names, shapes, read, self.outputs, self.output_names, "forward")
+        bodies = self._bodies(names, shapes, read, self.outputs, self.output_names, "forward")
+        self.write_forward, self.run_forward, fake = bodies
         options.append(f"bool[] {ask}" if self.ahead else f"bool {ask}")
         schema = f"{self.name}({', '.join([*tensors, *options, 'str impl'])}) -> "
         self.forward_op = register(schema + _tensors(self.output_names), self.run_forward, fake)
@@ -190,19 +194,25 @@ class Op:
         options += [f"{SCHEMA[kind]} {name}" for name, (kind, _) in self.carry.items()]
         names = self.backward_names = [*tensors, *self.flat_options, *self.carry, "needs", "impl"]
         read = reader({name: reads.get(name, CONTIGUOUS) for name in tensors})
-        made = [f"d{name}" for name in self.differentiable]
-        self.run_backward, fake = self._bodies(names, saved, read, self.gradients, made, "backward")
+        made = self.made = [f"d{name}" for name in self.differentiable]
+        # Of each input: the gradient that backward makes, and the one that stands for it where it makes none.
+        of = {i.name: f"d{i.name}" for i in self.inputs if i.name in self.differentiable}
+        self.gradient_of = [(of.get(i.name), of.get(self.alias.get(i.name))) for i in self.inputs]
+        bodies = self._bodies(names, saved, read, self.gradients, made, "backward")
+        self.write_backward, self.run_backward, fake = bodies
         arguments = [*(f"Tensor? {name}" for name in tensors), *options, "bool[] needs", "str impl"]
         schema = f"{self.name}_backward({', '.join(arguments)}) -> {_tensors(made)}"
         self.backward_op = register(schema, self.run_backward, fake)
 
-    def _bodies(self, names, shapes, read, specs, made, which) -> tuple[Callable, Callable]:
-        """The body of an operator and its fake: flat arguments -> a tensor for each name of `made`."""
+    def _bodies(self, names, shapes, read, specs, made, which) -> tuple[Callable, Callable, Callable]:
+        """What an operator does, from flat arguments: to everything written by name, to a tensor for each name of
+        `made` (an empty one for None), and its fake."""
         inputs, add_sizes, drops = [i.name for i in self.inputs], sizes_of(shapes), self.dropout
+        takes_needs = "needs" in names
 
         def arguments(flat: Sequence[Any]) -> Arguments:
-            values = dict(zip(names, flat, strict=True))
-            if "needs" in values:
+            values = dict(zip(names, flat))  # noqa: B905 - the callers' own lists
+            if takes_needs:
                 values["needs"] = dict(zip(inputs, values["needs"], strict=True))
             read(values)
             add_sizes(values)
@@ -210,65 +220,117 @@ class Op:
                 add_dropout(values)
             return Arguments(values)
 
-        def run(*flat):
+        def write(flat: Sequence[Any]) -> dict[str, Tensor | None]:
             a = arguments(flat)
-            like = next(t for t in flat if t is not None)
-            out = Outputs(like, specs(a))
+            out = Outputs(flat[0], specs(a))
             getattr(self.backends[a.impl], which)(a, out)
-            found = out.named()
+            return out.named()
+
+        def run(*flat):
+            found, like = write(flat), flat[0]
             found = tuple([like.new_empty(0) if (t := found[name]) is None else t for name in made])
             return found if len(found) > 1 else found[0]
 
         def fake(*flat):
-            described, like = specs(arguments(flat)), next(t for t in flat if t is not None)
+            described, like = specs(arguments(flat)), flat[0]
             found = [_described(like, described[name]) for name in made]
             return tuple(found) if len(found) > 1 else found[0]
 
-        return run, fake
+        return write, run, fake
 
-    def named(self, flat: Sequence[Any], outputs: Sequence[Tensor] | Tensor) -> dict[str, Any]:
-        """A call's inputs, options and outputs by name; None for what was not made."""
-        values = dict(zip(self.names, flat, strict=False))
-        for name, t in zip(self.output_names, as_tuple(outputs), strict=True):
-            values[name] = t if t.numel() else None
-        return values
+    def call(self, flat: Sequence[Any], needs: Sequence[bool] = ()) -> dict[str, Tensor | None]:
+        """Runs forward on the inputs, the flat options and the implementation, for the inputs that want a gradient.
 
-    def call(self, flat: Sequence[Any], needs: Sequence[bool] = ()) -> dict[str, Any]:
-        """Runs forward on the inputs, the flat options and the implementation, for the inputs that want a gradient."""
-        run = self.forward_op if traced(flat) else self.run_forward
+        Returns its outputs by name; None for what was not made.
+        """
         ask = (needs or [False] * len(self.inputs)) if self.ahead else any(needs)
-        return self.named(flat, run(*flat[:-1], ask, flat[-1]))
+        arguments = (*flat[:-1], ask, flat[-1])
+        if traced(flat[: len(self.inputs)]):
+            return by_name(self.output_names, self.forward_op(*arguments))
+        return self.write_forward(arguments)
 
-    def call_backward(self, flat: Sequence[Any]) -> tuple[Tensor, ...]:
+    def call_backward(self, flat: Sequence[Any]) -> dict[str, Tensor | None]:
         """Runs backward on gradients, what was kept, options, what is carried, needs and the implementation."""
-        return as_tuple((self.backward_op if traced(flat) else self.run_backward)(*flat))
+        if traced(flat[: len(self.returns) + 1]):  # of what was kept the first stands for all
+            return by_name(self.made, self.backward_op(*flat))
+        return self.write_backward(flat)
 
-    def rescale(self, ahead: Sequence[Tensor | None], flat: Sequence[Any], in_place: bool) -> list[Tensor | None]:
+    def rescale(self, ahead: Sequence[Tensor | None], flat: Sequence[Any], in_place: bool) -> dict[str, Tensor | None]:
         """The gradients that forward made `ahead`, for the upstream gradients among backward's arguments."""
         a = Arguments(dict(zip(self.backward_names, flat, strict=True)))
-        return [None if g is None else self.scaled(g, a, in_place) for g in ahead]
+        found = [None if g is None else self.scaled(g, a, in_place) for g in ahead]
+        return dict(zip(self.made, found, strict=True))
 
     def carry_values(self, named: dict[str, Any]) -> list[Any]:
         """What backward knows of forward besides what is kept."""
         a = Arguments(named)
         return [function(a) for _, function in self.carry.values()]
 
-    def by_input(self, made: Sequence[Tensor]) -> list[Tensor | None]:
+    def by_input(self, made: Mapping[str, Tensor | None]) -> list[Tensor | None]:
         """The gradient of each input from what backward made."""
-        found = {
-            name: g if g is not None and g.numel() else None for name, g in zip(self.differentiable, made, strict=True)
-        }
-        for name, other in self.alias.items():
-            found[name] = found[other] if found[name] is None else found[name]
-        return [found.get(i.name) for i in self.inputs]
+        return [
+            None if name is None else made[other] if other and made[name] is None else made[name]
+            for name, other in self.gradient_of
+        ]
 
     def drops(self, flat: Sequence[Any]) -> bool:
         """Whether a call with these arguments drops elements."""
         return self.dropout and flat[len(self.inputs) + list(self.flat_options).index("dropout_p")] > 0.0
 
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
-        empty = check(self.name, self.inputs, tensors)
+        chosen = self._choose(tensors, impl, options)
+        if chosen == "reference":
+            return self.reference(*tensors, **options)
+        flat = [*tensors]
+        for name, kind in self.options.items():
+            if kind is Dropout:
+                flat += options[name].flat()
+            else:
+                flat.append(options[name])
+        flat.append(chosen)
+        transformed = torch._C._are_functorch_transforms_active()
+        if self.gradients is None and (transformed or _recorded(tensors)):
+            outputs = by_name(self.output_names, self.underivable.apply(*flat[:-1], False, chosen))
+        elif transformed:
+            outputs = by_name(self.output_names, self._functional.apply(*flat))
+        elif _recorded(tensors):
+            outputs = self._function.apply(*flat)
+            return outputs if len(outputs) > 1 else outputs[0]
+        else:
+            outputs = self.call(flat)
+        found = [outputs[name] for name in self.returns]
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def _choose(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> str:
+        """The implementation for a call, which is held to the contract first.
+
+        A call with tensors of the same kinds, shapes, dtypes and devices as one before was held to it already.
+        """
         first = tensors[0]
+        if torch.compiler.is_compiling():  # sizes may be symbols, and a graph asks once
+            return self._checked(tensors, impl, options)
+        try:
+            key = (dispatch.choose(self.name, impl, first.device, first.dtype), impl)
+            for t in tensors:
+                key += (None if t is None else (type(t), t.shape, t.dtype, t.device, t.layout),)
+            for name, kind in self.options.items():
+                key += (options[name].p if kind is Dropout else options[name],)
+            found = self._known.get(key)
+        except (AttributeError, TypeError):  # no tensor, or a size that is a symbol
+            return self._checked(tensors, impl, options)
+        if found is None:
+            found = self._checked(tensors, impl, options)
+            if len(self._known) == KNOWN:
+                self._known.clear()
+            self._known[key] = found
+            return found
+        check_options(self.name, self.options, options)
+        if self.dropout and (dropout := options["dropout"]) is not NO_DROPOUT:
+            dropout.check(self.name, first.device)  # its key is another one each time
+        return found
+
+    def _checked(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> str:
+        empty, first = check(self.name, self.inputs, tensors), tensors[0]
         check_options(self.name, self.options, options)
         if self.dropout:
             options["dropout"].check(self.name, first.device)
@@ -276,24 +338,10 @@ class Op:
             self.check(*tensors, **options)
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
         if chosen == "reference" or empty:
-            return self.reference(*tensors, **options)
+            return "reference"
         if self.limits is not None:
             self.limits(*tensors)
-        flat = list(tensors)
-        for name, kind in self.options.items():
-            flat += options[name].flat() if kind is Dropout else (options[name],)
-        flat.append(chosen if impl != "auto" or "auto" not in self.backends else impl)
-        if torch._C._are_functorch_transforms_active() and self.gradients is not None:
-            outputs = self.named(flat, self._functional.apply(*flat))
-        elif self.gradients is not None and _recorded(tensors):
-            outputs = self._function.apply(*flat)
-            return outputs if len(outputs) > 1 else outputs[0]
-        elif self.gradients is None and (torch._C._are_functorch_transforms_active() or _recorded(tensors)):
-            outputs = self.named(flat, self.underivable.apply(*flat[:-1], False, flat[-1]))
-        else:
-            outputs = self.call(flat)
-        found = tuple(outputs[name] for name in self.returns)
-        return found if len(found) > 1 else found[0]
+        return impl if impl == "auto" and "auto" in self.backends else chosen
 
 
 def add_dropout(values: dict[str, Any]) -> None:
@@ -303,7 +351,7 @@ def add_dropout(values: dict[str, Any]) -> None:
     values["dropout_threshold"], values["dropout_scale"] = (dropout.threshold, dropout.scale) if p else (0, 1.0)
 
 
-def traced(flat: Sequence[Any]) -> bool:
+def traced(tensors: Sequence[Tensor | None]) -> bool:
     """Whether something looks at operators as they are called: a compiler, a profiler, a mode, a kind of tensor.
 
     Otherwise a call goes to its body without torch's dispatcher, which would find the same one.
@@ -312,7 +360,10 @@ def traced(flat: Sequence[Any]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return True
-    return any(isinstance(t, Tensor) and (type(t) not in PLAIN or t.is_neg()) for t in flat)
+    for t in tensors:  # noqa: SIM110 - any() of a generator costs a microsecond
+        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or t.is_neg()):
+            return True
+    return False
 
 
 def autocasts(x: Any) -> bool:

@@ -10,7 +10,7 @@ import sys
 # Parameters of mallopt, from <malloc.h>.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
-_retains = False
+retained = False  # whether `retain_memory` was called, and took effect
 
 
 def round_up(n: int, step: int) -> int:
@@ -33,11 +33,6 @@ def large_pages(size: int) -> mmap.mmap:
     return memory
 
 
-def retains() -> bool:
-    """Whether `retain_memory` was called, and took effect."""
-    return _retains
-
-
 def retain_memory() -> bool:
     """Lets this process keep the memory that tensors on the CPU free, for the tensors that come next.
 
@@ -55,6 +50,6 @@ def retain_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     settings = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
-    global _retains
-    _retains = all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
-    return _retains
+    global retained
+    retained = all(libc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
+    return retained

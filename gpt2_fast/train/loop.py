@@ -145,7 +145,15 @@ class Run:
         try:
             self.save(best, beside=True)
         except OSError as error:
-            bar.write(f"{error}; the earlier checkpoints are kept, and training goes on", file=sys.stderr)
+            self._report_failed_save(bar, error)
+
+    def _report_failed_save(self, bar: tqdm, error: Exception | None) -> None:
+        if error is None:
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self.saved = None
+        bar.write(f"{error}; the checkpoints before it are kept, and training goes on", file=sys.stderr)
 
     def validate(self) -> float:
         """The validation loss of this step, logged once. Raises Stopped when a signal comes meanwhile."""
@@ -290,6 +298,7 @@ class Run:
         )
         late = config.save_minutes and time.monotonic() - self.saver.last >= 60 * config.save_minutes
         best = False
+        self._report_failed_save(bar, self.saver.take_error())
         if evaluate or sample or save or late:
             self._report(bar)  # what is saved is logged, and the clock stands still meanwhile
         if evaluate:

@@ -62,11 +62,10 @@ class Saver:
         self.last = time.monotonic()
 
     def save(self, state: dict[str, Any], beside: bool = True) -> None:
-        """Saves `state`. beside: return when it is copied; where memory is short, when it is written, as without.
-
-        Raises the error of a save before this one, or of this one when it is waited for; see `wait`.
+        """Saves `state`, after the save before it. beside: return when it is copied; where memory is short, when it is
+        written, as without. An error is raised here, or kept for `take_error`.
         """
-        self.wait()
+        self._join()
         self.last = time.monotonic()
         room, needed = free_memory(), 2 * tensor_bytes(state)  # the copy, and what the writer holds of it
         if not beside or (room is not None and room < needed):
@@ -86,11 +85,18 @@ class Saver:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Waits for the save that is at work. Raises what ended it, once."""
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def take_error(self) -> Exception | None:
+        """What ended a save beside the steps, once."""
         error, self._error = self._error, None
-        if error is not None:
+        return error
+
+    def wait(self) -> None:
+        """Waits for the save that is at work. Raises what ended it."""
+        self._join()
+        if (error := self.take_error()) is not None:
             raise error

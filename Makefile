@@ -1,6 +1,7 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
+# `make test-fast` is what to run while editing: below a minute on two cores. Both take WORKERS, the processes that test.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
-# Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
+# Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
 # `make sanitize` (CONTRIBUTING.md).
 
 PYTHON ?= python3
@@ -8,6 +9,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The options of the run: a minute on two cores. Another one: make train TRAIN="--model gpt2 --steps 20"
 TRAIN ?= --steps 200 --context 128 --lr 2e-3 --eval-batches 10
+WORKERS ?= 2
+# Several processes with as many threads as there are cores: a thread that waits must leave its core to another.
+# pytest-benchmark times nothing beside other processes, and would say so in a warning.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
@@ -18,16 +23,25 @@ OLDEST_TRANSFORMERS := transformers==4.57.1 huggingface_hub==0.36.2 tokenizers==
 # $(call with,FOLDER,PACKAGE): every test file that names the package, run with the release that lies in the folder.
 with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
-	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
+	$(PYTEST) $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test lint fuzz sanitize docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
-	test-newest-triton
+.PHONY: train test test-fast test-kernels lint fuzz sanitize docs clean test-install test-transformers \
+	test-oldest-transformers test-newest-transformers test-newest-triton
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without what tests/conftest.py marks slow: whole commands, compilers, other processes, Triton in its interpreter.
+test-fast: $(VENV)/.installed-test lint
+	$(PYTEST) -m 'not install and not slow'
+
+# Every Triton configuration of every architecture, compiled and compared with the kept machine code: half an hour of one core.
+test-kernels: $(VENV)/.installed-test
+	$(BIN)/python tests/golden/kernels.py
+	$(BIN)/gpt2-fast doctor --kernels
 
 # Generated inputs: make fuzz FUZZ="--examples 500 --ops linear --seed 3"
 fuzz: $(VENV)/.installed-test

@@ -17,9 +17,6 @@ constexpr int64_t CHUNK = 16;  // a diagonal tile is worked on in steps of CHUNK
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 constexpr float NOTHING = -1e30f;  // the running maximum before any key was seen
 
-GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-GPT2_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // One maximum instruction; where b is NaN the result is NaN.
 GPT2_INLINE vf max2(vf a, vf b) {
 #if defined(__AVX512F__)

@@ -119,6 +119,8 @@ py::object attribute(PyObject* object, const char* name) {
   return py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, name));
 }
 
+std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
 int64_t code_of(const Kernel& kernel, const Parameter& p, PyObject* dtype) {
   PyObject* code = PyDict_GetItemWithError(dtype_codes, dtype);
   if (!code) refuse(kernel, p, "is of a dtype that no kernel takes");
@@ -146,6 +148,18 @@ int64_t address(const Kernel& kernel, const Parameter& p, PyObject* tensor, bool
   return (int64_t)PyLong_AsUnsignedLongLong(value.ptr());
 }
 
+int64_t integer(const Kernel& kernel, const Parameter& p, PyObject* value) {
+  if (PyLong_Check(value)) return PyLong_AsLongLong(value);
+  if (p.of) return code_of(kernel, p, value);
+  refuse(kernel, p, "is a " + type_name(value) + "; it must be an int");
+}
+
+double real(const Kernel& kernel, const Parameter& p, PyObject* value) {
+  const double found = PyFloat_AsDouble(value);
+  if (PyErr_Occurred()) refuse(kernel, p, "is a " + type_name(value) + "; it must be a float");
+  return found;
+}
+
 void read(const Kernel& kernel, const py::args& sources, Value* values, bool on_cpu) {
   for (size_t i = 0; i < kernel.count; ++i) {
     const Parameter& p = kernel.parameters[i];
@@ -160,9 +174,9 @@ void read(const Kernel& kernel, const py::args& sources, Value* values, bool on_
     if (p.kind == TENSOR || p.kind == STRIDED)
       values[i].integer = found == Py_None ? 0 : address(kernel, p, found, on_cpu);
     else if (p.kind == REAL_NUMBER)
-      values[i].real = PyFloat_AsDouble(found);
+      values[i].real = real(kernel, p, found);
     else
-      values[i].integer = PyLong_Check(found) ? PyLong_AsLongLong(found) : code_of(kernel, p, found);
+      values[i].integer = integer(kernel, p, found);
     if (PyErr_Occurred()) throw py::error_already_set();
   }
 }

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t COLUMNS = 4;  // panels whose sums are finished together
 constexpr int64_t HEAD_MAX = 128;  // largest D
 
-GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // Input k of output n of a matrix of K inputs, as stored.
 template <class E>
 GPT2_INLINE const E& element(const char* panels, int64_t K, int64_t n, int64_t k) {
@@ -32,9 +30,7 @@ GPT2_INLINE float value(bf16 x) {
 }
 GPT2_INLINE float value(uint8_t x) { return (float)((int)x - 128); }
 
-// What a finished sum becomes: out = sum + bias, out = gelu(sum + bias) by tanh or erf, or out += sum + bias.
-enum Finish { STORE, TANH_GELU, ERF_GELU, ADD };
-
+// What becomes of finished sums.
 void finish_tile(const float* sum, int64_t rows, int64_t columns, const float* scale, const float* bias,
                  Finish finish, float* out, int64_t ldo, int64_t limit) {
   for (int64_t r = 0; r < rows; ++r)
@@ -43,9 +39,9 @@ void finish_tile(const float* sum, int64_t rows, int64_t columns, const float* s
       if (scale) x *= load(scale + c);
       if (bias) x += load(bias + c);
       float* to = out + r * ldo + c;
-      if (finish == TANH_GELU) x = TanhGelu::value(x);
-      if (finish == ERF_GELU) x = ErfGelu::value(x);
-      if (finish == ADD) x += load(to);
+      if (finish == FINISH_TANH_GELU) x = TanhGelu::value(x);
+      if (finish == FINISH_ERF_GELU) x = ErfGelu::value(x);
+      if (finish == FINISH_ADD) x += load(to);
       store_n(to, x, limit - c);
     }
 }
@@ -64,9 +60,6 @@ struct Worker {
   int64_t part(int64_t n, int64_t i) const { return n * i / threads; }
   int64_t first(int64_t n) const { return part(n, thread); }
   int64_t last(int64_t n) const { return part(n, thread + 1); }
-  static void meet() {
-#pragma omp barrier
-  }
   int64_t C16() const { return round_up(m.C, 16); }
   int64_t F16() const { return round_up(m.F, 16); }
   int64_t S16() const { return round_up(c.S, 16); }
@@ -284,7 +277,7 @@ struct Worker {
     const int64_t C = m.C, F = m.F, QKV16 = round_up(3 * C, 16);
     layernorm(c.h, l.ln_1_weight, l.ln_1_bias, rows);
     meet();
-    product(c.y, C16(), l.c_attn, 3 * C, C, rows, STORE, c.qkv, QKV16, QKV16);
+    product(c.y, C16(), l.c_attn, 3 * C, C, rows, FINISH_STORE, c.qkv, QKV16, QKV16);
     meet();
     attend(sequences, positions, rows, rest, index);
     if (index + 1 == m.L) {
@@ -292,13 +285,13 @@ struct Worker {
       rows = gather(sequences, rows, rest);
     }
     hand_over(c.y, C16(), rows);
-    product(c.y, C16(), l.attn_proj, C, C, rows, ADD, c.h, C16(), C16());
+    product(c.y, C16(), l.attn_proj, C, C, rows, FINISH_ADD, c.h, C16(), C16());
     meet();
     layernorm(c.h, l.ln_2_weight, l.ln_2_bias, rows);
     meet();
-    product(c.y, C16(), l.c_fc, F, C, rows, m.erf ? ERF_GELU : TANH_GELU, c.f, F16(), F16());
+    product(c.y, C16(), l.c_fc, F, C, rows, m.erf ? FINISH_ERF_GELU : FINISH_TANH_GELU, c.f, F16(), F16());
     hand_over(c.f, F16(), rows);
-    product(c.f, F16(), l.mlp_proj, C, F, rows, ADD, c.h, C16(), C16());
+    product(c.f, F16(), l.mlp_proj, C, F, rows, FINISH_ADD, c.h, C16(), C16());
     meet();
     return rows;
   }
@@ -322,7 +315,7 @@ struct Worker {
       const int64_t n = c.B - begin < c.chunk ? c.B - begin : c.chunk;
       layernorm(c.newest + begin * C16(), m.ln_f_weight, m.ln_f_bias, n);
       meet();
-      product(c.y, C16(), m.lm_head, m.V, m.C, n, STORE, logits + begin * m.V, m.V, m.V);
+      product(c.y, C16(), m.lm_head, m.V, m.C, n, FINISH_STORE, logits + begin * m.V, m.V, m.V);
       meet();
     }
   }
@@ -334,12 +327,7 @@ void decode_step(addr model, addr cache, addr tokens, addr sequences, addr posit
                  int64_t threads) {
 #pragma omp parallel num_threads((int)threads)
   {
-#ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-    const int64_t thread = 0, count = 1;
-#endif
-    const Worker worker{*(const DecodeModel*)model, *(const DecodeCache*)cache, thread, count};
+    const Worker worker{*(const DecodeModel*)model, *(const DecodeCache*)cache, this_thread(), thread_count()};
     worker.run((const int64_t*)tokens, (const int32_t*)sequences, (const int32_t*)positions, rows, (float*)logits);
   }
 }

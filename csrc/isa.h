@@ -52,6 +52,10 @@ struct f16 {
   uint16_t bits;
 };
 
+GPT2_INLINE int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
+GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+GPT2_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 GPT2_INLINE vf splat(float x) { return x - vf{}; }
 
 // Bit casts between vectors of the same size.
@@ -333,6 +337,18 @@ GPT2_INLINE vf vexp(vf x) {
 #define GPT2_PARALLEL_FOR(i, n) \
   GPT2_PRAGMA(omp parallel for schedule(static)) \
   for (int64_t i = 0; i < (n); ++i)
+
+// Of a parallel region: which thread this is, how many there are, and where all of them meet.
+#ifdef _OPENMP
+GPT2_INLINE int64_t this_thread() { return omp_get_thread_num(); }
+GPT2_INLINE int64_t thread_count() { return omp_get_num_threads(); }
+#else
+GPT2_INLINE int64_t this_thread() { return 0; }
+GPT2_INLINE int64_t thread_count() { return 1; }
+#endif
+static inline void meet() {
+#pragma omp barrier
+}
 
 // sums[c] = partial[0][c] + partial[1][c] + ..., for the columns of rows `stride` apart.
 static inline void sum_partials(const float* partial, int64_t chunks, int64_t stride, float* sums, int64_t C) {

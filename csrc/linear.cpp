@@ -146,10 +146,6 @@ struct Product {
   int64_t M, N, K, group, thread, threads;
   float *packed_a, *packed_b, *last_inputs, *partial;
 
-  static void meet() {
-#pragma omp barrier
-  }
-
   bool in_place() const { return a.step == 1 && a.dtype == (group == 2 ? BF16 : F32); }
 
   // A grid of threads over a block of `panels_m` x `panels_n` tiles: as even as can be, then more along the columns.
@@ -268,14 +264,9 @@ void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, i
   float *last_inputs = packed_b + plan.packed_b, *partial = last_inputs + plan.last_inputs;
 #pragma omp parallel num_threads((int)threads)
   {
-#ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-#else
-    const int64_t thread = 0, count = 1;
-#endif
     const Product product{plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k},
-                          {(char*)c, (char*)u, (const float*)bias, c_dtype, N, finish}, M, N, K, group, thread, count,
-                          packed_a, packed_b, last_inputs, partial};
+                          {(char*)c, (char*)u, (const float*)bias, c_dtype, N, finish}, M, N, K, group, this_thread(),
+                          thread_count(), packed_a, packed_b, last_inputs, partial};
     product.run();
   }
 }

@@ -44,14 +44,14 @@ GPT2_INLINE float exp_sum(T* x, float m, int64_t V) {
 }
 
 template <class T>
-static void rows(T* logits, const int64_t* labels, float* losses, float* lse, T* dlogits,
+static void rows(T* logits, const int64_t* labels, float* losses, T* dlogits,
                  const float* row_scale, int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index) {
   GPT2_PARALLEL_FOR(i, n) {
     T* x = logits + i * V;
     T* dx = dlogits ? dlogits + i * V : nullptr;
     int64_t label = labels[i];
     if (label == ignore_index) {
-      losses[i] = lse[i] = 0.0f;
+      losses[i] = 0.0f;
       if (dx) memset(dx, 0, V * sizeof(T));
       continue;
     }
@@ -59,8 +59,7 @@ static void rows(T* logits, const int64_t* labels, float* losses, float* lse, T*
     float target = load_tail(x + label, 1)[0];
     float m = row_max(x, V);
     float sum = dx ? exp_sum<STORE>(x, m, V) : exp_sum<false>(x, m, V);
-    lse[i] = m + (float)log((double)sum);
-    // Not lse - target: for a confident row that cancels.
+    // Not (m + log(sum)) - target: for a confident row that cancels.
     losses[i] = (float)(log((double)sum) + ((double)m - (double)target));
     if (!dx) continue;
     float scale = row_scale[i * scale_stride], factor = scale / sum;
@@ -73,10 +72,10 @@ static void rows(T* logits, const int64_t* labels, float* losses, float* lse, T*
   }
 }
 
-void softmax_xent(addr logits, addr labels, addr losses, addr lse, addr dlogits, addr row_scale,
+void softmax_xent(addr logits, addr labels, addr losses, addr dlogits, addr row_scale,
                   int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index, int64_t dtype) {
   GPT2_DISPATCH(dtype, T, {
-    rows((T*)logits, (const int64_t*)labels, (float*)losses, (float*)lse, (T*)dlogits, (const float*)row_scale,
+    rows((T*)logits, (const int64_t*)labels, (float*)losses, (T*)dlogits, (const float*)row_scale,
          scale_stride, n, V, ignore_index);
   });
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "isa.h"
+#include "transpose.h"
 
 namespace gpt2 {
 namespace GPT2_ISA {
@@ -19,10 +20,6 @@ constexpr int TILE_M = 4, TILE_V = 2;
 #endif
 constexpr int TILE_N = TILE_V * W;
 constexpr int64_t AHEAD_ROWS = 8;  // steps that are fetched before their use
-
-GPT2_INLINE int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
-GPT2_INLINE int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
-GPT2_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Operand {
   const char* data;
@@ -88,36 +85,6 @@ GPT2_INLINE vf full_steps_of(const bf16* x) {
 }
 template <int G, class T>
 GPT2_INLINE vf full_steps_of(const T* x) { return load(x); }
-
-#if defined(__AVX512F__)
-// Rows become columns: the blocks off the diagonal change places, halves first.
-GPT2_INLINE void transpose(vf (&x)[W]) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int s = W / 2; s > 0; s /= 2) {
-    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
-    // Lane j of the first row's block takes a[j] or b[j - s], of the second's a[j + s] or b[j]; 16 + j names b[j].
-    const __m512i low = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - s));
-    const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(s)), odd, lane,
-                                               _mm512_set1_epi32(16));
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & s) continue;
-      const __m512 a = (__m512)x[i], b = (__m512)x[i + s];
-      x[i] = (vf)_mm512_permutex2var_ps(a, low, b);
-      x[i + s] = (vf)_mm512_permutex2var_ps(a, high, b);
-    }
-  }
-}
-#else
-GPT2_INLINE void transpose(vf (&x)[W]) {
-  float rows[W][W], columns[W][W];
-  memcpy(rows, x, sizeof(rows));
-  for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) columns[j][i] = rows[i][j];
-  memcpy(x, columns, sizeof(columns));
-}
-#endif
 
 template <int G, class T>
 GPT2_INLINE void pack_along_steps(const T* x, int64_t stride, int64_t lanes, int64_t count, const Panels& to,

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
-from gpt2_fast.modules import foreign
+from gpt2_fast.modules import foreign, is_plain_linear, is_plain_table, part
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import dispatch
@@ -46,6 +46,7 @@ class Call(NamedTuple):
         return Dropout(p, self.key, site) if module.training and p > 0.0 else NO_DROPOUT
 
 
+@part
 class Conv1D(nn.Module):
     """A linear layer with its weight stored [in, out], as OpenAI released it."""
 
@@ -63,11 +64,7 @@ class Conv1D(nn.Module):
         return x @ self.weight_io + self.bias
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a product may read the module's weight_io and bias instead of calling it."""
-    return "weight_io" in type(module).__dict__ and foreign(module, type(module)) is None
-
-
+@part
 class GPT2Attention(nn.Module):
     """Causal self-attention of one layer: [B, T, C] -> [B, T, C]."""
 
@@ -101,6 +98,7 @@ class GPT2Attention(nn.Module):
         return project(self.ops, out_BTHD.reshape(B, T, C), self.c_proj)
 
 
+@part
 class GPT2MLP(nn.Module):
     """The MLP with the LayerNorm and the sum before it: what is pending and the stream in, the same out."""
 
@@ -123,6 +121,7 @@ class GPT2MLP(nn.Module):
         return project(self.ops, f, c_proj), h
 
 
+@part
 class GPT2Block(nn.Module):
     """One layer: (m, h) -> (m, h), each [B, T, C]; the stream is h + dropout(m)."""
 
@@ -159,6 +158,7 @@ def project(ops: Operations, x: Tensor, layer: nn.Module) -> Tensor:
     return ops.linear(x, layer.weight_io, layer.bias) if is_plain_linear(layer) else layer(x)
 
 
+@part
 class GPT2Model(nn.Module):
     """Embeddings, blocks and the final LayerNorm: token ids [B, T] -> hidden states [B, T, C].
 
@@ -243,13 +243,6 @@ class GPT2Model(nn.Module):
             )
         if input_ids.device != self.ln_f.weight.device:
             raise ValueError(f"input_ids is on {input_ids.device} and the model on {self.ln_f.weight.device}; move one")
-
-
-def is_plain_table(table: nn.Module) -> bool:
-    """Whether `embedding` may read the table instead of calling it: an nn.Embedding without options or hooks."""
-    if foreign(table, nn.Embedding):
-        return False
-    return table.padding_idx is None and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
 
 
 class GPT2LMHeadModel(nn.Module):

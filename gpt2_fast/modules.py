@@ -9,6 +9,23 @@ from torch import Tensor, nn
 Hook = Callable
 
 
+def part(cls: type[nn.Module]) -> type[nn.Module]:
+    """Marks a class of this package's model: of a module of it, not of a subclass, the weights say all that it does."""
+    cls._is_part_of_gpt2 = True
+    return cls
+
+
+def _is_part(cls: type[nn.Module]) -> bool:
+    return "_is_part_of_gpt2" in cls.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something listens to the module's calls, or changes them."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def foreign(module: nn.Module, *kinds: type, idle: Callable[[Hook, nn.Module], bool] | None = None) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`.
 
@@ -19,12 +36,41 @@ def foreign(module: nn.Module, *kinds: type, idle: Callable[[Hook, nn.Module], b
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
-    listened = module._forward_hooks
-    if listened and idle is not None:
-        listened = [hook for hook in listened.values() if not idle(hook, module)]
-    if listened or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
+    if has_hooks(module):
+        hooks = [hook for hook in module._forward_hooks.values() if idle is None or not idle(hook, module)]
+        if hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return "has hooks"
     weight = module._parameters.get("weight")
     if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"has a weight that is {type(weight).__qualname__}"
+    return None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a product may read the module's weight_io and bias instead of calling it."""
+    return "weight_io" in type(module).__dict__ and foreign(module, type(module)) is None
+
+
+def is_plain_table(table: nn.Module) -> bool:
+    """Whether `embedding` may read the table instead of calling it: an nn.Embedding without options or hooks."""
+    if foreign(table, nn.Embedding):
+        return False
+    return table.padding_idx is None and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq)
+
+
+def is_plain_head(head: nn.Module) -> bool:
+    """Whether an operation may read the head's weight [V, C] instead of calling it."""
+    return foreign(head, nn.Linear) is None and head.bias is None
+
+
+def foreign_part(transformer: nn.Module) -> str | None:
+    """Which module of this package's model must be called as the module it is, and why; None: none."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Embedding):
+            reason = None if is_plain_table(module) else foreign(module, nn.Embedding) or "has options"
+        else:
+            own = (type(module),) if _is_part(type(module)) else (nn.LayerNorm, nn.ModuleList)
+            reason = foreign(module, *own)
+        if reason:
+            return f"transformer{'.' if name else ''}{name} {reason}"
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.adamw import adamw
+from gpt2_fast.ops.adamw_contract import unsupported
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 
@@ -151,7 +152,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _implementation(self, p: Tensor) -> str:
         """Which implementation updates `p`: the chosen one, or the reference where that cannot."""
-        reason = room.unsupported(p)
+        reason = unsupported(p)
         if reason is None:
             return dispatch.choose(room.OP, self.impl, p.device, p.dtype)
         if self.impl not in ("auto", "reference"):

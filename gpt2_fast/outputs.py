@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gpt2_fast.modules import foreign
+from gpt2_fast.modules import is_plain_head
 from gpt2_fast.ops.bound import Operations
 
 
@@ -17,8 +17,7 @@ class Head:
     """The head of one forward pass: its weight [V, C] as it was then."""
 
     def __init__(self, lm_head: nn.Module, ops: Operations):
-        self.module, self.ops, self.called = lm_head, ops, foreign(lm_head, nn.Linear) is not None
-        self.called |= getattr(lm_head, "bias", None) is not None and not self.called
+        self.module, self.ops, self.called = lm_head, ops, not is_plain_head(lm_head)
         self.weight = None if self.called else lm_head.weight
         compiling = torch.compiler.is_compiling()
         self._version = None if self.called or compiling or self.weight.is_inference() else self.weight._version

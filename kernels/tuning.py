@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt2_fast.files import atomic_write
+
 FOLDER = Path(__file__).parent / "configs"
 SELECTORS = ("kernel", "arch", "itemsize", "shape")
 FALLBACK_ARCH = 80  # asks for the least shared memory
@@ -130,8 +132,7 @@ def write(op: str, table: list[dict[str, Any]]) -> None:
         if problem := _problem(row):
             raise ValueError(f"{op}, row {index}: {problem}")
     lines = ",\n".join("  " + json.dumps(row) for row in table)
-    temporary = path(op).with_suffix(".tmp")
-    temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-    temporary.replace(path(op))
+    with atomic_write(path(op)) as temporary:
+        temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n')
     rows.cache_clear()
     _row.cache_clear()

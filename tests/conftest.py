@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,23 @@ if os.environ.get(sanitize.EXTENSION):
     sys.meta_path.insert(0, sanitize.Finder(os.environ[sanitize.EXTENSION]))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# What `make test-fast` leaves out: test files that run whole commands, compilers or other processes, and elsewhere the
+# tests whose names have one of these parts.
+SLOW_FILES = [
+    "benchmarks", "benchmarks_generate", "build", "chapter8", "docs", "doctor", "generated", "golden", "golden_kernels",
+    "install", "memory", "model_contract", "nanogpt", "op_benchmarks", "patch_ecosystem", "pretrained", "train",
+]  # fmt: skip
+SLOW_NAMES = re.compile(
+    "compile|cuda_kernels_on_the_cpu|every_instruction_set|importing_the_formats|in_a_new_process|operator_contract"
+    "|own_product|product_with_gelu|strides_change_no_bit|torchs_contract|triton"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW_FILES or SLOW_NAMES.search(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -162,11 +162,15 @@ def test_kernels_check_their_arguments():
         ({"ids": ids.int()}, "ids must be of dtype i64"),
         ({"ids": ids.to("meta")}, "ids must be on the CPU"),
         ({"ids": ids, "result": 3}, "result must be a contiguous tensor"),
-        ({"ids": ids, "limit": 1.5}, "limit is"),
+        ({"ids": ids, "limit": 1.5}, "limit is a float; it must be an int$"),
+        ({"ids": ids, "limit": torch.int64}, r"limit is a torch\.dtype; it must be an int$"),
         ({}, "ids is not given"),
     ):
         with pytest.raises(TypeError, match=f"^{name}: {said}"):
             kernel(changed, given)
+    update = {"table": torch.zeros(1, 10, dtype=torch.int64), "tensors": 0, "chunk": 1, "chunks": 0, "max_norm": "1"}
+    with pytest.raises(TypeError, match="^adamw_update: max_norm is a str; it must be a float$"):
+        dispatch.extension().adamw_update(update, {"hyper": torch.zeros(1, 6).double(), "norm": None})
     for passed in ((), (1,), ({"ids": ids},)):
         with pytest.raises(TypeError, match=rf"^{name}: \w+ is not given"):
             kernel(*passed)

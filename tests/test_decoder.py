@@ -200,6 +200,62 @@ def test_who_is_packed(monkeypatch):
     assert kinds(model) == "ModelDecoder"
 
 
+def _hooked(module):
+    module.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _overridden(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 2
+
+
+class _Doubled(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs) * 2
+
+
+def _swapped(name):
+    def swap(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _Doubled(model.get_submodule(name)))
+
+    return swap
+
+
+@pytest.mark.parametrize("change", [_hooked, _overridden, _swapped], ids=["hook", "forward", "swap"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer.wte", "transformer.h.1.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.1.ln_2", "lm_head"],
+)
+def test_a_module_that_packed_weights_do_not_stand_for_is_called(name, change):
+    """Packed before or not. Weights asked for by name are refused in one line that says where."""
+    model = pair_on_cpu()[1].eval()
+    ids, starts = tokens(1, 5), torch.zeros(1, dtype=torch.int32)
+    before = logits_of(make_decoder(model, 1, 8), ids, starts, 3)
+    if change is _swapped:
+        weight = model.transformer.wte.weight  # whose device is asked for
+        _swapped(name)(model)
+        model.transformer.wte.weight = weight
+    else:
+        change(model.get_submodule(name))
+    found = logits_of(make_decoder(model, 1, 8), ids, starts, 3)
+    torch.testing.assert_close(found, model(ids).logits[:, 2:].float(), rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=rf"^{name} (has|is) .*, which packed weights would leave out; [^\n]*$"):
+        make_decoder(model, 1, 8, "int8")
+
+
+def test_hooks_that_generation_would_not_call_are_refused():
+    model = pair_on_cpu()[1].eval()
+    with model.register_forward_hook(lambda *args: None), pytest.raises(ValueError, match="the model has hooks"):
+        generate(model, [[1, 2]], 2)
+    assert generate(model, [[1, 2]], 2)
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_generation_with_packed_weights(weights):
     """Greedy text of the packed model; float32 is the model's own to the token, left padding included."""

@@ -27,7 +27,7 @@ def _python(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.timeout(300)
 def test_the_sample_compiles_to_the_kept_machine_code():
-    """The whole set takes minutes: python tests/golden/kernels.py."""
+    """The whole set takes minutes: make test-kernels."""
     done = _python(str(ROOT / "tests/golden/kernels.py"), "--sample")
     if done.returncode == 2:
         pytest.skip(done.stdout.strip())

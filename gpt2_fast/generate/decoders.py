@@ -11,6 +11,9 @@ overwritten by the next call. `make_decoder` chooses one of three:
     PackedDecoder    CPU: one call into C++ a token, on weights packed in float32, bfloat16 or int8
     GraphDecoder     GPU: the model, its step replayed as one CUDA graph
     ModelDecoder     the model, op by op, on any device
+
+Packed weights stand for this package's own modules alone. Of a model with hooks, adapters or other modules of its own
+each is called: by ModelDecoder, or on a GPU, where none has hooks, by GraphDecoder.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
+from gpt2_fast.modules import foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters
 from gpt2_fast.ops.runtime import dispatch
@@ -74,7 +78,8 @@ class ModelDecoder:
 
     def _logits(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
         hidden = self.model.transformer(tokens, mask, position_ids, cache=self.cache)
-        return (hidden[:, -1] @ self.model.lm_head.weight.t()).float()
+        head = self.model.lm_head
+        return (hidden[:, -1] @ head.weight.t() if is_plain_head(head) else head(hidden[:, -1])).float()
 
 
 class GraphDecoder(ModelDecoder):
@@ -154,8 +159,20 @@ PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDic
 PACKING = threading.Lock()  # of PACKED: threads that want one model wait for the one that packs it
 
 
+def _foreign(model: Model) -> str | None:
+    """Which module of a model packed weights do not stand for, and why; None: they stand for all."""
+    if reason := foreign_part(model.transformer):
+        return reason
+    return None if is_plain_head(model.lm_head) else f"lm_head {foreign(model.lm_head, nn.Linear) or 'has a bias'}"
+
+
 def parameters_of(model: Model) -> Parameters:
-    """The tensors that a model computes with, for `PackedModel`."""
+    """The tensors that a model computes with, for `PackedModel`.
+
+    Raises ValueError, one line that names the module, where they are not all that it computes with.
+    """
+    if reason := _foreign(model):
+        raise ValueError(f"{reason}, which packed weights would leave out; do not ask for `weights`: it is called then")
     affine = lambda product: (product.weight_io.t(), product.bias)
     norm = lambda layernorm: (layernorm.weight, layernorm.bias)
     layers = [
@@ -176,16 +193,16 @@ def packed_model(model: Model, weights: str) -> PackedModel:
 
     A model has one packing at a time. Its size in bytes is 4, 2 or 1 a weight, beside the model's own. Changed
     parameters are known by their addresses and version counters, and by PROBES values of each, since a write through
-    `.data` moves no counter.
+    `.data` moves no counter. Raises as `parameters_of` does.
     """
-    parameters = list(model.parameters())
+    tensors, parameters = parameters_of(model), list(model.parameters())
     versions = (weights, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
     probes = torch.cat([p.flatten()[:: max(1, p.numel() // PROBES)].double() for p in parameters])
     with PACKING:
         held = PACKED.pop(model, None)
         if held is None or held[0] != versions or not torch.equal(held[1], probes):
             del held  # before the new one is made: two would be in memory
-            held = (versions, probes, PackedModel(parameters_of(model), weights))
+            held = (versions, probes, PackedModel(tensors, weights))
         PACKED[model] = held
         return held[2]
 
@@ -198,8 +215,11 @@ def make_decoder(
     weights: "float32", "bfloat16" or "int8" packs them so, on a CPU. None packs a float32 or bfloat16 model as it is
         where C++ can run it, unless it is in training mode, whose weights are about to change.
 
-    Raises ValueError for weights that are unknown, or asked for on a GPU.
+    Raises ValueError for weights that are unknown, asked for on a GPU or of a model with modules that are not this
+    package's; and for hooks on the model itself, which generation does not call.
     """
+    if has_hooks(model):
+        raise ValueError("the model has hooks, and generation calls its transformer and lm_head: register them there")
     weight = model.transformer.wte.weight
     if weight.device.type == "cuda":
         if weights not in (None, str(weight.dtype).removeprefix("torch.")):
@@ -207,7 +227,8 @@ def make_decoder(
                 f"weights={weights!r} packs a model on the CPU and this one is {weight.dtype} on {weight.device}; "
                 "convert it with model.to(dtype), or move it"
             )
-        return GraphDecoder(model, batch_size, n_positions)
+        called = any(has_hooks(module) for module in model.modules())  # a replayed graph calls none
+        return (ModelDecoder if called else GraphDecoder)(model, batch_size, n_positions)
     if weights is None:
         weights = _packed_dtype(model)
     if weights is None:
@@ -219,6 +240,8 @@ def _packed_dtype(model: Model) -> str | None:
     """What a model is packed in where nobody asks; None: it is not."""
     dtype, impl = model.transformer.wte.weight.dtype, model.transformer.impl
     if model.training or impl not in ("auto", "cpp") or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if _foreign(model):
         return None
     device = model.transformer.wte.weight.device
     chosen = dispatch.choose(decode_step.OP, "auto", device, dtype)

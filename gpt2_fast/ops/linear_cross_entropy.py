@@ -85,7 +85,7 @@ def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_gra
     """losses of a chunk and, in place of its logits, dlogits."""
     n, V = logits.shape
     cpp.softmax_xent(
-        logits=logits, labels=labels, losses=losses, lse=torch.empty_like(losses),
+        logits=logits, labels=labels, losses=losses,
         dlogits=logits if write_grad else None, row_scale=row_scale, scale_stride=int(row_scale.numel() > 1),
         n=n, V=V, ignore_index=ignore_index,
     )  # fmt: skip

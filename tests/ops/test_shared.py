@@ -13,6 +13,7 @@ from rooms import DERIVED, ROOMS, Room
 from torch import Tensor
 
 from gpt2_fast.ops.attention import attention
+from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.ops.runtime.contract import MAY_BE_EMPTY
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
@@ -336,12 +337,16 @@ def test_messages_say_what_was_expected():
     """By the example of one operation: the sizes that other inputs bind, the dtype, the device."""
     qkv, segments = torch.randn(2, 5, 3, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
     for wrong, message in [
-        (segments[:, :4], r"attention: segments is \(2, 4\); it must be \[B, T\] with B = 2, T = 5"),
+        (segments[:, :4], r"attention: segments is \(2, 4\); it must be \[B, T\] with B = 2, T = 5$"),
         (segments.long(), r"attention: segments is torch.int64; it must be torch.int32"),
         (segments.to("meta"), r"attention: segments is on meta and qkv on cpu; move them to one device"),
     ]:
         with pytest.raises(ValueError, match=message):
             attention(qkv, segments=wrong)
+    with pytest.raises(ValueError, match=r"attention: qkv is \(2, 5, 2, 2, 16\); it must be \[B, T, 3, H, D\]$"):
+        attention(torch.randn(2, 5, 2, 2, 16))
+    with pytest.raises(ValueError, match=r"weight is \(1, 3\); it must be \[V, C\] with C = 4$"):
+        linear_cross_entropy(torch.randn(2, 4), torch.randn(1, 3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"qkv is a NoneType; it must be a tensor \[B, T, 3, H, D\]"):
         attention(None)
     for dropout, message in [(Dropout(1.5), "dropout's p is 1.5"), (Dropout(0.1), "its key is None"),

@@ -62,11 +62,16 @@ def _wanted_dtype(spec: Input, first: Tensor) -> str:
     return words[spec.dtype] if isinstance(spec.dtype, str) else " or ".join(map(str, spec.dtype))
 
 
-def _refuse_shape(op: str, spec: Input, t: Tensor, bound: dict[str, Any]) -> None:
-    sizes = [f"{name} = {bound[name]}" for name in spec.sizes if name in bound]
-    if spec.leading and "..." in bound:
-        sizes.insert(0, f"... = {tuple(bound['...'])}")
-    known = f" with {', '.join(sizes)}" if sizes else ""
+def _refuse_shape(op: str, spec: Input, t: Tensor, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) -> None:
+    """Names the sizes that the inputs before this one have bound."""
+    bound: dict[str, Any] = {}
+    for before, tensor in zip(inputs[: inputs.index(spec)], tensors, strict=False):
+        if tensor is not None:
+            split = tensor.ndim - len(before.sizes)
+            own = dict(zip(before.sizes, tensor.shape[split:], strict=True))
+            bound = own | ({"...": tuple(tensor.shape[:split])} if before.leading else {}) | bound
+    sizes = [f"{name} = {bound[name]}" for name in spec.shape.split() if name in bound and not name.isdigit()]
+    known = f" with {', '.join(dict.fromkeys(sizes))}" if sizes else ""
     raise ValueError(f"{op}: {spec.name} is {tuple(t.shape)}; it must be {spec.pattern}{known}")
 
 
@@ -88,13 +93,13 @@ def check(op: str, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) ->
         if spec.leading:
             split = len(shape) - len(sizes)
             if split < 0 or bound.setdefault("...", shape[:split]) != shape[:split]:
-                _refuse_shape(op, spec, t, bound)
+                _refuse_shape(op, spec, t, inputs, tensors)
             shape = shape[split:]
         if len(shape) != len(sizes):
-            _refuse_shape(op, spec, t, bound)
+            _refuse_shape(op, spec, t, inputs, tensors)
         for name, size in zip(sizes, shape, strict=True):
             if (int(name) if name.isdigit() else bound.setdefault(name, size)) != size:
-                _refuse_shape(op, spec, t, bound)
+                _refuse_shape(op, spec, t, inputs, tensors)
             if size == 0:
                 if name not in MAY_BE_EMPTY:
                     where = f"{spec.name} is {tuple(t.shape)}"

@@ -1,0 +1,130 @@
+"""What `adamw` takes: lists of tensors that fit together, share no memory, and are what a kernel can update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops.runtime.contract import FLOATS, check_dense
+from gpt2_fast.ops.runtime.dispatch import KERNEL_DTYPES, LOW_PRECISION
+
+OP = "adamw"
+HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")  # the columns of `hyper`
+STATE_DTYPES = (torch.float32, torch.float64)  # float64: the reference alone
+
+
+def with_masters(params, masters, *others) -> Iterator[tuple]:
+    """(param, master or None, *others) of each parameter."""
+    masters = iter(masters)
+    for p, *values in zip(params, *others, strict=True):
+        yield p, next(masters) if p.dtype in LOW_PRECISION else None, *values
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether an element may lie upon another one, as in an expanded tensor or in windows of one memory."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps) -> None:
+    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does.
+
+    Or with itself.
+    """
+    written = {"param": params, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    spans = []
+    for lists, writes in ((written, True), ({"grad": grads, "step": steps}, False)):
+        for name, tensors in lists.items():
+            for i, t in enumerate(tensors):
+                if writes and not t.is_contiguous() and _overlaps_itself(t):
+                    where = f"{tuple(t.shape)} with strides {tuple(t.stride())}"
+                    raise ValueError(f"{OP}: {name} {i} is {where}: its elements lie upon each other; pass .clone()")
+                if t.numel():  # of a strided tensor its first element alone: others' may lie between its own
+                    nbytes = t.nbytes if t.is_contiguous() else t.itemsize
+                    spans.append((t.data_ptr(), t.data_ptr() + nbytes, writes, name, i))
+    spans.sort()
+    end, last, end_written, last_written = 0, "", 0, ""
+    for start, stop, writes, name, i in spans:
+        if start < end_written or (writes and start < end):
+            other = last_written if start < end_written else last
+            raise ValueError(
+                f"{OP}: {name} {i} shares memory with {other}; pass every parameter once, states of its own"
+            )
+        if stop > end:
+            end, last = stop, f"{name} {i}"
+        if writes and stop > end_written:
+            end_written, last_written = stop, f"{name} {i}"
+
+
+def unsupported(param: Tensor) -> str | None:
+    """Why the kernels cannot update this parameter, None when they can; the reference updates any."""
+    if param.dtype not in KERNEL_DTYPES:
+        return f"its dtype is {param.dtype}; kernels take float32, bfloat16 and float16"
+    if not param.is_contiguous():
+        return f"it is not contiguous (strides {tuple(param.stride())})"
+    return None
+
+
+def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm) -> None:
+    """Raises TypeError or ValueError, one line that names the tensor, unless the arguments of `adamw` fit together."""
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{OP}: {len(values)} {name} for {len(params)} params; one each")
+    tensors = {"param": params, "grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    for name, values in {**tensors, "step": steps}.items():
+        for i, t in enumerate(values):
+            check_dense(OP, f"{name} {i}", t)
+    check_dense(OP, "hyper", hyper)
+    if norm is not None:
+        check_dense(OP, "norm", norm)
+    if not isinstance(max_norm, (float, int, type(None))):
+        raise TypeError(f"{OP}: max_norm is a {type(max_norm).__name__}; it must be a number or None")
+    low = sum(p.dtype in LOW_PRECISION for p in params)
+    if len(masters) != low:
+        raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
+    if hyper.ndim != 2 or hyper.shape[1] != len(HYPERPARAMETERS) or hyper.dtype != torch.float64:
+        raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
+    if max_norm is not None and not max_norm >= 0.0:
+        raise ValueError(f"{OP}: max_norm is {max_norm}; it must be at least 0, or None")
+    if norm is not None and (norm.numel() != 1 or norm.dtype not in FLOATS or norm.device != hyper.device):
+        where = f"{norm.dtype} {tuple(norm.shape)} on {norm.device}"
+        raise ValueError(f"{OP}: norm is {where}; it must be one floating number on {hyper.device}")
+    each = with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
+    for i, (p, master, g, m, v, step, group) in enumerate(each):
+        if p.device != hyper.device or p.dtype not in FLOATS:
+            raise ValueError(
+                f"{OP}: param {i} is {p.dtype} on {p.device}; it must be floating, on {hyper.device} as hyper"
+            )
+        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+            raise ValueError(f"{OP}: grad {i} must be a dense {p.dtype} {tuple(p.shape)} on {p.device}, as its param")
+        for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
+            if t is not None and (t.shape != p.shape or t.device != p.device or t.dtype not in STATE_DTYPES):
+                found, wanted = f"{t.dtype} {tuple(t.shape)} on {t.device}", f"{tuple(p.shape)} on {p.device}"
+                raise ValueError(
+                    f"{OP}: {name} of param {i} is {found}; it must be torch.float32 {wanted}, as its param"
+                )
+        if m.dtype != v.dtype:
+            raise ValueError(f"{OP}: exp_avg of param {i} is {m.dtype} and exp_avg_sq {v.dtype}; they must match")
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != p.device:
+            found = f"{step.dtype} {tuple(step.shape)} on {step.device}"
+            raise ValueError(f"{OP}: step of param {i} is {found}; it must be one float32 on {p.device}")
+        if not 0 <= group < hyper.shape[0]:
+            raise ValueError(f"{OP}: param {i} is in group {group} and hyper has {hyper.shape[0]}")
+
+
+def refuse_what_kernels_cannot(impl, params, masters, exp_avgs, exp_avg_sqs) -> None:
+    """Raises ValueError where a parameter or its state is what only the reference updates."""
+    for i, (p, master, m, v) in enumerate(with_masters(params, masters, exp_avgs, exp_avg_sqs)):
+        reason = unsupported(p)
+        for name, t in (("exp_avg", m), ("exp_avg_sq", v), ("master", master)):
+            if t is not None and (t.dtype != torch.float32 or not t.is_contiguous()):
+                reason = reason or f"its {name} is {t.dtype} with strides {tuple(t.stride())}, not contiguous float32"
+        if reason is not None:
+            raise ValueError(f"{OP}: impl={impl!r} cannot update param {i}: {reason}; use impl='reference'")

@@ -1,7 +1,7 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
 # Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
-# `make sanitize` (CONTRIBUTING.md).
+# `make sanitize`, `make faults` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
 	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test lint fuzz sanitize docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
+.PHONY: train test lint fuzz sanitize faults docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
 	test-newest-triton
 
 train: $(VENV)/.installed
@@ -36,6 +36,10 @@ fuzz: $(VENV)/.installed-test
 # csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer (g++), under the operations' tests and generated inputs.
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sanitize $(SANITIZE)
+
+# Runs that are killed, or see a full or broken disk, and are resumed: make faults FAULTS="--kills 1000 --seed 2"
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

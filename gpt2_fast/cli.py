@@ -35,7 +35,10 @@ TRAIN_HELP = {
     "eval_every": "steps between validations; 0 for the first and last only",
     "eval_batches": "batches a validation",
     "sample_every": "steps between printed samples; 0 for the last only",
-    "save_every": "steps between checkpoints; 0 for the last only",
+    "save_every": "steps between checkpoints; 0: by time and at the end",
+    "save_minutes": "minutes between checkpoints; 0: by steps and at the end",
+    "keep": "so many of the newest checkpoints stay, and the best by validation loss",
+    "verify_every": "steps between those that are computed twice and compared to the bit; 0: none",
     "recompute": "keep only each block's input and compute the rest again in backward: less memory",
     "compile_graph": "replay the step as one CUDA graph",
     "out": "folder of the run; without it, a new one in runs/",
@@ -58,7 +61,8 @@ def _add_train(commands) -> None:
             kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
             parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
     parser.add_argument("--resume", metavar="FOLDER", default=None,
-                        help="continue the run in this folder, with its options unless given again")  # fmt: skip
+                        help="continue the run in this folder, or from this checkpoint, with its options unless given "
+                             "again; auto: the run in --out, or the newest in runs/, or a new one")  # fmt: skip
     parser.set_defaults(run=_train)
 
 

@@ -385,7 +385,7 @@ def test_training_resumes_to_the_bit(tmp_path):
     go_on(model, optimizer, 3)
     states = {"model_state": model.state_dict(), "optimizer_state": optimizer.state_dict()}
     path = save_training_state(tmp_path, step=3, config=CONFIG, extra={"best": 1.5, "seen": [1, (2, None)]}, **states)
-    assert os.listdir(tmp_path) == ["training.pt"]
+    assert os.listdir(tmp_path) == ["training.safetensors"]
     straight = go_on(model, optimizer, 3)
 
     torch.manual_seed(123)
@@ -416,8 +416,8 @@ def test_tied_tensors_stay_tied(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"optimizer_state": {"lr": np.float64(1)}}, r"state\['optimizer'\]\['lr'\] is a float64"),
-        ({"extra": {"a": [1, {2}]}}, r"state\['extra'\]\['a'\]\[1\] is a set"),
+        ({"optimizer_state": {"lr": np.float64(1)}}, r"optimizer.lr is a float64"),
+        ({"extra": {"a": [1, {2}]}}, r"extra.a.1 is a set"),
     ],
 )
 def test_what_would_not_load_is_not_saved(tmp_path, changes, where):
@@ -429,7 +429,7 @@ def test_what_would_not_load_is_not_saved(tmp_path, changes, where):
 def test_other_broken_and_missing_training_states(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_training_state(tmp_path)
-    assert_one_line(error, tmp_path / "training.pt", "no run to resume")
+    assert_one_line(error, tmp_path / "training.safetensors", "no run to resume")
     path = save_training_state(tmp_path, **training())
     with pytest.raises(ValueError) as error:
         load_training_state(path, config=dataclasses.replace(CONFIG, n_layer=5))
@@ -439,23 +439,66 @@ def test_other_broken_and_missing_training_states(tmp_path):
         path.write_bytes(part)
         with pytest.raises(ValueError) as error:
             load_training_state(path)
-        assert_one_line(error, path, "truncated")
-    torch.save({"model": {}, "iter_num": 3}, path)
+        assert_one_line(error, path, "damaged" if len(part) > 1000 else "truncated")
+    path.unlink()
+    torch.save({"model": {}, "iter_num": 3}, tmp_path / "training.pt")
     with pytest.raises(ValueError) as error:
+        load_training_state(tmp_path)
+    assert_one_line(error, tmp_path / "training.pt", "not a training state")
+
+
+def test_no_bit_of_a_training_state_can_change(tmp_path):
+    """In its header, its metadata, its digest or a tensor: it is refused."""
+    path = save_training_state(tmp_path, **training())
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    header = int.from_bytes(content[:8], "little") + 8
+    digest = content.index(b'"sha256":"') + 10
+    places = [0, 3, 7, 8, 20, digest, digest + 63, header - 1, header, len(content) - 1]
+    places += generator.integers(0, header, 100).tolist() + generator.integers(header, len(content), 100).tolist()
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << generator.integers(8)
+        path.write_bytes(changed)
+        with pytest.raises(ValueError) as error:
+            load_training_state(path)
+        assert_one_line(error, path, "")
+    path.write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="damaged"):
         load_training_state(path)
-    assert_one_line(error, path, "not a training state")
+    path.write_bytes(content)
+    assert load_training_state(path).step == training()["step"]
+
+
+def test_a_training_pt_of_an_earlier_version_is_read(tmp_path):
+    given = training()
+    torch.save(
+        {"format": "gpt2_fast training state 1", "step": 7, "config": CONFIG.to_dict(), "model": given["model_state"],
+         "optimizer": given["optimizer_state"], "rng": capture_rng(), "extra": {"a": 1}}, tmp_path / "training.pt",
+    )  # fmt: skip
+    state = load_training_state(tmp_path, config=CONFIG)
+    assert (state.step, state.extra) == (7, {"a": 1})
+    assert_equal(state.model, given["model_state"])
+    for part in ("step", "config", "model", "optimizer", "rng", "extra"):
+        content = torch.load(tmp_path / "training.pt", weights_only=True)
+        broken = tmp_path / part / "training.pt"
+        broken.parent.mkdir()
+        torch.save({k: v for k, v in content.items() if k != part}, broken)
+        with pytest.raises(ValueError) as error:
+            load_training_state(broken)
+        assert_one_line(error, broken, part)
 
 
 def test_interrupted_training_state_leaves_the_old_one(tmp_path, monkeypatch):
     path = save_training_state(tmp_path, **training())
     before = path.read_bytes()
 
-    def interrupted(state, file):
-        file.write(b"half")
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", interrupted)
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_training_state(tmp_path, **training(step=13))
-    assert os.listdir(tmp_path) == ["training.pt"]
+    assert os.listdir(tmp_path) == ["training.safetensors"]
     assert path.read_bytes() == before

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
 import transformers
 
+from gpt2_fast.checkpoint.run_folder import checkpoints
 from gpt2_fast.cli import main
 from gpt2_fast.train import Run, start_run
 from gpt2_fast.train.config import TrainConfig
@@ -75,13 +74,14 @@ def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     stopped = Run(TrainConfig(**options(corpus, half, save_every=3, **more)))
     original = stopped.save
 
-    def save_then_die():
-        original()
+    def save_then_die(*arguments, **options):
+        original(*arguments, **options)
         raise KeyboardInterrupt
 
     stopped.save = save_then_die  # as if the machine went down right after the checkpoint of step 3
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
+    assert [path.name for path in checkpoints(half)] == ["checkpoint-000003"]
     assert main(["train", "--resume", str(half)]) == 0
     assert metrics(half, "loss") == metrics(whole, "loss")
     a, b = (
@@ -90,24 +90,34 @@ def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_says_how_to_resume(corpus, tmp_path, capsys, name):
     out = tmp_path / "run"
     run = start_run(options(corpus, out, steps=100_000))
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    take = run.run_step
+
+    def step(*arguments):
+        if run.step == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return take(*arguments)
+
+    run.run_step = step
+    before = signal.getsignal(getattr(signal, name))
     run.train()
+    assert signal.getsignal(getattr(signal, name)) == before
     assert run.interrupted
-    assert 0 < run.step < 100_000
-    assert f"continue with: gpt2-fast train --resume {out}" in capsys.readouterr().out
-    assert main(["train", "--resume", str(out), "--steps", str(run.step + 2)]) == 0
-    assert len(metrics(out, "loss")) == run.step + 2
+    assert run.step == 4
+    printed = capsys.readouterr().out
+    assert f"{name}: stopped at step 4 of 100000; continue with: gpt2-fast train --resume {out}" in printed
+    assert main(["train", "--resume", str(out), "--steps", "6"]) == 0
+    assert len(metrics(out, "loss")) == 6
 
 
 def test_gradient_accumulation_is_one_large_batch(corpus, tmp_path):
     """The first step's loss and gradients over two micro-batches are those of the same four sequences at once."""
     split = start_run(options(corpus, tmp_path / "a", batch_size=2, grad_accum=2, grad_clip=0.0))
     whole = start_run(options(corpus, tmp_path / "b", batch_size=4, grad_clip=0.0))
-    inputs, targets = split._batches()
+    inputs, targets = split._batches(0)
     flat = [t.reshape(1, 4, 16) for t in (inputs, targets)]
     losses = [split.run_step(inputs, targets, 1e-3), whole.run_step(*flat, 1e-3)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
@@ -205,8 +215,7 @@ def test_data_too_short_is_named(tmp_path, capsys, monkeypatch):
     assert "shorter context" in capsys.readouterr().err
 
 
-def test_help_is_fast_and_needs_no_torch():
-    started = time.perf_counter()
+def test_help_needs_no_torch():
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from gpt2_fast.cli import main\ntry: main(['train', '--help'])\n"
          "finally: assert 'torch' not in sys.modules"],
@@ -214,4 +223,3 @@ def test_help_is_fast_and_needs_no_torch():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--grad-accum" in done.stdout
-    assert time.perf_counter() - started < 5

@@ -2,7 +2,10 @@
 
 formats     which format a file has, and `load`
 hf          Hugging Face folders and hub repositories: config.json and model.safetensors
-training    training.pt, from which a run resumes to the bit
+training    training.safetensors, from which a run resumes to the bit
+run_folder  the checkpoints in a run's folder
+sealed      safetensors files that know their own SHA-256
+plain       state of plain values and tensors as JSON
 nanogpt     nanoGPT's ckpt.pt
 llmc        llm.c's .bin
 convert     from one format to another

@@ -1,9 +1,13 @@
-"""training.pt: the state from which a training run resumes to the bit, all in one file, whole or not there."""
+"""The state from which a training run resumes to the bit: one file, whole or not there, that knows its own SHA-256.
+
+training.safetensors has every tensor of the state, and in its metadata the rest as JSON. Nothing in it is code.
+A training.pt of an earlier version, which had no digest, is still read.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_fast.checkpoint import plain, sealed
 from gpt2_fast.checkpoint.torch_file import torch_load
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.files import atomic_write
 
-TRAINING = "training.pt"
+TRAINING, EARLIER = "training.safetensors", "training.pt"
 
-_FORMAT = "gpt2_fast training state 1"
-_PLAIN = (int, float, bool, str, type(None))
+_FORMAT = "gpt2_fast training state 2"
+_EARLIER_FORMAT = "gpt2_fast training state 1"
+_PARTS = ("model", "optimizer", "rng", "extra")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def save_training_state(
     rng: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write folder/training.pt, all in one file so that its parts are of one step. Returns its path.
+    """Write folder/training.safetensors, all in one file so that its parts are of one step. Returns its path.
 
     Args:
         folder: of the run; made where it is missing.
@@ -73,51 +79,61 @@ def save_training_state(
         OSError: the folder cannot be written.
     """
     state = {
-        "format": _FORMAT,
-        "step": step,
-        "config": config.to_dict(),
         "model": dict(model_state),
         "optimizer": dict(optimizer_state),
         "rng": dict(capture_rng() if rng is None else rng),
         "extra": dict(extra or {}),
     }
-    _check_plain(state, "state")
+    tensors: dict[str, Tensor] = {}
+    packed = {part: plain.pack(state[part], part, tensors) for part in _PARTS}
+    tensors, same = plain.of_their_own(tensors)
+    record = {"step": step, "config": config.to_dict(), "same": same, **packed}
     target = Path(folder) / TRAINING
-    with atomic_write(target) as path, open(path, "wb") as file:
-        torch.save(state, file)
+    with atomic_write(target) as path:
+        sealed.write(path, tensors, {"format": _FORMAT, "state": json.dumps(record)})
     return target
 
 
 def load_training_state(path: str | os.PathLike[str], *, config: GPT2Config | None = None) -> TrainingState:
-    """Read training.pt, or the folder that holds it; tensors come on the CPU. Nothing is restored yet.
+    """Read training.safetensors, or the folder that holds it; tensors come on the CPU. Nothing is restored yet.
 
     config: of the model that is to go on; ValueError names the first field in which the file's differs.
-    Raises FileNotFoundError or ValueError, one line, for a missing, truncated or foreign file.
+    Raises FileNotFoundError or ValueError, one line, for a missing, changed, truncated or foreign file.
     """
     path = Path(path).expanduser()
-    path = path / TRAINING if path.is_dir() else path
+    if path.is_dir():
+        found = [path / name for name in (TRAINING, EARLIER) if (path / name).is_file()]
+        path = found[0] if found else path / TRAINING
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; there is no run to resume")
-    state = torch_load(path)
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a training state of this version of gpt2_fast")
-    saved = GPT2Config.from_dict(state["config"])
-    if config is not None and saved != config:
+    state = _read_earlier(path) if path.suffix == ".pt" else _read(path)
+    if config is not None and state.config != config:
+        saved = state.config
         name = next(name for name in vars(saved) if getattr(saved, name) != getattr(config, name))
         raise ValueError(
             f"{path} is of another model: {name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here; "
             "resume with the settings it was started with"
         )
-    return TrainingState(state["step"], saved, state["model"], state["optimizer"], state["rng"], state["extra"])
+    return state
 
 
-def _check_plain(value: Any, where: str) -> None:
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
-        raise TypeError(f"{where} is a {type(value).__name__}; a training state holds tensors and plain values only")
+def _read(path: Path) -> TrainingState:
+    tensors, metadata = sealed.read(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a training state of this version of gpt2_fast")
+    record = json.loads(metadata["state"])
+    tensors |= {name: tensors[kept] for name, kept in record["same"].items()}
+    parts = {part: plain.unpack(record[part], tensors) for part in _PARTS}
+    return TrainingState(record["step"], GPT2Config.from_dict(record["config"]), **parts)
+
+
+def _read_earlier(path: Path) -> TrainingState:
+    """training.pt has no digest, so what it holds is looked at: a mapping of the known parts and types."""
+    state = torch_load(path)
+    if not isinstance(state, dict) or state.get("format") != _EARLIER_FORMAT:
+        raise ValueError(f"{path} is not a training state of this version of gpt2_fast")
+    kinds = {"step": int, "config": dict, **dict.fromkeys(_PARTS, dict)}
+    for part, kind in kinds.items():
+        if not isinstance(state.get(part), kind):
+            raise ValueError(f"{path} is damaged: its {part!r} is not a {kind.__name__}")
+    return TrainingState(state["step"], GPT2Config.from_dict(state["config"]), *(state[part] for part in _PARTS))

@@ -5,6 +5,7 @@ A batch is a function of (seed, step, micro_step) alone, so a run that resumes n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from gpt2_fast.data.shards import Shard
 
+_SAMPLES, _SAMPLE = 256, 4096  # of a fingerprint: how many, and tokens in each
 CHECKED_AT_ONCE = 1 << 20  # tokens of a shard that are checked when it is opened; batches check the rest
 
 
@@ -45,6 +47,22 @@ class TokenDataset:
     def n_windows(self) -> int:
         """How many windows `windows` has when nothing limits it."""
         return int(self._windows[-1])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the sizes of the shards and what is in them: all of a small one, of a larger one 256 samples
+        of 4,096 tokens, so that it takes no longer for a terabyte. Their names do not count.
+        """
+        sha = hashlib.sha256()
+        for shard in self.shards:
+            size = len(shard.tokens)
+            sha.update(f"{size} ".encode())
+            whole = size <= _SAMPLES * _SAMPLE
+            starts = (
+                range(0, size, _SAMPLE) if whole else (i * (size - _SAMPLE) // (_SAMPLES - 1) for i in range(_SAMPLES))
+            )
+            for start in starts:
+                sha.update(shard.tokens[start : start + _SAMPLE].astype("<u2").tobytes())
+        return sha.hexdigest()
 
     def batch(
         self, step: int, micro_step: int = 0, *, batch_size: int, seed: int = 0

@@ -8,7 +8,7 @@ and its logits are never whole in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -80,12 +80,19 @@ def perplexity(
 
 
 def dataset_loss(
-    model: GPT2LMHeadModel, data: TokenDataset, *, batch_size: int = 8, limit: int | None = None, progress: bool = False
+    model: GPT2LMHeadModel,
+    data: TokenDataset,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    progress: bool = False,
+    between: Callable[[], None] | None = None,
 ) -> Measures:
     """Mean loss a token over windows that do not overlap (`TokenDataset.windows`), each token but the first scored.
 
     Args:
         limit: at most so many windows, spread evenly.
+        between: called after each batch; what it raises ends the evaluation.
 
     Returns:
         loss, perplexity (its exponential) and tokens.
@@ -98,6 +105,8 @@ def dataset_loss(
             total += model(inputs.to(device), targets=targets.to(device)).loss.double() * targets.numel()
             tokens += targets.numel()
             bar.update(len(inputs))
+            if between is not None:
+                between()
     loss = (total / tokens).item()
     return {"loss": loss, "perplexity": exp(loss), "tokens": tokens}
 

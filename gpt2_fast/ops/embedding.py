@@ -30,6 +30,7 @@ _INDICES = {1: "input_ids", 2: "position_ids", 3: "token_type_ids"}  # csrc/embe
 # needs no lock: an entry is made once, by setdefault, and stays; in a record the kernels' compare-and-swap lets the
 # first fault in, and the others are not wanted.
 FAULTS: dict[torch.device, Tensor] = {}
+FAULT_WORDS = 5
 
 
 def embedding_reference(
@@ -115,7 +116,7 @@ def _forward_cuda(a, out):
     device = a.wte.device
     fault = FAULTS.get(device)
     if fault is None:
-        fault = FAULTS.setdefault(device, torch.zeros(5, dtype=torch.int64, device=device))
+        fault = FAULTS.setdefault(device, torch.zeros(FAULT_WORDS, dtype=torch.int64, device=device))
     name = f"embedding_forward_{cuda.dtype_pair(a.wte, out.out)}{cuda.whole(a.wte, a.wpe, out.out)}"
     packed = cpp.pack("embedding_forward", out, a, **_forward_arguments(a, fault))
     cuda.launch(device, name, (-(-a.B * a.T // cuda.WARPS), 1, 1), (32, cuda.WARPS, 1), packed)

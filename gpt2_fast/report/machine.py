@@ -63,6 +63,19 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def environment(device: torch.device) -> dict[str, str]:
+    """What the bits of a run depend on, in words: versions, and who computes."""
+    found = {"gpt2_fast": version("gpt2_fast"), "torch": torch.__version__.split("+")[0]}
+    if device.type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(device), "triton": version("triton")}
+    policy = cpu_policy()
+    products = "gpt2_fast's own products" if policy.own else policy.float32
+    found["device"] = f"CPU, {products}, bfloat16 {'native' if policy.native_bfloat16 else 'widened'}"
+    if dispatch.unavailable("cpp", "cpu", torch.float32) is None:
+        found["instruction set"] = dispatch.extension().isa()
+    return found
+
+
 def resolve_device(name: str) -> torch.device:
     """The torch device of --device; auto takes CUDA where there is one."""
     if name == "auto":

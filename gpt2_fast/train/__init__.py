@@ -1,8 +1,15 @@
 """What `gpt2-fast train` runs.
 
-loop    a run: its folder, its data, validation, samples, saving and resuming
-step    the model and optimizer of a run, and one step of it
-config  the options, with no torch: the command line reads them
+loop     a run: its data, validation, samples, saving and resuming
+folder   a run's folder: its lock, its options, where it goes on from
+step     the model and optimizer of a run, and one step of it
+ahead    batches made ahead by a thread
+readout  losses and norms read without waiting for a device
+saving   checkpoints written beside the steps
+log      metrics.jsonl
+stop     signals that ask a run to save and leave
+verify   a step computed twice and compared to the bit
+config   the options, with no torch: the command line reads them
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "loop": ("Run", "prepare_folder", "resolve_device", "resume_run", "start_run"),
+    "loop": ("Run", "resolve_device", "resume_run", "start_run"),
     "step": ("Step", "build_model", "build_optimizer"),
     "config": ("TrainConfig",),
 }

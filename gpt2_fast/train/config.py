@@ -35,16 +35,22 @@ class TrainConfig:
     eval_batches: int = 20
     sample_every: int = 0
     save_every: int = 500
+    save_minutes: float = 10.0
+    keep: int = 2
+    verify_every: int = 0
     recompute: bool = False
     compile_graph: bool = False
     out: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "eval_batches"):
+        for name in ("steps", "batch_size", "grad_accum", "eval_batches", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "min_lr", "weight_decay", "warmup", "grad_clip", "eval_every", "sample_every", "save_every"):
-            if getattr(self, name) < 0:
+        for name in (
+            "lr", "min_lr", "weight_decay", "warmup", "grad_clip", "eval_every", "sample_every", "save_every",
+            "save_minutes", "verify_every",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; choose {' or '.join(DTYPES)}")

@@ -1,90 +1,166 @@
 """A training run: its folder, its data, and the loop of `gpt2-fast train`.
 
-Nothing in a step waits for the device: the loss that the progress bar shows is the previous step's, read while this
-one runs. Batches are a function of (seed, step), so a resumed run continues with the data it would have seen.
+Nothing in a step waits for the device: batches are made ahead by a thread, and the loss that the progress bar shows is
+the previous step's, read while this one runs. Batches are a function of (seed, step), so a resumed run continues with
+the data it would have seen. A checkpoint is written beside the steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from gpt2_fast import checkpoint
+from gpt2_fast.checkpoint.run_folder import NEWEST, save_checkpoint
 from gpt2_fast.data import get_tokenizer, load_data
 from gpt2_fast.evaluate import dataset_loss
-from gpt2_fast.files import atomic_write
 from gpt2_fast.generate import generate
-from gpt2_fast.ops.embedding import check_ids
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.report.figures import save_loss_plot
-from gpt2_fast.report.machine import resolve_device
+from gpt2_fast.report.machine import environment, resolve_device
+from gpt2_fast.train import folder as folders
+from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.config import TrainConfig
-from gpt2_fast.train.step import Step, build_model, build_optimizer
+from gpt2_fast.train.log import MetricsLog
+from gpt2_fast.train.readout import Readout
+from gpt2_fast.train.saving import Saver
+from gpt2_fast.train.step import Step, build_model, build_optimizer, restore
+from gpt2_fast.train.stop import Stop, Stopped
+from gpt2_fast.train.verify import FaultyMachine, Verifier
+
+
+class Pending(NamedTuple):
+    """A step whose loss is still on its way to the host."""
+
+    step: int
+    place: int
+    seconds: float
 
 
 class Run:
-    """A training run: its model, data and optimizer, its folder, and the loop."""
+    """A training run: its model, data and optimizer, its folder, and the loop.
 
-    def __init__(self, config: TrainConfig, resume: str | None = None):
+    Args:
+        config: the options.
+        out: the run's folder; None: a new one, as `config` says.
+        state: what the run goes on from.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path | None = None, state: checkpoint.TrainingState | None = None):
         self.config = config
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
             retain_memory()
-        state = None if resume is None else checkpoint.load_training_state(resume)
+        self.out = out or folders.new_folder(config)
         self.model = build_model(config, self.device, state and state.config).train()
         self.context = config.context or self.model.config.n_positions
         self.train_data, self.val_data = load_data(
             config.data, context=self.context, vocab_size=self.model.config.vocab_size
         )
         self.optimizer = build_optimizer(self.model, config)
-        self.out = prepare_folder(config, resume)
-        self.step = 0
-        self.pending: tuple[int, Tensor, Tensor | None, float] | None = None
+        self.lock = folders.open_folder(self.out)
+        self.log = MetricsLog(self.out / folders.METRICS)
+        self.environment = environment(self.device)
+        self.fingerprint = self.train_data.fingerprint()
+        self.step, self.saved, self.best = 0, None, math.inf
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             self._restore(state)
+        records = self.log.forget_after(self.step)
+        self.validated = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+        folders.record_options(self.out, config)
         self.run_step = Step(self.model, self.optimizer, config, self.context)
-        self.interrupted = False
+        self.readout, self.pending = Readout(self.device), None
+        self.verifier = Verifier(self._state)
+        self.saver, self.stop = Saver(self._write), Stop()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.stop.asked is not None
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
-        self.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        restore(self.model, self.optimizer, state.model, state.optimizer)
         checkpoint.restore_rng(state.rng)
-        self.step = state.step
-        self._forget_after(self.step)
+        self.step = self.saved = state.step
+        self.best = state.extra.get("best", math.inf)
+        then, given = state.extra.get("environment", {}), state.extra.get("train_config", {})
+        for name, value in then.items():
+            if self.environment.get(name, value) != value:
+                here = self.environment[name]
+                print(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
+        if given.get("dtype", self.config.dtype) != self.config.dtype:
+            print(f"the run goes on in {self.config.dtype} ({given['dtype']} before), from its float32 weights")
+        before = state.extra.get("data")
+        if before not in (None, self.fingerprint):
+            if given.get("data") == self.config.data and given.get("context") == self.config.context:
+                raise ValueError(
+                    f"--data {self.config.data or '(none)'} holds other tokens than when the run was saved; put the "
+                    "old data back, or name the new with --data and another path"
+                )
+            print("the run goes on with other data")
 
-    def _forget_after(self, step: int) -> None:
-        """Takes from the log what was written after the checkpoint: those steps run again."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name."""
+        named = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            named |= {f"{name}'s {key}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        return named
 
-    def save(self) -> None:
-        """The Hugging Face folder and everything that an exact resume needs, each file replaced in one move."""
-        weights = self.model.state_dict()
-        checkpoint.save_pretrained(self.out / "checkpoint", weights, self.model.config)
-        checkpoint.save_training_state(
-            self.out, step=self.step, config=self.model.config, model_state=weights,
-            optimizer_state=self.optimizer.state_dict(), extra={"train_config": dataclasses.asdict(self.config)},
+    def save(self, best: bool = False, beside: bool = False) -> None:
+        """A checkpoint of this step. beside: return when it is copied, and write it while steps go on.
+
+        Raises OSError, one line, where the disk has no room; the checkpoints that were there are there still.
+        """
+        self.saved = self.step
+        self.saver.save(
+            {
+                "step": self.step,
+                "model_state": self.model.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "rng": checkpoint.capture_rng(),
+                "extra": {
+                    "train_config": dataclasses.asdict(self.config), "environment": self.environment,
+                    "data": self.fingerprint, "best": self.best,
+                },
+                "best": best,
+            },
+            beside,
         )  # fmt: skip
 
-    def log(self, **record) -> None:
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, **record}) + "\n")
+    def _write(self, **state: Any) -> None:
+        self.log.settle()  # no checkpoint is newer than its log
+        save_checkpoint(self.out, config=self.model.config, tokenizer=get_tokenizer(), keep=self.config.keep, **state)
+
+    def _save_beside(self, bar: tqdm, best: bool = False) -> None:
+        """Training goes on when a disk is full: the next save may fit."""
+        try:
+            self.save(best, beside=True)
+        except OSError as error:
+            bar.write(f"{error}; the earlier checkpoints are kept, and training goes on", file=sys.stderr)
 
     def validate(self) -> float:
+        """The validation loss of this step, logged once. Raises Stopped when a signal comes meanwhile."""
+        if self.step in self.validated:  # a resumed run has it in its log
+            return self.validated[self.step]
         size, batches = self.config.batch_size, self.config.eval_batches
-        loss = dataset_loss(self.model, self.val_data, batch_size=size, limit=batches * size)["loss"]
-        self.log(val_loss=loss)
+
+        def between() -> None:
+            if self.interrupted:
+                raise Stopped
+
+        options = {"batch_size": size, "limit": batches * size, "between": between}
+        loss = dataset_loss(self.model, self.val_data, **options)["loss"]
+        self.log.write(step=self.step, val_loss=loss)
+        self.validated[self.step] = loss
         return loss
 
     def sample(self, max_new_tokens: int = 60) -> str:
@@ -101,99 +177,130 @@ class Run:
         )
         return tokenizer.decode(tokens[0])
 
-    def _on_interrupt(self, *_):
-        if self.interrupted:  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
-        self.interrupted = True
-
     def train(self) -> None:
-        """Runs to config.steps, or until Ctrl-C, and leaves metrics.jsonl, loss.png and checkpoint/ behind."""
-        config = self.config
-        first_loss = self.validate()
-        print(f"validation loss before: {first_loss:.4f}")
-        previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        """Runs to config.steps, or until a signal asks to stop, and leaves metrics.jsonl, loss.png and checkpoint/."""
         try:
-            self._loop()
+            with self.stop:
+                self._train()
         finally:
-            signal.signal(signal.SIGINT, previous_handler)
-        last_loss = self.validate()
-        self.save()
-        save_loss_plot(self.out / "metrics.jsonl", self.out / "loss.png")
-        print(f"validation loss after:  {last_loss:.4f}")
+            self._leave()
+
+    def _train(self) -> None:
+        try:
+            first = self.validate()
+            print(f"validation loss before: {first:.4f}")
+            self.best = min(self.best, first)
+            self._loop()
+            if not self.interrupted:
+                print(f"validation loss after:  {self._validate_for_best():.4f}")
+        except Stopped:
+            pass
+        self._save_last()
+        save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
         if self.interrupted:
-            print(f"stopped at step {self.step} of {config.steps}; continue with: gpt2-fast train --resume {self.out}")
+            again = f"gpt2-fast train --resume {self.out}"
+            print(f"{self.stop.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
         else:
             print(f"sample:\n{self.sample()}\n")
-        get_tokenizer().save_pretrained(self.out / "checkpoint")
-        for name in ("metrics.jsonl", "loss.png", "checkpoint"):
+        for name in (folders.METRICS, "loss.png", NEWEST):
             print(f"{self.out / name}")
+
+    def _save_last(self) -> None:
+        """The last checkpoint is waited for. A save before it that failed matters no more."""
+        try:
+            self.saver.wait()
+        except OSError as error:
+            self.saved = None
+            print(error, file=sys.stderr)
+        if self.saved != self.step:
+            self.save(best=self.validated.get(self.step) == self.best)
+
+    def _leave(self) -> None:
+        try:
+            self.saver.wait()
+        except OSError as error:
+            print(error, file=sys.stderr)
+        finally:
+            self.lock.release()
 
     def _loop(self) -> None:
         config = self.config
-        with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
-            while self.step < config.steps and not self.interrupted:
-                started = time.perf_counter()
-                loss = self.run_step(*self._batches(), config.learning_rate(self.step))
-                self._report(bar)  # of the step before: its loss is there by now, so nothing waits
-                self.step += 1
-                self.pending = (self.step, loss, self.optimizer.last_grad_norm, time.perf_counter() - started)
-                bar.update()
-                self._periodically(bar)
-            self._report(bar)
+        batches = Ahead(self._batches, self.step, config.steps)
+        try:
+            with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+                while self.step < config.steps and not self.interrupted:
+                    started = time.perf_counter()
+                    loss = self._take(next(batches))
+                    self._report(bar)  # of the step before: its loss is there by now, so nothing waits
+                    self.step += 1
+                    place = self.readout.queue(loss, self.optimizer.last_grad_norm)
+                    self.pending = Pending(self.step, place, time.perf_counter() - started)
+                    bar.update()
+                    self._periodically(bar)
+                self._report(bar)
+        finally:
+            batches.close()
 
-    def _batches(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this step, int64 [grad_accum, B, T]."""
+    def _take(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """One step; where --verify-every says so, computed twice."""
+        every, step = self.config.verify_every, self.step + 1
+        take = lambda: self.run_step(*batch, self.config.learning_rate(self.step))
+        if every and step % every == 0:
+            try:
+                return self.verifier.step(take, step)
+            except FaultyMachine as error:
+                raise FaultyMachine(f"{error}; nothing of it is saved, go on with --resume {self.out}") from None
+        loss = take()
+        if every and (step + 1) % every == 0:
+            self.verifier.rest()
+        return loss
+
+    def _batches(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, int64 [grad_accum, B, T], in memory from which a device copies by itself."""
         options = {"batch_size": self.config.batch_size, "seed": self.config.seed}
-        batches = [self.train_data.batch(self.step, micro, **options) for micro in range(self.config.grad_accum)]
+        batches = [self.train_data.batch(step, micro, **options) for micro in range(self.config.grad_accum)]
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
-        return inputs, targets
+        return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)
 
     def _report(self, bar: tqdm) -> None:
         """Reads the pending step's loss into the bar and the log."""
         if self.pending is None:
             return
-        (step, loss, grad_norm, seconds), self.pending = self.pending, None
-        check_ids()
-        value, lr = loss.item(), self.config.learning_rate(step - 1)
-        if not math.isfinite(value):
+        (step, place, seconds), self.pending = self.pending, None
+        loss, grad_norm = self.readout.read(place)
+        lr = self.config.learning_rate(step - 1)
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {value} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
+                f"the loss is {loss} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
             )
         rate = self.tokens_per_step / seconds
-        bar.set_postfix_str(f"loss {value:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
-        norm = {} if grad_norm is None else {"grad_norm": round(grad_norm.item(), 5)}
-        self.log(step=step, loss=value, lr=lr, **norm, tokens_per_second=round(rate, 1))
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
+        norm = {} if grad_norm is None else {"grad_norm": round(grad_norm, 5)}
+        self.log.write(step=step, loss=loss, lr=lr, **norm, tokens_per_second=round(rate, 1))
+
+    def _validate_for_best(self) -> float:
+        loss = self.validate()
+        self.best = min(self.best, loss)
+        return loss
 
     def _periodically(self, bar: tqdm) -> None:
         config, last = self.config, self.step >= self.config.steps
-        due = [
+        evaluate, sample, save = (
             n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
-        ]
-        if any(due):
+        )
+        late = config.save_minutes and time.monotonic() - self.saver.last >= 60 * config.save_minutes
+        best = False
+        if evaluate or sample or save or late:
             self._report(bar)  # what is saved is logged, and the clock stands still meanwhile
-        if due[0]:
-            bar.write(f"step {self.step}: validation loss {self.validate():.4f}")
-        if due[1]:
+        if evaluate:
+            before = self.best
+            loss = self._validate_for_best()
+            best = loss < before
+            bar.write(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best else ''}")
+        if sample:
             bar.write(f"step {self.step}: {self.sample()!r}")
-        if due[2]:
-            self.save()
-
-
-def prepare_folder(config: TrainConfig, resume: str | None) -> Path:
-    """The run's folder, made and known to be writable; refuses one that holds another run."""
-    if resume is not None:
-        return Path(resume)
-    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from None
-    return out
+        if not last and (save or late or best):
+            self._save_beside(bar, best)
 
 
 def start_run(options: dict) -> Run:
@@ -202,10 +309,16 @@ def start_run(options: dict) -> Run:
 
 
 def resume_run(folder: str, options: dict) -> Run:
-    """Continues the run in `folder` with the options it had, except those given again."""
-    saved = checkpoint.load_training_state(folder).extra["train_config"]
-    fixed = {"model", "init_from", "dropout", "out"} & options.keys()
-    if fixed:
-        flag = sorted(fixed)[0].replace("_", "-")
-        raise ValueError(f"--{flag} cannot change when a run is resumed; start a new run for that")
-    return Run(TrainConfig(**{**saved, **options}), resume=folder)
+    """Continues the run in `folder` with the options it had, except those given again.
+
+    folder: of a run, or one of its checkpoints; "auto": see `folder.resolve`.
+    """
+    path = folders.resolve(folder, options)
+    if path is None:
+        return start_run(options)
+    out, state = folders.find_state(path)
+    if state is None:
+        config = folders.options_to_resume(folders.recorded_options(out), options, out)
+        print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
+        return Run(config, out)
+    return Run(folders.options_to_resume(state.extra["train_config"], options, out), out, state)

@@ -67,6 +67,34 @@ def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
     return optimizer
 
 
+def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimizer_state: dict) -> None:
+    """Brings a saved state into a model and its optimizer, in whichever dtype it was saved.
+
+    A low-precision weight is its float32 master, rounded: the master is what training goes on from. What the state
+    says of learning rates, betas and decay gives way to the optimizer's own. Raises ValueError for another model.
+    """
+    weights = dict(model_state)
+    names = {id(p): name for name, p in model.named_parameters()}
+    numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(numbers) != len(params):
+        raise ValueError(f"the state has {len(numbers)} parameters and the model {len(params)}: it is of another model")
+    states = {}
+    for i, p in zip(numbers, params, strict=True):
+        states[i] = dict(optimizer_state["state"].get(i, {}))
+        name = names[id(p)]
+        weights[name] = states[i].pop("master", weights[name])
+        if p.dtype != torch.float32 and states[i]:
+            states[i]["master"] = weights[name].float()
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    model.load_state_dict(weights)
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer_state["param_groups"]})
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 class Step:
     """Forward, backward and update over fixed input buffers; replayed as one CUDA graph if asked to."""
 

@@ -1,0 +1,112 @@
+"""A run's folder: who may write to it, what it was started with, and where it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gpt2_fast.checkpoint.run_folder import checkpoints, load_checkpoint, set_aside
+from gpt2_fast.checkpoint.training import EARLIER, TRAINING, TrainingState
+from gpt2_fast.files import atomic_write
+from gpt2_fast.train.config import TrainConfig
+
+METRICS, OPTIONS, LOCK = "metrics.jsonl", "run.json", ".lock"
+# What a run is: another value would be another run.
+FIXED = ("model", "init_from", "dropout", "out")
+
+
+def open_folder(out: Path) -> FileLock:
+    """Makes the folder and takes its lock, which ends with this process. Raises ValueError, one line."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"--out {out} is in use by another run; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from None
+    return lock
+
+
+def new_folder(config: TrainConfig) -> Path:
+    """Where a new run goes; refuses a folder that holds one."""
+    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if holds_run(out):
+        raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another --out")
+    return out
+
+
+def holds_run(folder: Path) -> bool:
+    names = (METRICS, OPTIONS, EARLIER, TRAINING)
+    return any((folder / name).exists() for name in names) or bool(checkpoints(folder))
+
+
+def record_options(out: Path, config: TrainConfig) -> None:
+    """run.json: from which a run that was killed before its first checkpoint is started again."""
+    with atomic_write(out / OPTIONS) as path:
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def recorded_options(out: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError, one line."""
+    path = out / OPTIONS
+    if not path.is_file():
+        raise FileNotFoundError(f"{out} holds no checkpoint and no {OPTIONS}; there is no run to resume")
+    try:
+        options = json.loads(path.read_text())
+        TrainConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start the run again with another --out") from None
+    return options
+
+
+def newest_run(folder: Path = Path("runs")) -> Path | None:
+    """The run in `folder` that was written to last."""
+    runs = [path for path in folder.iterdir() if path.is_dir() and holds_run(path)] if folder.is_dir() else []
+    return max(runs, key=lambda path: max(p.stat().st_mtime for p in path.iterdir()), default=None)
+
+
+def resolve(resume: str, options: dict[str, Any]) -> Path | None:
+    """The folder that --resume names. "auto": --out, or the newest in runs/; None where there is no run yet."""
+    if resume != "auto":
+        return Path(resume).expanduser()
+    out = options.get("out")
+    if out is None:
+        return newest_run()
+    return Path(out) if holds_run(Path(out)) else None
+
+
+def find_state(folder: Path) -> tuple[Path, TrainingState | None]:
+    """(the run's folder, the state to go on from) of a run's folder or one of its checkpoints.
+
+    None where the run was stopped before its first checkpoint: it starts again from its recorded options.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"--resume {folder} does not exist; there is no run to resume")
+    is_checkpoint = folder.is_dir() and folder.name.startswith("checkpoint") and (folder / TRAINING).is_file()
+    out = folder.resolve().parent if is_checkpoint else folder
+    if not is_checkpoint and not checkpoints(out) and not any((out / name).is_file() for name in (EARLIER, TRAINING)):
+        recorded_options(out)
+        return out, None
+    state, path = load_checkpoint(folder.resolve() if is_checkpoint else folder)
+    for moved in set_aside(out, path):
+        print(f"the run goes on from {path}; the newer checkpoint is kept as {moved}", file=sys.stderr)
+    return out, state
+
+
+def options_to_resume(saved: dict[str, Any], given: dict[str, Any], out: Path) -> TrainConfig:
+    """The options of a run that goes on: what is given takes effect, what would make it another run is refused."""
+    for name in FIXED:
+        if name in given and given[name] != saved.get(name) and not (name == "out" and Path(given[name]) == out):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} cannot change when a run is resumed; start a new run for that")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(saved.keys() - known):
+        raise ValueError(f"{out} was started with {unknown[0]!r}, an option that this version of gpt2_fast has not")
+    return TrainConfig(**{**saved, **given, "out": saved.get("out")})

@@ -1,0 +1,61 @@
+"""What a step says of itself, read without waiting for it.
+
+Behind each step its loss, its gradient norm and the record of ids outside the vocabulary are copied to pinned memory,
+and an event is recorded behind the copies. They are read one step later, when the device has long passed the event. A
+CUDA graph's next replay writes over the device's values, but only behind these copies in the same stream.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops import embedding
+
+
+class Reading(NamedTuple):
+    loss: float
+    grad_norm: float | None
+
+
+class Readout:
+    """Two places in host memory, used in turn: one is read while the other is written.
+
+    Call `queue` behind each step and `read` of a step before `queue` is called twice more.
+    """
+
+    PLACES = 2
+
+    def __init__(self, device: torch.device):
+        self.device, self._cuda = device, device.type == "cuda"
+        self._values = [torch.zeros(2, pin_memory=self._cuda) for _ in range(self.PLACES)]
+        self._faults = [torch.zeros(embedding.FAULT_WORDS, dtype=torch.int64, pin_memory=self._cuda)
+                        for _ in range(self.PLACES)]  # fmt: skip
+        self._events = [torch.cuda.Event() if self._cuda else None for _ in range(self.PLACES)]
+        self._with_norm = [False] * self.PLACES
+        self._next = 0
+
+    def queue(self, loss: Tensor, grad_norm: Tensor | None) -> int:
+        """Copies behind what the device does now. Returns the place to `read`."""
+        place, self._next = self._next, (self._next + 1) % self.PLACES
+        self._values[place][0].copy_(loss, non_blocking=True)
+        self._with_norm[place] = grad_norm is not None
+        if grad_norm is not None:
+            self._values[place][1].copy_(grad_norm, non_blocking=True)
+        fault = embedding.FAULTS.get(self.device)
+        if fault is not None:
+            self._faults[place].copy_(fault, non_blocking=True)
+        if self._events[place] is not None:
+            self._events[place].record()
+        return place
+
+    def read(self, place: int) -> Reading:
+        """Waits for the event of that step alone. Raises IndexError for an id outside the vocabulary."""
+        if self._events[place] is not None:
+            self._events[place].synchronize()
+        if self._faults[place][0]:
+            embedding.check_ids()  # names the id, and clears the record
+        loss, norm = self._values[place].tolist()
+        return Reading(loss, norm if self._with_norm[place] else None)

@@ -1,0 +1,96 @@
+"""Saving beside the steps: a step waits only for the copy of the state to host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def host_copy(value: Any) -> Any:
+    """`value` with every tensor copied to memory of its own on the CPU; one that occurs twice is copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            if id(item) not in copies:
+                copies[id(item)] = item.detach().to("cpu", copy=True)
+            return copies[id(item)]
+        if isinstance(item, dict):
+            return {key: copy(part) for key, part in item.items()}
+        if isinstance(item, (list, tuple)):
+            return type(item)(map(copy, item))
+        return item
+
+    return copy(value)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in `value`."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(tensor_bytes, parts))
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can have without swapping; None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+class Saver:
+    """Runs one save at a time in a thread of its own; the next one waits for it.
+
+    Args:
+        write: (**state) writes a checkpoint; state is a copy that nobody else changes.
+
+    Attributes:
+        last: when the last save began, by time.monotonic.
+    """
+
+    def __init__(self, write: Callable[..., Any]):
+        self._write = write
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.last = time.monotonic()
+
+    def save(self, state: dict[str, Any], beside: bool = True) -> None:
+        """Saves `state`. beside: return when it is copied; where memory is short, when it is written, as without.
+
+        Raises the error of a save before this one, or of this one when it is waited for; see `wait`.
+        """
+        self.wait()
+        self.last = time.monotonic()
+        room, needed = free_memory(), 2 * tensor_bytes(state)  # the copy, and what the writer holds of it
+        if not beside or (room is not None and room < needed):
+            self._write(**state)
+            return
+        self._thread = threading.Thread(target=self._run, args=(host_copy(state),), name="gpt2_fast save")
+        self._thread.start()
+
+    def _run(self, state: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a thread's own on Linux: the step goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            self._write(**state)
+        except Exception as error:
+            self._error = error
+
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits for the save that is at work. Raises what ended it, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

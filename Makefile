@@ -1,7 +1,7 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
 # Jobs of their own: `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
-# `make sanitize`, `make faults` (CONTRIBUTING.md).
+# `make fuzz-files`, `make sanitize`, `make faults` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
 	$(BIN)/python -m pytest $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test lint fuzz sanitize faults docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
+.PHONY: train test lint fuzz fuzz-files sanitize faults docs clean test-install test-transformers test-oldest-transformers test-newest-transformers \
 	test-newest-triton
 
 train: $(VENV)/.installed
@@ -32,6 +32,10 @@ test: $(VENV)/.installed-test lint
 # Generated inputs: make fuzz FUZZ="--examples 500 --ops linear --seed 3"
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.generated $(FUZZ)
+
+# Damaged files of every format: make fuzz-files FUZZ_FILES="--files 500 --formats config.json --seed 3"
+fuzz-files: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz_files $(FUZZ_FILES)
 
 # csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer (g++), under the operations' tests and generated inputs.
 sanitize: $(VENV)/.installed-test

@@ -111,7 +111,7 @@ def _read_weights(fetch: Callable[[str], Path | None], name: str) -> tuple[Path,
             return path, _read_tensors(path)
         try:
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is not an index of shards; it may be truncated") from None
         tensors: dict[str, Tensor] = {}
         for shard in shards:

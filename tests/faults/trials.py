@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,38 +11,19 @@ from .plans import NONE, Event, Plan
 from .runs import STEPS, Ended, run
 
 ATTEMPTS = 4  # resumptions without a fault
-# Folders of one training.pt keep what a killed save left, and do not read a torn line of the log.
-NUMBERED = importlib.util.find_spec("gpt2_fast.checkpoint.run_folder") is not None
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
     """Every tensor of the optimizer and the random states, by where it is."""
     import safetensors.torch
-    import torch
 
-    found = {}
-
-    def walk(value: Any, where: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[where] = value
-        elif isinstance(value, (dict, list, tuple)):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                walk(item, f"{where}.{key}")
-
-    if (path := folder / "checkpoint" / "training.safetensors").is_file():
-        walk(safetensors.torch.load_file(path), "training")
-    else:
-        walk(torch.load(folder / "training.pt", weights_only=True), "training")
-    return found
+    return safetensors.torch.load_file(folder / "checkpoint" / "training.safetensors")
 
 
 def finished(folder: Path) -> dict[str, Any]:
     """What a finished run holds, its times left out."""
-    records = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = {k: v for k, v in json.loads(line).items() if "second" not in k and "time" not in k}
-        if record not in records:  # a resumed run validates before its first step
-            records.append(record)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
     weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
     return {"weights": weights, "training": _tensors(folder), "metrics.jsonl": records}
 
@@ -72,7 +52,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def _holds_checkpoint(folder: Path) -> bool:
-    return (folder / "training.pt").exists() or any(p.is_dir() for p in folder.glob("checkpoint-*"))
+    return any(p.is_dir() for p in folder.glob("checkpoint-*"))
 
 
 def _complete(folder: Path, ended: Ended) -> bool:
@@ -96,8 +76,7 @@ def trial(arguments: list[str], root: Path, plans: list[Plan], whole: dict[str, 
             return f"{plan.do or 'no fault'}: {problem}", first
         if plan is NONE and ended.status == 2:
             if _holds_checkpoint(folder) or "no run to resume" not in ended.text:
-                known = not NUMBERED and "delimiter" in ended.text
-                return None if known else f"does not go on: {ended.text}", first
+                return f"does not go on: {ended.text}", first
             shutil.rmtree(folder, ignore_errors=True)  # killed before there was anything: it starts again
             go_on = begin
         elif go_on is begin:
@@ -106,6 +85,6 @@ def trial(arguments: list[str], root: Path, plans: list[Plan], whole: dict[str, 
             break
     else:
         return f"not finished after {ATTEMPTS} resumptions: {ended.text}", first
-    if NUMBERED and (left := left_over(folder)):
+    if left := left_over(folder):
         return f"left over: {', '.join(left)}", first
     return differs(finished(folder), whole), first

@@ -1,8 +1,8 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
 # `make test-fast` is what to run while editing: below a minute on two cores. Both take WORKERS, the processes that test.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
-# Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-newest-triton`, `make fuzz`,
-# `make sanitize` (CONTRIBUTING.md).
+# Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-newest-triton`,
+# `make fuzz`, `make fuzz-files`, `make faults`, `make sanitize` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,8 +25,8 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(BIN)/python -c 'import $(2); print("$(2)", $(2).__version__)' && \
 	$(PYTEST) $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
-.PHONY: train test test-fast test-kernels lint fuzz sanitize docs clean test-install test-transformers \
-	test-oldest-transformers test-newest-transformers test-newest-triton
+.PHONY: train test test-fast test-kernels lint fuzz fuzz-files faults sanitize docs clean test-install \
+	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
@@ -47,9 +47,17 @@ test-kernels: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.generated $(FUZZ)
 
+# Damaged files of every format: make fuzz-files FUZZ_FILES="--files 500 --formats config.json --seed 3"
+fuzz-files: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz_files $(FUZZ_FILES)
+
 # csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer (g++), under the operations' tests and generated inputs.
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m tests.sanitize $(SANITIZE)
+
+# Runs that are killed, or see a full or broken disk, and are resumed: make faults FAULTS="--kills 1000 --seed 2"
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -142,7 +142,7 @@ class GPT2Config:
             raise FileNotFoundError(f"{path} does not exist; a GPT-2 checkpoint has a config.json")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated") from None
         if not isinstance(data, dict):
             raise ValueError(f"{path} holds a {type(data).__name__}, not the JSON object of a config.json")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -277,6 +278,19 @@ def test_unwritable_folder(tmp_path):
         with pytest.raises(OSError, match="cannot write") as error:
             save()
         assert_one_line(error, tmp_path / "file", "choose a folder you can write")
+
+
+def test_what_the_disk_refuses_is_one_line_and_leaves_nothing(tmp_path):
+    """safetensors has an error of its own for it, which would end a run with a traceback."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save_pretrained(tmp_path, random_state(), CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(error, "cannot write", tmp_path / "model.safetensors", "File too large")
+    assert os.listdir(tmp_path) == []
 
 
 def test_hub_names_ask_the_hub(folder, monkeypatch):

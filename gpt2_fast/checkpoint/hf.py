@@ -44,9 +44,20 @@ def save_pretrained(
         del tensors[HEAD]
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
     with atomic_write(Path(folder) / WEIGHTS) as path:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        write_safetensors(path, tensors, {"format": "pt"})
     with atomic_write(Path(folder) / CONFIG) as path:
         config.to_json(path)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """safetensors' save_file. What the disk refuses is an OSError here too, and no SafetensorError."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def load_pretrained(
@@ -100,7 +111,7 @@ def _read_weights(fetch: Callable[[str], Path | None], name: str) -> tuple[Path,
             return path, _read_tensors(path)
         try:
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is not an index of shards; it may be truncated") from None
         tensors: dict[str, Tensor] = {}
         for shard in shards:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
+from gpt2_fast.checkpoint.hf import write_safetensors
 from gpt2_fast.checkpoint.torch_file import first_line
 
 DIGEST = "sha256"
@@ -35,7 +35,7 @@ def sha256_of(path: Path, head: bytes = b"", skip: int = 0) -> str:
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes `tensors` and `metadata` with their digest. Tensors must not share memory."""
-    safetensors.torch.save_file(dict(tensors), path, metadata={**metadata, DIGEST: _BLANK})
+    write_safetensors(path, tensors, {**metadata, DIGEST: _BLANK})
     head = _head(path)
     at = head.index(_place(_BLANK)) + len(_place("")) - 1
     digest = sha256_of(path, head, len(head))
@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         head = _head(path)
         digest = json.loads(head[8:])["__metadata__"][DIGEST]
         blank = head.replace(_place(digest), _place(_BLANK))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not a whole training state; it may be truncated") from None
     if sha256_of(path, blank, len(head)) != digest:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it was saved with")

@@ -57,6 +57,7 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
         if head is not tensors[EMBEDDING] and not torch.equal(head, tensors[EMBEDDING]):
             raise ValueError(f"{HEAD} differs from {EMBEDDING}; set tie_word_embeddings to false in the config")
         tensors[HEAD] = tensors[EMBEDDING]
+    check_layers(tensors, config)
     shapes = expected_shapes(config)
     if missing := shapes.keys() - tensors.keys():
         raise ValueError(f"the weights miss {_some(missing)}, which the config asks for")
@@ -70,6 +71,12 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
             + (f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else "")
         )
     return {name: tensors[name] for name in shapes}
+
+
+def check_layers(tensors: Mapping[str, Tensor], config: GPT2Config) -> None:
+    """Raises ValueError where there are fewer tensors than layers: a damaged n_layer may ask for billions of names."""
+    if config.n_layer > len(tensors):
+        raise ValueError(f"n_layer is {config.n_layer} and the weights have {len(tensors)} tensors")
 
 
 def _some(names: set[str]) -> str:

@@ -23,8 +23,9 @@ def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path} line {number}"
                 try:
                     record = json.loads(line)
-                except ValueError as error:  # UnicodeDecodeError is one too
-                    reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                except (ValueError, RecursionError) as error:
+                    not_text = isinstance(error, UnicodeDecodeError)
+                    reason = "not UTF-8" if not_text else getattr(error, "msg", str(error))
                     raise ValueError(f"{where} is not a JSON object ({reason})") from None
                 if not isinstance(record, dict):
                     raise ValueError(f"{where} is not a JSON object")

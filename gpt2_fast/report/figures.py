@@ -42,12 +42,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a training run writes it")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 among them
             record = {} if number == len(lines) else None
         if not isinstance(record, dict):
             raise ValueError(f"{path} line {number} is not a JSON object")

@@ -159,6 +159,7 @@ def test_an_impl_that_runs_nowhere_here_raises(model, ids):
 
 WRAPPED = textwrap.dedent(
     """
+    import os
     import sys
     import torch, torch.distributed as dist, torch.multiprocessing as mp
     from torch.distributed.device_mesh import init_device_mesh
@@ -200,7 +201,9 @@ WRAPPED = textwrap.dedent(
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m: f"{kind}: {m}")
             sys.stdout.write(f"{kind} as one process\\n")
             sys.stdout.flush()
+        dist.barrier()
         dist.destroy_process_group()
+        os._exit(0)  # what torch's threads do as an interpreter ends is not under test
 
     if __name__ == "__main__":
         mp.spawn(rank, args=(int(sys.argv[1]),), nprocs=2)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -269,6 +270,33 @@ def test_a_run_of_an_earlier_version_goes_on(corpus, tmp_path, tiny):  # noqa: F
     assert same(weights(out / "checkpoint"), weights(whole / "checkpoint"))
     assert not (out / "training.pt").exists()
     assert os.readlink(out / "checkpoint") == "checkpoint-000004"
+
+
+def test_an_earlier_state_that_does_not_fit_is_one_line(tiny, corpus, tmp_path, capsys):  # noqa: F811
+    """training.pt has no digest: what is in it is held to the model that its own config describes."""
+    out = tmp_path / "run"
+    start_run(tiny_options(tiny, corpus, out, steps=1)).train()
+    state, _ = load_checkpoint(out)
+    parts = {"step": 1, "config": state.config.to_dict(), "model": state.model, "optimizer": state.optimizer,
+             "rng": state.rng, "extra": {"train_config": state.extra["train_config"]}}  # fmt: skip
+    name, path = "transformer.h.0.ln_1.weight", tmp_path / "earlier" / "training.pt"
+    averages = {**state.optimizer, "state": {**state.optimizer["state"], 0: {
+        **state.optimizer["state"][0], "exp_avg": torch.zeros(3)}}}  # fmt: skip
+    path.parent.mkdir()
+    options_of = state.extra["train_config"]
+    for changed, message in [
+        ({"model": {**state.model, name: torch.zeros(5)}}, f"its {name} is \\(5,\\); that of its config is \\(32,\\)"),
+        ({"model": {k: v for k, v in state.model.items() if k != name}}, f"its {name} is missing"),
+        ({"optimizer": averages}, r"exp_avg of parameter 0 is \(3,\)"),
+        ({"rng": {"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}}, "RNG state"),
+        ({"extra": {}}, "has no options of a run"),
+        ({"extra": {"train_config": {**options_of, "colour": 1}}}, "'colour', an option that this version"),
+    ]:
+        torch.save({"format": "gpt2_fast training state 1", **parts, **changed}, path)
+        assert main(["train", "--resume", str(path.parent)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(message, error), error
+        assert str(path.parent) in error
 
 
 def test_the_log_has_each_line_once(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ A checkpoint is made under a temporary name, brought to the disk, and renamed. A
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -118,7 +119,7 @@ def _load(path: Path) -> TrainingState:
     config, model = load_pretrained(path)
     if config != state.config:
         raise ValueError(f"{path} is damaged: config.json is not of the model in {TRAINING}")
-    return TrainingState(state.step, config, model, state.optimizer, state.rng, state.extra)
+    return dataclasses.replace(state, model=model)
 
 
 def set_aside(folder: Path, newest: Path) -> list[Path]:

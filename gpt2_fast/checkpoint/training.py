@@ -38,6 +38,7 @@ class TrainingState:
     optimizer: dict[str, Any]
     rng: dict[str, Any]
     extra: dict[str, Any]
+    path: Path | None = None  # of the file that it was read from
 
 
 def capture_rng() -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _read(path: Path) -> TrainingState:
     record = json.loads(metadata["state"])
     tensors |= {name: tensors[kept] for name, kept in record["same"].items()}
     parts = {part: plain.unpack(record[part], tensors) for part in _PARTS}
-    return TrainingState(record["step"], GPT2Config.from_dict(record["config"]), **parts)
+    return TrainingState(record["step"], GPT2Config.from_dict(record["config"]), **parts, path=path)
 
 
 def _read_earlier(path: Path) -> TrainingState:
@@ -136,4 +137,4 @@ def _read_earlier(path: Path) -> TrainingState:
     for part, kind in kinds.items():
         if not isinstance(state.get(part), kind):
             raise ValueError(f"{path} is damaged: its {part!r} is not a {kind.__name__}")
-    return TrainingState(state["step"], GPT2Config.from_dict(state["config"]), *(state[part] for part in _PARTS))
+    return TrainingState(state["step"], GPT2Config.from_dict(state["config"]), *(state[part] for part in _PARTS), path)

@@ -88,8 +88,12 @@ class Run:
         return self.stop.asked is not None
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
-        restore(self.model, self.optimizer, state.model, state.optimizer)
-        checkpoint.restore_rng(state.rng)
+        try:
+            restore(self.model, self.optimizer, state.model, state.optimizer)
+            checkpoint.restore_rng(state.rng)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
         self.step = self.saved = state.step
         self.best = state.extra.get("best", math.inf)
         then, given = state.extra.get("environment", {}), state.extra.get("train_config", {})
@@ -330,4 +334,6 @@ def resume_run(folder: str, options: dict) -> Run:
         config = folders.options_to_resume(folders.recorded_options(out), options, out)
         print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
         return Run(config, out)
-    return Run(folders.options_to_resume(state.extra["train_config"], options, out), out, state)
+    if not isinstance(saved := state.extra.get("train_config"), dict):
+        raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
+    return Run(folders.options_to_resume(saved, options, out), out, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -75,8 +76,9 @@ class Saver:
         self._thread.start()
 
     def _run(self, state: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # a thread's own on Linux: the step goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        if sys.platform == "linux":  # where a thread has a priority of its own: the step goes first
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             self._write(**state)
         except Exception as error:

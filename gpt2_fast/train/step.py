@@ -73,19 +73,22 @@ def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimiz
     A low-precision weight is its float32 master, rounded: the master is what training goes on from. What the state
     says of learning rates, betas and decay gives way to the optimizer's own. Raises ValueError for another model.
     """
-    weights = dict(model_state)
     names = {id(p): name for name, p in model.named_parameters()}
     numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if len(numbers) != len(params):
-        raise ValueError(f"the state has {len(numbers)} parameters and the model {len(params)}: it is of another model")
-    states = {}
+        raise ValueError(f"it has the averages of {len(numbers)} parameters, and its model has {len(params)}")
+    weights, states = dict(model_state), {}
     for i, p in zip(numbers, params, strict=True):
         states[i] = dict(optimizer_state["state"].get(i, {}))
         name = names[id(p)]
-        weights[name] = states[i].pop("master", weights[name])
+        wide = states[i].pop("master", weights.get(name))
+        if wide is None or wide.shape != p.shape:
+            found = "missing" if wide is None else f"{tuple(wide.shape)}"
+            raise ValueError(f"its {name} is {found}; that of its config is {tuple(p.shape)}")
+        weights[name] = wide
         if p.dtype != torch.float32 and states[i]:
-            states[i]["master"] = weights[name].float()
+            states[i]["master"] = wide.float()
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     model.load_state_dict(weights)

@@ -85,6 +85,14 @@ def environment(threads: bool = False) -> dict[str, str]:
     return os.environ | options | {"LD_PRELOAD": " ".join(map(str.strip, libraries)), EXTENSION: str(folder)}
 
 
+def run(command: list[str], threads: bool) -> int:
+    """Runs Python on the build; its exit status."""
+    env, start = environment(threads), []
+    if threads:  # it wants its own addresses, which a random layout may take: from the very start of the process
+        start = ["setarch", "-R", "env", f"LD_PRELOAD={env.pop('LD_PRELOAD')}"]
+    return subprocess.run([*start, sys.executable, *command], cwd=ROOT, env=env).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
     parser.add_argument("--examples", type=int, default=2000, help="generated calls")
@@ -96,10 +104,7 @@ def main() -> None:
         return
     # Triton's interpreter is no part of this build, and compilers start processes of their own.
     tests = ["-m", "pytest", "tests/ops", "-p", "no:cacheprovider", "-k", "not triton and not compiles"]
-    # ThreadSanitizer has its own place for everything, which a kernel's random addresses may take.
-    start = ["setarch", "-R"] if a.threads else []
-    status = [subprocess.run([*start, sys.executable, *command], cwd=ROOT, env=environment(a.threads)).returncode
-              for command in (tests, ["-m", "tests.generated", "--examples", str(a.examples)])]  # fmt: skip
+    status = [run(command, a.threads) for command in (tests, ["-m", "tests.generated", "--examples", str(a.examples)])]
     raise SystemExit(int(any(status)))
 
 

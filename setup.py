@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -25,10 +26,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-# In the order in which they are compiled: what takes longest first.
 ONCE = ["bindings", "cuda_driver", "dispatch"]
-KERNELS = ["add_layernorm", "attention", "attention_decode", "decode_step", "embedding", "mlp",
-           "linear", "linear_cross_entropy", "adamw", "table"]  # fmt: skip
+# Compiled once per instruction set: every source that has its header in kernels.h, and the table of their kernels.
+KERNELS = [*re.findall(r'^#include "(\w+)\.h"', (CSRC / "kernels.h").read_text(), re.MULTILINE), "table"]
 X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
     "avx2": "-mavx2 -mfma -mf16c",

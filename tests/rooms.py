@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from conftest import DEVICE
 from numerics import ROW_SLACK
 from torch import Tensor
 
-from gpt2_fast.ops import add_layernorm, attention, embedding, linear, mlp
-from gpt2_fast.ops import linear_cross_entropy as head
+from gpt2_fast import ops
+from gpt2_fast.ops import attention
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.declare import Op
 
@@ -40,6 +41,12 @@ class Room(NamedTuple):
         """Every implementation on this machine's device but the reference."""
         return [i for i in dispatch.implementations(self.name, DEVICE) if i != "reference"]
 
+    @property
+    def options(self) -> list[str]:
+        """The arguments of a call that are no tensors, without `impl`."""
+        inputs = {i.name for i in self.op.inputs}
+        return [name for name in inspect.signature(self.call).parameters if name not in inputs and name != "impl"]
+
     def calls(self, device: str = "cpu", dtype: torch.dtype = torch.float32, impl: str = "auto") -> Iterator[Arguments]:
         """The samples as arguments by name; of Triton in its interpreter the small ones."""
         names = list(inspect.signature(self.call).parameters)
@@ -65,15 +72,21 @@ def _few(name: str, numel: int) -> Callable[[Arguments], bool]:
     return lambda arguments: arguments[name].numel() < numel
 
 
-ROOMS = [
-    Room(add_layernorm.OP, add_layernorm.add_layernorm, add_layernorm.samples),
-    Room(linear.OP, linear.linear, linear.samples),
+# What a room has of its own; every other one is the declaration, the function of its name and `samples()`.
+OWN: dict[str, dict[str, Any]] = {
     # Past 64 rows the product is not Triton's.
-    Room(mlp.OP, mlp.mlp, mlp.samples, lambda a: a["x"].numel() < 1000 or a["x"].shape[0] > 64),
+    "mlp": {"interpreted": lambda a: a["x"].numel() < 1000 or a["x"].shape[0] > 64},
     # dQ and dK are what is left of dP - delta, and delta is made from the rounded output.
-    Room(attention.OP, attention.attention, attention.samples, _few("qkv", 5000), row_slack=0.25),
-    Room(attention.DECODE, attention.attention_decode, attention.decode_samples),
-    Room(embedding.OP, embedding.embedding, embedding.samples),
-    Room(head.OP, head.linear_cross_entropy, head.samples, _few("x", 1000)),
-]
+    "attention": {"interpreted": _few("qkv", 5000), "row_slack": 0.25},
+    "attention_decode": {"samples": attention.decode_samples},
+    "linear_cross_entropy": {"interpreted": _few("x", 1000)},
+}
+
+
+def _room(module: ModuleType, op: Op) -> Room:
+    of_all = {"op": op, "call": getattr(module, op.name), "samples": module.samples}
+    return Room(**(of_all | OWN.get(op.name, {})))
+
+
+ROOMS = [_room(module, op) for module in ops.rooms().values() for op in vars(module).values() if isinstance(op, Op)]
 DERIVED = [room for room in ROOMS if room.op.gradients]

@@ -4,5 +4,8 @@
 and says what came of it. ``python -m tests.generated`` does so ten thousand times, in a process that may die of it.
 """
 
-OPS = ("add_layernorm", "linear", "mlp", "attention", "attention_decode", "embedding", "linear_cross_entropy", "adamw",
-       "decode_step")  # fmt: skip
+from gpt2_fast.ops import rooms
+from gpt2_fast.ops.runtime.dispatch import TABLE
+
+rooms()
+OPS = tuple(TABLE)

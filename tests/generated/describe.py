@@ -50,30 +50,31 @@ def _dropout(draw, valid: list[bool]) -> dict | None:
     return dropout
 
 
-@st.composite
-def _options(draw, op: str, sizes: dict[str, int], valid: list[bool]) -> dict:
-    """The options of an operation, and whether they are valid."""
+# Of each option by its name what is valid and what is not; of another one what the samples have is valid.
+OPTIONS: dict[str, tuple[list, list]] = {
+    "eps": ([1e-5, 1e-12, 0.1], [0.0, -1.0, float("nan"), None, "small"]),
+    "activation": (["gelu", "gelu_new", "gelu_pytorch_tanh"], ["relu", "", None, 1]),
+    "scale": ([None, 0.3, 1.0], [0.0, -1.0, float("inf"), float("nan"), "auto"]),
+    "ignore_index": ([-100, 0, 2**40, -1], [None, 0.5]),
+    "reduction": (["mean", "sum", "none"], ["average", None]),
+    "dtype": ([None, None, "float32"], ["bfloat16", "float16", "float64", "int64"]),
+}
 
-    def one_of(good: list, bad: list) -> Any:
+
+@st.composite
+def _options(draw, room: Room, valid: list[bool]) -> dict:
+    """The options of an operation, and whether they are valid."""
+    options: dict[str, Any] = {}
+    for name in room.options:
+        if name == "dropout":
+            options[name] = draw(_dropout(valid))
+            continue
+        of_samples = [call[name] for call in room.calls() if name in call]
+        good, bad = OPTIONS.get(name, (of_samples, [None, "text"]))
         if draw(_seldom):
             valid[0] = False
-            return draw(st.sampled_from(bad))
-        return draw(st.sampled_from(good))
-
-    options: dict[str, Any] = {}
-    if op in ("add_layernorm", "mlp"):
-        options["eps"] = one_of([1e-5, 1e-12, 0.1], [0.0, -1.0, float("nan"), None, "small"])
-    if op == "mlp":
-        options["activation"] = one_of(["gelu", "gelu_new", "gelu_pytorch_tanh"], ["relu", "", None, 1])
-    if op.startswith("attention"):
-        options["scale"] = one_of([None, 0.3, 1.0], [0.0, -1.0, float("inf"), float("nan"), "auto"])
-    if op == "linear_cross_entropy":
-        options["ignore_index"] = one_of([-100, 0, 2**40, -1], [None, 0.5])
-        options["reduction"] = one_of(["mean", "sum", "none"], ["average", None])
-    if op == "embedding":
-        options["dtype"] = one_of([None, None, "float32"], ["bfloat16", "float16", "float64", "int64"])
-    if op in ("add_layernorm", "mlp", "attention", "embedding"):
-        options["dropout"] = draw(_dropout(valid))
+            good = bad
+        options[name] = draw(st.sampled_from(good))
     return options
 
 
@@ -138,7 +139,7 @@ def calls(draw, op: str) -> Description:
     for spec in room.op.inputs:
         there = not spec.optional or draw(_often)
         tensors[spec.name] = _tensor(draw, spec, room, first, sizes, leading, valid) if there else None
-    options = draw(_options(op, sizes, valid))
+    options = draw(_options(room, valid))
     if op == "linear_cross_entropy" and options["reduction"] != "mean" and tensors["num_items"]:
         valid[0] = False
     if op == "embedding" and tensors["position_ids"] and draw(st.booleans()):

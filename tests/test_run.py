@@ -143,6 +143,34 @@ def test_killed_before_the_first_checkpoint(corpus, tmp_path, capsys, tiny):  # 
     assert same(weights(out / "checkpoint"), weights(whole / "checkpoint"))
 
 
+def test_stopped_before_the_first_step(tiny, corpus, tmp_path):  # noqa: F811
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    start_run(tiny_options(tiny, corpus, whole, steps=3)).train()
+    run = start_run(tiny_options(tiny, corpus, out, steps=3))
+    run.stop.asked = "SIGTERM"
+    run.train()
+    assert names(out) == ["checkpoint-000000"]
+    assert main(["train", "--resume", str(out)]) == 0
+    assert metrics(out, "loss") == metrics(whole, "loss")
+    assert metrics(out, "val_loss") == metrics(whole, "val_loss")
+
+
+def test_what_a_killed_writer_left_is_mended(tiny, corpus, tmp_path):  # noqa: F811
+    """Its temporary files, a link to the checkpoint before, and a link to one that is no longer there."""
+    out = tmp_path / "run"
+    start_run(tiny_options(tiny, corpus, out, steps=4, save_every=2)).train()
+    (out / ".checkpoint-000004.0123abcd.tmp").mkdir()
+    (out / ".loss.png.0123abcd.tmp").write_bytes(b"half")
+    (out / ".mine.tmp").write_bytes(b"a user's")
+    for link, target in (("checkpoint", "checkpoint-000002"), ("checkpoint-best", "checkpoint-000099")):
+        (out / link).unlink(missing_ok=True)
+        (out / link).symlink_to(target)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert os.readlink(out / "checkpoint") == "checkpoint-000004"
+    assert not (out / "checkpoint-best").is_symlink()
+    assert sorted(path.name for path in out.glob(".*tmp")) == [".mine.tmp"]
+
+
 def test_resume_auto(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--resume", "auto", "--data", str(corpus), "--context", "16", "--batch-size", "2",

@@ -122,6 +122,17 @@ def _load(path: Path) -> TrainingState:
     return dataclasses.replace(state, model=model)
 
 
+def mend(folder: Path) -> None:
+    """Finishes what a writer that was killed had begun: its temporary files go, and the links fit the checkpoints."""
+    remove_temporary(folder)
+    found = checkpoints(folder)
+    if found and (folder / NEWEST).resolve() != found[-1].resolve():
+        _point(folder / NEWEST, found[-1])
+    for link in (folder / NEWEST, folder / BEST):
+        if link.is_symlink() and not link.exists():  # to a checkpoint that was set aside
+            link.unlink()
+
+
 def set_aside(folder: Path, newest: Path) -> list[Path]:
     """Renames the checkpoints that are newer than the one a run goes on from: nothing is lost, none is taken."""
     found = checkpoints(folder)

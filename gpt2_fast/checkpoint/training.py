@@ -137,4 +137,8 @@ def _read_earlier(path: Path) -> TrainingState:
     for part, kind in kinds.items():
         if not isinstance(state.get(part), kind):
             raise ValueError(f"{path} is damaged: its {part!r} is not a {kind.__name__}")
-    return TrainingState(state["step"], GPT2Config.from_dict(state["config"]), *(state[part] for part in _PARTS), path)
+    try:
+        config = GPT2Config.from_dict(state["config"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return TrainingState(state["step"], config, *(state[part] for part in _PARTS), path)

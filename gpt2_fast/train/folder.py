@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt2_fast.checkpoint.run_folder import checkpoints, load_checkpoint, set_aside
+from gpt2_fast.checkpoint.run_folder import checkpoints, load_checkpoint, mend, set_aside
 from gpt2_fast.checkpoint.training import EARLIER, TRAINING, TrainingState
 from gpt2_fast.files import atomic_write
 from gpt2_fast.train.config import TrainConfig
@@ -61,7 +61,7 @@ def recorded_options(out: Path) -> dict[str, Any]:
     try:
         options = json.loads(path.read_text())
         TrainConfig(**options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); start the run again with another --out") from None
     return options
 
@@ -82,22 +82,35 @@ def resolve(resume: str, options: dict[str, Any]) -> Path | None:
     return Path(out) if holds_run(Path(out)) else None
 
 
-def find_state(folder: Path) -> tuple[Path, TrainingState | None]:
-    """(the run's folder, the state to go on from) of a run's folder or one of its checkpoints.
+def run_of(folder: Path) -> Path:
+    """The run's folder of a run's folder or of one of its checkpoints. Raises FileNotFoundError, one line."""
+    if not folder.exists():
+        raise FileNotFoundError(f"--resume {folder} does not exist; there is no run to resume")
+    return folder.resolve().parent if _is_checkpoint(folder) else folder
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return folder.name.startswith("checkpoint") and (folder / TRAINING).is_file()
+
+
+def find_state(folder: Path) -> TrainingState | None:
+    """What to go on from, of a run's folder or one of its checkpoints.
 
     None where the run was stopped before its first checkpoint: it starts again from its recorded options.
     """
-    if not folder.exists():
-        raise FileNotFoundError(f"--resume {folder} does not exist; there is no run to resume")
-    is_checkpoint = folder.is_dir() and folder.name.startswith("checkpoint") and (folder / TRAINING).is_file()
-    out = folder.resolve().parent if is_checkpoint else folder
-    if not is_checkpoint and not checkpoints(out) and not any((out / name).is_file() for name in (EARLIER, TRAINING)):
-        recorded_options(out)
-        return out, None
-    state, path = load_checkpoint(folder.resolve() if is_checkpoint else folder)
-    for moved in set_aside(out, path):
-        print(f"the run goes on from {path}; the newer checkpoint is kept as {moved}", file=sys.stderr)
-    return out, state
+    if _is_checkpoint(folder):
+        return load_checkpoint(folder.resolve())[0]
+    if checkpoints(folder) or any((folder / name).is_file() for name in (EARLIER, TRAINING)):
+        return load_checkpoint(folder)[0]
+    return None
+
+
+def take_over(out: Path, state: TrainingState | None) -> None:
+    """Makes a locked folder one in which `state` is the newest, and nothing is half done."""
+    if state is not None and state.path is not None:
+        for moved in set_aside(out, state.path.parent):
+            print(f"the run goes on from {state.path.parent}; the newer checkpoint is kept as {moved}", file=sys.stderr)
+    mend(out)
 
 
 def options_to_resume(saved: dict[str, Any], given: dict[str, Any], out: Path) -> TrainConfig:

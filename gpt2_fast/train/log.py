@@ -29,7 +29,7 @@ class MetricsLog:
                 record = json.loads(line)
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                     raise ValueError
-            except ValueError:
+            except (ValueError, RecursionError):
                 if number == len(lines):
                     break
                 raise ValueError(

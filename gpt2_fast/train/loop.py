@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,9 +53,16 @@ class Run:
         config: the options.
         out: the run's folder; None: a new one, as `config` says.
         state: what the run goes on from.
+        lock: of `out`; None: it is taken here.
     """
 
-    def __init__(self, config: TrainConfig, out: Path | None = None, state: checkpoint.TrainingState | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path | None = None,
+        state: checkpoint.TrainingState | None = None,
+        lock: FileLock | None = None,
+    ):
         self.config = config
         self.device = resolve_device(config.device)
         if self.device.type == "cpu":
@@ -66,7 +74,8 @@ class Run:
             config.data, context=self.context, vocab_size=self.model.config.vocab_size
         )
         self.optimizer = build_optimizer(self.model, config)
-        self.lock = folders.open_folder(self.out)
+        self.lock = lock or folders.open_folder(self.out)
+        folders.take_over(self.out, state)
         self.log = MetricsLog(self.out / folders.METRICS)
         self.environment = environment(self.device)
         self.fingerprint = self.train_data.fingerprint()
@@ -208,14 +217,16 @@ class Run:
         except Stopped:
             pass
         self._save_last()
-        save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
+        if self.step:
+            save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
         if self.interrupted:
             again = f"gpt2-fast train --resume {self.out}"
             print(f"{self.stop.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
         else:
             print(f"sample:\n{self.sample()}\n")
-        for name in (folders.METRICS, "loss.png", NEWEST):
-            print(f"{self.out / name}")
+        for path in (self.out / name for name in (folders.METRICS, "loss.png", NEWEST)):
+            if path.exists():
+                print(path)
 
     def _save_last(self) -> None:
         """The last checkpoint is waited for. A save before it that failed matters no more."""
@@ -329,11 +340,14 @@ def resume_run(folder: str, options: dict) -> Run:
     path = folders.resolve(folder, options)
     if path is None:
         return start_run(options)
-    out, state = folders.find_state(path)
+    out = folders.run_of(path)
+    if not folders.holds_run(out):
+        raise FileNotFoundError(f"{out} holds no checkpoint and no {folders.OPTIONS}; there is no run to resume")
+    lock, state = folders.open_folder(out), folders.find_state(path)
     if state is None:
         config = folders.options_to_resume(folders.recorded_options(out), options, out)
         print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
-        return Run(config, out)
+        return Run(config, out, lock=lock)
     if not isinstance(saved := state.extra.get("train_config"), dict):
         raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
-    return Run(folders.options_to_resume(saved, options, out), out, state)
+    return Run(folders.options_to_resume(saved, options, out), out, state, lock)

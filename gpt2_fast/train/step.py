@@ -87,7 +87,9 @@ def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimiz
             found = "missing" if wide is None else f"{tuple(wide.shape)}"
             raise ValueError(f"its {name} is {found}; that of its config is {tuple(p.shape)}")
         weights[name] = wide
-        if p.dtype != torch.float32 and states[i]:
+        if not states[i]:  # of a run that was stopped before its first step
+            del states[i]
+        elif p.dtype != torch.float32:
             states[i]["master"] = wide.float()
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]

@@ -52,7 +52,7 @@ def _dropout(draw, valid: list[bool]) -> dict | None:
 
 # Of each option by its name what is valid and what is not; of another one what the samples have is valid.
 OPTIONS: dict[str, tuple[list, list]] = {
-    "eps": ([1e-5, 1e-12, 0.1], [0.0, -1.0, float("nan"), None, "small"]),
+    "eps": ([1e-5, 1e-8, 0.1], [0.0, -1.0, float("nan"), None, "small"]),
     "activation": (["gelu", "gelu_new", "gelu_pytorch_tanh"], ["relu", "", None, 1]),
     "scale": ([None, 0.3, 1.0], [0.0, -1.0, float("inf"), float("nan"), "auto"]),
     "ignore_index": ([-100, 0, 2**40, -1], [None, 0.5]),

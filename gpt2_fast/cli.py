@@ -63,13 +63,21 @@ def _add_train(commands) -> None:
     parser.add_argument("--resume", metavar="FOLDER", default=None,
                         help="continue the run in this folder, or from this checkpoint, with its options unless given "
                              "again; auto: the run in --out, or the newest in runs/, or a new one")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what the run takes of memory and time; write nothing")  # fmt: skip
     parser.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from gpt2_fast.train import resume_run, start_run
+    from gpt2_fast.train import estimate_run, resume_run, start_run
+    from gpt2_fast.train.config import TrainConfig
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "resume", "command")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "resume", "command", "dry_run")}
+    if arguments.dry_run:
+        if arguments.resume is not None:
+            raise ValueError("--dry-run and --resume exclude each other; drop one")
+        estimate_run(TrainConfig(**given))
+        return 0
     run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)
     run.train()
     return 130 if run.interrupted else 0

@@ -6,6 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from numerics import assert_same_bits
+
+from gpt2_fast.ops.runtime import buffers, memory
+from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
+from gpt2_fast.ops.runtime.products import product
 
 FAULTS = """
 import resource, torch
@@ -30,3 +36,17 @@ def _faults(retain: bool) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
     assert _faults(retain=True) < 0.5 * _faults(retain=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_vendors_products_lie_in_the_region_too(bias, use_policy, monkeypatch):
+    """Between blocks of malloc's, holes of theirs stay open and a step holds more than its tensors."""
+    use_policy(CpuPolicy("mkl", True, "a test"))
+    region = buffers.Region(4 * buffers.SMALLEST)
+    monkeypatch.setattr(buffers, "_region", lambda: region)
+    a, b, c = torch.randn(512, 64), torch.randn(64, 1024), torch.randn(1024) if bias else None
+    expected = product(a, b, c)
+    monkeypatch.setattr(memory, "retained", True)
+    result = product(a, b, c)
+    assert_same_bits(result, expected)
+    assert region.holes[0][0] == result.numel() * 4

@@ -122,7 +122,7 @@ def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | No
             dweight = product(logits.t(), x[chunk], out_dtype=dtype if rows >= a.N else torch.float32)
         elif need_dweight:
             add_product(dweight, logits.t(), x[chunk])
-        del logits  # before the next chunk's are made
+        del logits, of_words  # before the next chunk's are made
     if need_dweight:
         dweight = dweight.resize_(a.V, a.C).to(dtype)  # no view: who is handed it may add to it
     return losses, None if dx is None else dx.to(dtype).view(a.x.shape), dweight

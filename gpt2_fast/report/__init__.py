@@ -1,6 +1,7 @@
 """What is told about a machine, a model or a run.
 
 doctor         what runs here and why, what `patch` takes over, machine code of the Triton kernels
+available      how much memory a process may still take
 machine        processor, cards and versions, and what their products can reach
 inspect        tensors, parameters, memory and FLOPs of a model; attention patterns
 figures        pictures of a run, and how every picture looks and is saved

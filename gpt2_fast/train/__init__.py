@@ -9,6 +9,8 @@ saving   checkpoints written beside the steps
 log      metrics.jsonl
 stop     signals that ask a run to save and leave
 verify   a step computed twice and compared to the bit
+memory   what a run takes of memory, by arithmetic, and whether it fits
+dry_run  what `--dry-run` prints
 config   the options, with no torch: the command line reads them
 """
 
@@ -19,6 +21,8 @@ from gpt2_fast.lazy import exports
 _NAMES = {
     "loop": ("Run", "resolve_device", "resume_run", "start_run"),
     "step": ("Step", "build_model", "build_optimizer"),
+    "memory": ("Memory", "check_fits"),
+    "dry_run": ("estimate_run",),
     "config": ("TrainConfig",),
 }
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

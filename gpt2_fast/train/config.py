@@ -52,6 +52,8 @@ class TrainConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
+            raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; choose {' or '.join(DTYPES)}")
         if self.compile_graph and self.recompute:

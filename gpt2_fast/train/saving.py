@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gpt2_fast.report.available import available_bytes
+
 
 def host_copy(value: Any) -> Any:
     """`value` with every tensor copied to memory of its own on the CPU; one that occurs twice is copied once."""
@@ -39,13 +41,6 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, parts))
 
 
-def free_memory() -> int | None:
-    """Bytes that this process can have without swapping; None where the system does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as lines:
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None
-
-
 class Saver:
     """Runs one save at a time in a thread of its own; the next one waits for it.
 
@@ -68,7 +63,7 @@ class Saver:
         """
         self._join()
         self.last = time.monotonic()
-        room, needed = free_memory(), 2 * tensor_bytes(state)  # the copy, and what the writer holds of it
+        room, needed = available_bytes(), 2 * tensor_bytes(state)  # the copy, and what the writer holds of it
         if not beside or (room is not None and room < needed):
             self._write(**state)
             return

@@ -17,6 +17,7 @@ from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
 from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.memory import check_fits
 
 
 def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None) -> GPT2LMHeadModel:
@@ -37,6 +38,7 @@ def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Con
     if context > model_config.n_positions:
         name = config.init_from or config.model
         raise ValueError(f"--context is {context} and {name} has {model_config.n_positions} positions; lower --context")
+    check_fits(config, model_config, device)
     torch.manual_seed(config.seed)
     model = GPT2LMHeadModel(model_config, impl=config.impl)
     if state is not None:

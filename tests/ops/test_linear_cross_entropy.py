@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -218,3 +219,21 @@ def test_bad_options_are_named():
         linear_cross_entropy(x, weight, labels, num_items=torch.ones(2))
     with pytest.raises(TypeError, match=r"num_items is a str; it must be one number"):
         linear_cross_entropy(x, weight, labels, num_items="3")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the chunks of the CPU")
+def test_one_chunk_of_logits_lives_at_a_time(monkeypatch):
+    alive, most, product = [], [], room.product
+
+    def counted(a, b, *rest, **options):
+        made = product(a, b, *rest, **options)
+        if made.shape == (4, 50):  # a chunk of logits; the storage, which a view of them keeps as well
+            alive.append(weakref.ref(made.untyped_storage()))
+            most.append(sum(chunk() is not None for chunk in alive))
+        return made
+
+    monkeypatch.setattr(room, "chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(room, "product", counted)
+    x, weight, labels = _inputs(n_rows=12)
+    linear_cross_entropy(x, weight, labels, impl="cpp")
+    assert most == [1, 1, 1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpt2_fast.ops.runtime import buffers, cpp, dispatch
+from gpt2_fast.ops.runtime import buffers, cpp, dispatch, memory
 from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu
 
@@ -65,7 +65,15 @@ def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if cpu_policy().float32 == "onednn" and a.shape[0] > 1:
         # Computes a @ w^T for w [N, K]; a transposed view of b is what it wants.
         return torch.ops.mkldnn._linear_pointwise(_without_overlap(a), _without_overlap(b).t(), bias, "none", [], "")
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    return _torch_product(a, b, bias)
+
+
+def _torch_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own product; in a process that retains memory its result lies where activations and gradients do."""
+    if not (memory.retained and a.is_cpu):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    out = buffers.empty(a, (a.shape[0], b.shape[1]), a.dtype)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -73,7 +81,7 @@ def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.
         return torch.mm(a, b, out_dtype)
     native = not a.is_cpu or (a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16)
     if native:
-        result = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+        result = _torch_product(a, b, bias)
     else:
         result = _vendor_float32(a.float(), b.float(), None if bias is None else bias.float())
     return result.to(out_dtype)

@@ -221,6 +221,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_load", &gpt2::cuda_load, "loads a fatbin, cubin or PTX into the device's primary context");
   m.def("cuda_function", &gpt2::cuda_function, "a kernel of a loaded module");
   m.def("cuda_launch", &gpt2::cuda_launch, "launches (device, function, grid, block, stream, one struct as bytes)");
+  py::dict structs;
+#define GPT2_NAMED(type, name) members.append(py::make_tuple(#name, #type));
+#define GPT2_STRUCT(name, MEMBERS) \
+  {                                \
+    py::list members;              \
+    MEMBERS(GPT2_NAMED)            \
+    structs[name] = members;       \
+  }
+  GPT2_STRUCT("DecodeMatrix", GPT2_DECODE_MATRIX)
+  GPT2_STRUCT("DecodeLayer", GPT2_DECODE_LAYER)
+  GPT2_STRUCT("DecodeModel", GPT2_DECODE_MODEL)
+  GPT2_STRUCT("DecodeCache", GPT2_DECODE_CACHE)
+  m.attr("STRUCTS") = structs;
   m.attr("ATTENTION_KEY_GROUP") = gpt2::ATTENTION_KEY_GROUP;
   m.attr("SOURCE_HASH") = GPT2_SOURCE_HASH;
 #ifdef __VERSION__

@@ -5,40 +5,51 @@
 
 namespace gpt2 {
 
-// Every member is 8 bytes: Python writes these as int64 tensors. Vectors are float32, zero up to a multiple of 16.
-struct DecodeMatrix {
-  const char* panels;
-  const float *scale, *bias;  // [N]; null where there is none
-};
+// The members of each struct stand here once: C++ makes the structs of them, and Python, which writes them as int64
+// tensors by name (gpt2_fast.ops.runtime.cpp.struct), reads their names and types from the extension. Each is 8 bytes.
+#define GPT2_MEMBER(type, name) type name;
 
-struct DecodeLayer {
-  const float *ln_1_weight, *ln_1_bias;
-  DecodeMatrix c_attn, attn_proj;
-  const float *ln_2_weight, *ln_2_bias;
-  DecodeMatrix c_fc, mlp_proj;
-};
+// Vectors are float32, zero up to a multiple of 16; scale and bias [N], null where there is none.
+#define GPT2_DECODE_MATRIX(M) M(char*, panels) M(float*, scale) M(float*, bias)
+
+#define GPT2_DECODE_LAYER(M) \
+  M(float*, ln_1_weight) M(float*, ln_1_bias) M(DecodeMatrix, c_attn) M(DecodeMatrix, attn_proj) \
+  M(float*, ln_2_weight) M(float*, ln_2_bias) M(DecodeMatrix, c_fc) M(DecodeMatrix, mlp_proj)
+
+// erf: GELU by erf, not tanh. constants [L + 1]: what each layer multiplies its scores by, and the LayerNorms' epsilon.
+// wpe [n_positions, C].
+#define GPT2_DECODE_MODEL(M) \
+  M(int64_t, weights) M(int64_t, erf) M(int64_t, L) M(int64_t, C) M(int64_t, H) M(int64_t, D) M(int64_t, F) \
+  M(int64_t, V) M(float*, constants) M(DecodeMatrix, wte) M(DecodeMatrix, lm_head) M(float*, wpe) \
+  M(float*, ln_f_weight) M(float*, ln_f_bias)
+
+// A cache and the scratch of a call. Widths C16, F16, S16, D16: rounded up to 16; R: `chunk` rows and 16 to spare.
+// keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, D16 / 16, S16 / G, 16, G]: float32, G = 1, or
+// bfloat16, G = 2; zero before their first use. h and y [R, C16], qkv [R, 3 C rounded up], f [R, F16],
+// newest [B, C16], scores [threads, 12, S16]; split [2 R, max(C16, F16)], with int32 [2 R] and float32 [R]: see Split in
+// decode_panels.h.
+#define GPT2_DECODE_CACHE(M) \
+  M(char*, keys) M(char*, values) M(int64_t, B) M(int64_t, S) M(int64_t, chunk) M(float*, h) M(float*, y) \
+  M(float*, qkv) M(float*, f) M(float*, newest) M(float*, scores) M(int8_t*, split) M(int32_t*, split_offsets) \
+  M(float*, split_scales)
 
 enum DecodeWeights : int64_t { DECODE_F32 = 0, DECODE_BF16 = 1, DECODE_INT8 = 2 };
 
-struct DecodeModel {
-  int64_t weights, erf, L, C, H, D, F, V;  // erf: GELU by erf, not tanh
-  const float* constants;  // [L + 1]: what each layer multiplies its scores by, and the LayerNorms' epsilon
-  DecodeMatrix wte, lm_head;
-  const float *wpe, *ln_f_weight, *ln_f_bias;  // wpe: [n_positions, C]
-  DecodeLayer layers[1];                       // [L]
+struct DecodeMatrix {
+  GPT2_DECODE_MATRIX(GPT2_MEMBER)
 };
 
-// A cache and the scratch of a call. Widths C16, F16, S16, D16: rounded up to 16; R: `chunk` rows and 16 to spare.
+struct DecodeLayer {
+  GPT2_DECODE_LAYER(GPT2_MEMBER)
+};
+
+struct DecodeModel {
+  GPT2_DECODE_MODEL(GPT2_MEMBER)
+  DecodeLayer layers[1];  // [L], which Python writes behind the rest
+};
+
 struct DecodeCache {
-  // keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, D16 / 16, S16 / G, 16, G]: float32, G = 1, or
-  // bfloat16, G = 2; zero before their first use.
-  char *keys, *values;
-  int64_t B, S, chunk;
-  float *h, *y, *qkv, *f;  // [R, C16], [R, C16], [R, 3 C rounded up], [R, F16]
-  float *newest, *scores;  // [B, C16], [threads, 12, S16]
-  int8_t* split;           // [2 R, max(C16, F16)], with int32 [2 R] and float32 [R]: see Split in decode_panels.h
-  int32_t* split_offsets;
-  float* split_scales;
+  GPT2_DECODE_CACHE(GPT2_MEMBER)
 };
 
 }  // namespace gpt2

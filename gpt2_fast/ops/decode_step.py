@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import check_dense
-from gpt2_fast.ops.runtime.dispatch import address
 from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
 from gpt2_fast.ops.runtime.memory import round_up
 
@@ -102,16 +101,16 @@ class PackedModel:
         self.wpe = model.wpe.detach().to(torch.float32, copy=True).contiguous()
         self.ln_f = _padded(*model.ln_f)
         self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
-        self._table = torch.tensor(self._entries())
+        self._table = None if self.impl == "reference" else torch.tensor(self._entries())
 
     def _entries(self) -> list[int]:
-        """DecodeModel of csrc/decode_step.h."""
-        c = self.config
-        erf = ACTIVATIONS[c.activation_function]
-        sizes = [CODES[self.weights], erf, c.n_layer, c.n_embd, c.n_head, c.head_dim, c.n_inner_, c.vocab_size]
-        layers = [entry for layer in self.layers for entry in layer.table()]
-        vectors = map(address, (self.wpe, *self.ln_f))
-        return [*sizes, address(self._constants), *self.wte.table(), *self.lm_head.table(), *vectors, *layers]
+        c, (ln_f_weight, ln_f_bias) = self.config, self.ln_f
+        model = cpp.struct(
+            "DecodeModel", weights=CODES[self.weights], erf=ACTIVATIONS[c.activation_function], L=c.n_layer, C=c.n_embd,
+            H=c.n_head, D=c.head_dim, F=c.n_inner_, V=c.vocab_size, constants=self._constants, wte=self.wte.table(),
+            lm_head=self.lm_head.table(), wpe=self.wpe, ln_f_weight=ln_f_weight, ln_f_bias=ln_f_bias,
+        )  # fmt: skip
+        return [*model, *(entry for layer in self.layers for entry in layer.table())]
 
     @property
     def nbytes(self) -> int:
@@ -148,9 +147,11 @@ class _PackedLayer:
         self.matrices = [PackedMatrix(weight, weights, bias, memory=memory) for weight, bias in products]
 
     def table(self) -> list[int]:
-        """DecodeLayer of csrc/decode_step.h."""
         c_attn, attn_proj, c_fc, mlp_proj = (matrix.table() for matrix in self.matrices)
-        return [*map(address, self.ln_1), *c_attn, *attn_proj, *map(address, self.ln_2), *c_fc, *mlp_proj]
+        return cpp.struct(
+            "DecodeLayer", ln_1_weight=self.ln_1[0], ln_1_bias=self.ln_1[1], c_attn=c_attn, attn_proj=attn_proj,
+            ln_2_weight=self.ln_2[0], ln_2_bias=self.ln_2[1], c_fc=c_fc, mlp_proj=mlp_proj,
+        )  # fmt: skip
 
 
 def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -205,17 +206,20 @@ class PackedCache:
         self._allocate(config, S)
 
     def _allocate(self, config, S: int) -> None:
-        """DecodeCache of csrc/decode_step.h."""
+        """The scratch of a call, and all of it as csrc's DecodeCache."""
         rows, C16, F16 = CHUNK + SPARE, round_up(config.n_embd, PANEL), round_up(config.n_inner_, PANEL)
-        widths = (C16, C16, round_up(3 * config.n_embd, PANEL), F16)
-        self._scratch = [torch.empty(rows, width) for width in widths]
-        self._scratch.append(torch.empty(self.batch_size, C16))
-        self._scratch.append(torch.empty(self.threads, TILE_ROWS, S))
-        self._scratch.append(torch.empty(2 * rows, max(C16, F16), dtype=torch.int8))
-        self._scratch.append(torch.empty(2 * rows, dtype=torch.int32))
-        self._scratch.append(torch.empty(rows))
-        sizes = [self.batch_size, self.n_positions, CHUNK]
-        self._table = torch.tensor([address(self.keys), address(self.values), *sizes, *map(address, self._scratch)])
+        self._scratch = {
+            "h": torch.empty(rows, C16), "y": torch.empty(rows, C16), "f": torch.empty(rows, F16),
+            "qkv": torch.empty(rows, round_up(3 * config.n_embd, PANEL)),
+            "newest": torch.empty(self.batch_size, C16),
+            "scores": torch.empty(self.threads, TILE_ROWS, S),
+            "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8),
+            "split_offsets": torch.empty(2 * rows, dtype=torch.int32),
+            "split_scales": torch.empty(rows),
+        }  # fmt: skip
+        sizes = {"B": self.batch_size, "S": self.n_positions, "chunk": CHUNK}
+        held = {"keys": self.keys, "values": self.values}
+        self._table = torch.tensor(cpp.struct("DecodeCache", **held, **sizes, **self._scratch))
 
 
 def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:

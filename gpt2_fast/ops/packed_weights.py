@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2_fast.ops.runtime.dispatch import address
+from gpt2_fast.ops.runtime import cpp
 from gpt2_fast.ops.runtime.memory import large_pages, round_up
 
 PANEL = 16
@@ -85,8 +85,7 @@ class PackedMatrix:
         self.panels = _to_panels(matrix, GROUPS[weights], 128 if weights == "int8" else 0, memory)
 
     def table(self) -> list[int]:
-        """DecodeMatrix of csrc/decode_step.h."""
-        return [address(self.panels), address(self.scale), address(self.bias)]
+        return cpp.struct("DecodeMatrix", panels=self.panels, scale=self.scale, bias=self.bias)
 
     @property
     def nbytes(self) -> int:

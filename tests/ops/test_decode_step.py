@@ -12,6 +12,7 @@ from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, samples
 from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
+from gpt2_fast.ops.runtime import cpp
 
 WEIGHTS = ["float32", "bfloat16", "int8"]
 
@@ -205,3 +206,17 @@ def test_tensors_of_any_strides_are_packed():
     ln_f = tuple(map(strided, parameters.ln_f))
     again = parameters._replace(**tables, layers=[layer], ln_f=ln_f)
     assert_same_bits([_run(PackedModel(again, "int8"), tokens)], [expected])
+
+
+def test_a_struct_takes_what_its_members_are():
+    """Names and types are csrc's own, so neither an order nor a dtype can be mistaken."""
+    whole = {"panels": torch.zeros(4), "scale": None, "bias": torch.ones(3)}
+    assert cpp.struct("DecodeMatrix", **whole) == [whole["panels"].data_ptr(), 0, whole["bias"].data_ptr()]
+    for wrong, message in [
+        ({**whole, "bias": torch.ones(3, dtype=torch.float64)}, "DecodeMatrix: bias must be .* of torch.float32"),
+        ({**whole, "bias": torch.ones(6)[::2]}, "DecodeMatrix: bias must be contiguous"),
+        ({"panels": None, "scale": None}, "DecodeMatrix: bias is missing"),
+        ({**whole, "zero": None}, "DecodeMatrix: zero is missing or no member"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            cpp.struct("DecodeMatrix", **wrong)

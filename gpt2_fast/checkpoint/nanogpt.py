@@ -17,6 +17,7 @@ from gpt2_fast.checkpoint.state_dict import (
     HEAD,
     canonical_state_dict,
     check_expressible,
+    check_plausible,
     expected_shapes,
     token_ids,
     transposed,
@@ -55,6 +56,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     try:
         config, bias = nanogpt_config(arguments)
         state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
+        check_plausible(config, sum(t.numel() for t in state.values()), "the weights hold")  # before zeros are made
         if not bias:
             for name, shape in expected_shapes(config).items():
                 if name.endswith(".bias"):

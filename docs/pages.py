@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png")
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/*.md", "benchmarks/results/*.png")
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
 TOGETHER = re.compile(r"^( +)((?:\w+, )+\w+): (.*(?:\n\1 +.*)*)", re.M)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)

@@ -112,10 +112,14 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     from gpt2_fast.data.tokenizer import get_tokenizer
     from gpt2_fast.generate import complete
+    from gpt2_fast.generate.sampling import Sampling, check_seed
     from gpt2_fast.model import GPT2LMHeadModel
     from gpt2_fast.report.machine import resolve_device
 
     _check_published(arguments.model)
+    # Before the model is read, which may take a while.
+    Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p, arguments.repetition_penalty)
+    check_seed(arguments.seed)
     device = resolve_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     model = GPT2LMHeadModel.from_pretrained(arguments.model, dtype=dtype, device=device, impl=arguments.impl)

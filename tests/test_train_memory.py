@@ -68,7 +68,7 @@ def test_gpt2_xl_on_16_gb_is_one_line():
 @pytest.mark.parametrize(
     ("free", "options", "offered"),
     [
-        (10**10, {"model": "gpt2", "batch_size": 32, "context": 1024}, ["batch_size", "recompute"]),
+        (10**10, {"model": "gpt2", "batch_size": 16, "context": 1024}, ["batch_size", "recompute"]),
         (24 * 10**9, {"model": "gpt2-large"}, ["batch_size", "recompute", "dtype"]),
         (4 * 10**9, {"model": "gpt2", "batch_size": 512, "recompute": True, "dtype": "bfloat16"}, ["batch_size"]),
         (2_700 * 10**6, {"model": "gpt2", "batch_size": 1}, ["context"]),

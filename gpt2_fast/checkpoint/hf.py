@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gpt2_fast.checkpoint.state_dict import HEAD, canonical_state_dict
+from gpt2_fast.checkpoint.state_dict import HEAD, canonical_state_dict, check_plausible
 from gpt2_fast.checkpoint.torch_file import first_line, torch_load
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.files import atomic_write
@@ -89,8 +89,9 @@ def load_pretrained(
         fetch = _hub(str(name_or_folder), revision, cache_dir, local_files_only)
     else:
         raise FileNotFoundError(f"{folder} does not exist; give a checkpoint folder or a hub repository")
-    config = GPT2Config.from_json(fetch(CONFIG) or folder / CONFIG)
-    source, tensors = _read_weights(fetch, str(name_or_folder))
+    config_path = fetch(CONFIG) or folder / CONFIG
+    config = GPT2Config.from_json(config_path)
+    source, tensors = _read_weights(fetch, str(name_or_folder), lambda paths: _check_size(config, config_path, paths))
     try:
         tensors = canonical_state_dict(tensors, config)
     except ValueError as error:
@@ -101,26 +102,41 @@ def load_pretrained(
     return config, tensors
 
 
-def _read_weights(fetch: Callable[[str], Path | None], name: str) -> tuple[Path, dict[str, Tensor]]:
-    """The file that was found first among WEIGHT_FILES, and its tensors or those of the shards it lists."""
+def _check_size(config: GPT2Config, config_path: Path, files: Sequence[Path]) -> None:
+    """Refuses a config of more parameters than the files can hold, before they are read: a number has two bytes."""
+    try:
+        check_plausible(config, sum(file.stat().st_size for file in files) // 2, f"{files[0].name} can hold")
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from None
+
+
+def _read_weights(
+    fetch: Callable[[str], Path | None], name: str, check: Callable[[Sequence[Path]], None]
+) -> tuple[Path, dict[str, Tensor]]:
+    """The file that was found first among WEIGHT_FILES, and its tensors or those of the shards it lists.
+
+    check: is given the files that hold them, before they are read.
+    """
     for file in WEIGHT_FILES:
         path = fetch(file)
         if path is None:
             continue
         if not file.endswith(".index.json"):
+            check([path])
             return path, _read_tensors(path)
         try:
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is not an index of shards; it may be truncated") from None
-        tensors: dict[str, Tensor] = {}
+        shard_paths = []
         for shard in shards:
             # A name with folders in it could point anywhere on the disk.
             shard_path = fetch(shard) if isinstance(shard, str) and Path(shard).name == shard else None
             if shard_path is None:
                 raise FileNotFoundError(f"{path} lists {shard!r}, which is not there")
-            tensors |= _read_tensors(shard_path)
-        return path, tensors
+            shard_paths.append(shard_path)
+        check(shard_paths)
+        return path, {name: t for shard_path in shard_paths for name, t in _read_tensors(shard_path).items()}
     raise FileNotFoundError(f"{name} has no weights; a GPT-2 checkpoint has {' or '.join(WEIGHT_FILES[::2])}")
 
 

@@ -18,6 +18,7 @@ from gpt2_fast.checkpoint.state_dict import (
     canonical_state_dict,
     check_expressible,
     check_layers,
+    check_plausible,
     expected_shapes,
     token_ids,
     transposed,
@@ -57,6 +58,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
         config, bias = nanogpt_config(arguments)
         state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
         check_layers(state, config)
+        check_plausible(config, sum(t.numel() for t in state.values()), "the weights hold")  # before zeros are made
         if not bias:
             for name, shape in expected_shapes(config).items():
                 if name.endswith(".bias"):

@@ -13,14 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_fast.config import GPT2Config
+from gpt2_fast.config import GPT2Config, num_params
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Causal masks that older transformers stored beside the weights.
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The GELU that each of the two computes, whatever a checkpoint was trained with.
 ACTIVATIONS = {"nanogpt": "gelu", "llmc": "gelu_new"}
+
+
+def check_plausible(config: GPT2Config, held: int, what: str) -> None:
+    """Raises ValueError for a config of far more parameters than there are numbers, before anything of it is made.
+
+    held: the most numbers that the weights can be. what: they are in. A layer too many is left to the names' check.
+    """
+    if num_params(config) > 2 * held + (1 << 20):
+        sizes = ", ".join(
+            f"{name} {getattr(config, name)}" for name in ("n_layer", "n_embd", "vocab_size", "n_positions")
+        )
+        raise ValueError(
+            f"the config asks for {num_params(config):,} parameters ({sizes}) and {what} at most {held:,}; "
+            "one of the two is of another model, or damaged"
+        )
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -57,7 +73,13 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
         if head is not tensors[EMBEDDING] and not torch.equal(head, tensors[EMBEDDING]):
             raise ValueError(f"{HEAD} differs from {EMBEDDING}; set tie_word_embeddings to false in the config")
         tensors[HEAD] = tensors[EMBEDDING]
+    check_plausible(config, sum(t.numel() for t in tensors.values()), "the weights hold")
     check_layers(tensors, config)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{name} is {str(tensor.dtype)[6:]}; weights are {', '.join(str(d)[6:] for d in WEIGHT_DTYPES)}"
+            )
     shapes = expected_shapes(config)
     if missing := shapes.keys() - tensors.keys():
         raise ValueError(f"the weights miss {_some(missing)}, which the config asks for")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ZIP_FACTOR = 2  # torch.save stores what it writes as it is: more than that, declared, is no file of its
+
 
 def torch_load(path: Path) -> Any:
+    _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -20,6 +24,23 @@ def torch_load(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read safely: {reason}") from None
     except Exception as error:  # on bytes that are no pickle, torch's reader fails in any way
         raise ValueError(f"{path} is not a whole PyTorch file ({first_line(error)}); it may be truncated") from None
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses an archive that would unpack to far more than the file has, before anything is unpacked."""
+    size = path.stat().st_size
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):
+        return  # torch's own reader says what is wrong with it
+    if declared > ZIP_FACTOR * size + (1 << 20):
+        raise ValueError(
+            f"{path} has {size:,} bytes and would unpack to {declared:,}, which no file of torch.save does; "
+            "get it again from where it was made"
+        )
 
 
 def first_line(error: BaseException) -> str:

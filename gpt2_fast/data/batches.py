@@ -107,7 +107,8 @@ class TokenDataset:
     def _check_ids(self, shard: Shard, start: int, tokens: np.ndarray) -> None:
         if tokens.max() >= self.vocab_size:
             position = int(np.argmax(tokens >= self.vocab_size))
+            path = shard.source or shard.path
             raise ValueError(
-                f"{shard.path} has token id {tokens[position]} at position {start + position:,} of this part, "
+                f"{path} has token id {tokens[position]} at position {start + position:,} of this part, "
                 f"outside the model's vocabulary of {self.vocab_size}; is it data of another tokenizer?"
             )

@@ -124,12 +124,13 @@ def _cut(name: str, shards: list[Shard], fraction: float, context: int) -> tuple
     val: list[Shard] = []
     train = list(shards)
     while wanted > 0 and train:
-        path, tokens = train.pop()
+        shard = train.pop()
+        tokens = shard.tokens
         keep = max(len(tokens) - wanted, 0)
-        val.insert(0, Shard(path, tokens[keep:]))
+        val.insert(0, shard._replace(tokens=tokens[keep:]))
         wanted -= len(tokens) - keep
         if keep:
-            train.append(Shard(path, tokens[:keep]))
+            train.append(shard._replace(tokens=tokens[:keep]))
     if total < 2 * (context + 1):
         raise ValueError(
             f"{name} has {total:,} tokens; training and validation with a context of {context} need "

@@ -26,10 +26,11 @@ FOREIGN = {
 
 
 class Shard(NamedTuple):
-    """Part of a token file: its path, and uint16 ids mapped from it."""
+    """A token file's path and uint16 ids mapped from it. source: the user's file, where path is a cache's."""
 
     path: Path
     tokens: np.ndarray
+    source: Path | None = None
 
 
 def write_bin(path: str | os.PathLike[str], parts: Iterable[np.ndarray]) -> int:

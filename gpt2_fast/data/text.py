@@ -61,8 +61,9 @@ def tokenised(documents: Sequence[tuple[str, Path]], progress: bool) -> Shard:
         size += stat.st_size
         key.update(repr((name, str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode("utf-8", "replace"))
     cached = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.bin"
+    named = documents[0][1] if len(documents) == 1 else Path(os.path.commonpath([path for _, path in documents]))
     try:
-        return read_bin(cached)
+        return read_bin(cached)._replace(source=named)  # the user's, which is what an error is to name
     except (OSError, ValueError):  # not there, or not whole: made again
         pass
     if size == 0:
@@ -75,7 +76,7 @@ def tokenised(documents: Sequence[tuple[str, Path]], progress: bool) -> Shard:
     if not count:
         cached.unlink()
         raise ValueError(f"{documents[0][1]} has no text" if len(documents) == 1 else "all documents are empty")
-    return read_bin(cached)
+    return read_bin(cached)._replace(source=named)
 
 
 def _tokenise(documents: Sequence[tuple[str, Path]], bar: tqdm) -> Iterator[np.ndarray]:

@@ -44,6 +44,12 @@ class Sampling:
             )
 
 
+def check_seed(seed: int | None) -> None:
+    """Raises ValueError for a seed that has no 64 bits; those that torch takes are as good here."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be from -2^63 to 2^64 - 1")
+
+
 class Sampler:
     """Chooses the next token of every row, step after step.
 
@@ -81,6 +87,7 @@ class Sampler:
         """
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given; pass one")
+        check_seed(seed)
         n_rows, device, seen = tokens.shape[0], tokens.device, None
         if options.repetition_penalty != 1.0:
             said = torch.ones_like(tokens) if counted is None else counted.long()
@@ -129,20 +136,30 @@ def sample(
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
             return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time that torch's own takes
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = _cooled(logits, temperature)
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+        beyond = before >= top_p
+        beyond[:, 0] = False  # however small top_p is, one is kept
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
     probabilities = logits.softmax(-1)
     if uniform is None:
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     # In float64 uniform * total stays below total, so the first sum above it belongs to a token that can be drawn.
     cumulated = probabilities.double().cumsum(-1)
     return torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True).squeeze(1)
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature; near 0, where that is infinite, less their largest, which leaves the same probabilities."""
+    if temperature >= 0.01:
+        return logits / temperature
+    below = logits - logits.amax(-1, keepdim=True)
+    return torch.where(below == 0, below, below / temperature)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -29,8 +29,9 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # What the libraries keep for themselves: packed operands of products, code that is loaded at first use. On a GPU also
 # cuBLAS's workspace and what the allocator cannot fill.
 LIBRARIES = {"cpu": 40 << 20, "cuda": 512 << 20}
-# Holes among the activations that nothing fills, as a part of these: measured on a CPU. A GPU's are in LIBRARIES.
-HOLES = {"cpu": 0.15, "cuda": 0.0}
+# Holes of a CPU's region, measured: what a layer keeps lies in part of the hole of an N F tensor that was there before,
+# and the next layer needs another. The part of L such tensors, without and with --recompute. A GPU's are in LIBRARIES.
+HOLES = {"cpu": (0.6, 1.0), "cuda": (0.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def predict(
         more |= {"at the bottom of backward": layer_gradients + s * table, "at the end of backward": s * table}
         moments = {name: moments[name] + more[name] for name in moments}
     moment = max(moments, key=moments.__getitem__)
-    holes = int(HOLES[device_type] * activations)
+    holes = int(HOLES[device_type][recompute] * s * L * N * F)
     step = weights + averages + masters + moments[moment] + holes + LIBRARIES[device_type] + 32 * N
     sample = s * parameters + (4 + s) * table if device_type == "cpu" else 0
     return Memory(weights, weights, averages, masters, activations, logits, moment, step, sample)

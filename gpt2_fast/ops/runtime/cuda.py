@@ -2,7 +2,8 @@
 
 Where nvcc was found at build time the kernels lie beside the extension as ``embedding.fatbin``. Elsewhere, or where
 the driver is too old for that file, the NVRTC library that torch's CUDA wheels bring compiles the same source at
-first use; the machine code is kept in the user's cache folder. Either goes through the driver library
+first use; the machine code is kept in the user's cache folder, and loaded from there only if nobody else can have
+written it (``files.read_code``). Either goes through the driver library
 (``csrc/cuda_driver.cpp``): a launch neither synchronises nor allocates, so a CUDA graph can capture it, once a first
 call outside of the capture has loaded the kernels.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast import sources
-from gpt2_fast.files import atomic_write, cache_dir
+from gpt2_fast.files import read_code, write_code
 from gpt2_fast.ops.runtime import dispatch
 
 WARPS = 8  # a block: csrc/embedding.cu is compiled for at most 256 threads
@@ -158,11 +159,10 @@ def compiled(arch: int) -> bytes:
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
     version = ".".join(map(str, nvrtc.version))
-    path = cache_dir() / f"embedding-{digest.hexdigest()[:16]}-sm_{arch}-nvrtc_{version}.bin"
-    if path.exists():
-        return path.read_bytes()
-    image = nvrtc.compile(folder, arch)
-    # A cache that cannot be written costs a compilation a process.
-    with contextlib.suppress(OSError), atomic_write(path) as temporary:
-        temporary.write_bytes(image)
+    name = f"embedding-{digest.hexdigest()[:16]}-sm_{arch}-nvrtc_{version}.bin"
+    image = read_code(name)
+    if image is None:
+        image = nvrtc.compile(folder, arch)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a compilation a process
+            write_code(name, image)
     return image

@@ -44,6 +44,7 @@ def test_the_vendors_products_lie_in_the_region_too(bias, use_policy, monkeypatc
     use_policy(CpuPolicy("mkl", True, "a test"))
     region = buffers.Region(4 * buffers.SMALLEST)
     monkeypatch.setattr(buffers, "_region", lambda: region)
+    monkeypatch.setattr(memory, "retained", False)  # a test of a run may have switched it on
     a, b, c = torch.randn(512, 64), torch.randn(64, 1024), torch.randn(1024) if bias else None
     expected = product(a, b, c)
     monkeypatch.setattr(memory, "retained", True)

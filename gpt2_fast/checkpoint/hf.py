@@ -128,6 +128,8 @@ def _read_weights(
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is not an index of shards; it may be truncated") from None
+        if not shards:
+            raise ValueError(f"{path} lists no shards; it may be damaged")
         shard_paths = []
         for shard in shards:
             # A name with folders in it could point anywhere on the disk.

@@ -57,8 +57,8 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     try:
         config, bias = nanogpt_config(arguments)
         state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
-        check_layers(state, config)
         check_plausible(config, sum(t.numel() for t in state.values()), "the weights hold")  # before zeros are made
+        check_layers(state, config)
         if not bias:
             for name, shape in expected_shapes(config).items():
                 if name.endswith(".bias"):

@@ -149,6 +149,23 @@ LAYOUTS = {
 }
 
 
+@of_each_derived
+def test_a_view_that_is_negated_lazily(room, own_products):
+    """torch notes the sign of such a view beside its memory: a kernel that read the memory would have another value."""
+    for arguments in list(room.calls())[:4]:
+        names, given = room.differentiable(arguments), room.tensors(arguments)
+        for view in [n for n in given if given[n].is_floating_point()]:
+            leaves = {n: given[n].clone().requires_grad_() for n in names}
+            expected = torch.autograd.grad(
+                _loss(room.of(arguments, names, "cpp")(*leaves.values())), [*leaves.values()]
+            )
+            negated = torch._neg_view(-given[view]).detach().requires_grad_()
+            assert negated.is_neg()
+            leaves[view] = negated
+            found = torch.autograd.grad(_loss(room.of(arguments, names, "cpp")(*leaves.values())), [*leaves.values()])
+            assert_same_bits([t.resolve_neg() for t in found], expected, view)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @of_each_room
 def test_strides_change_no_bit(room, layout, own_products):

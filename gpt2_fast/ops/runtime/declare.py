@@ -251,7 +251,7 @@ class Op:
 
     def call_backward(self, flat: Sequence[Any]) -> dict[str, Tensor | None]:
         """Runs backward on gradients, what was kept, options, what is carried, needs and the implementation."""
-        if traced(flat[: len(self.returns) + 1]):  # of what was kept the first stands for all
+        if traced(flat[: len(self.returns) + len(self.saved_names)]):
             return by_name(self.made, self.backward_op(*flat))
         return self.write_backward(flat)
 

@@ -56,7 +56,7 @@ def case(group: str):
 def build(**more) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 48, "n_head": 3, "vocab_size": V, "n_positions": T}
-    return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **more))
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **more}, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
 
 
 def build_nanogpt() -> GPT:
@@ -675,17 +675,19 @@ def trainer_fsdp():
     return _trainer(fsdp=True, fsdp_config=config)
 
 
-# --- torch.compile
+# --- torch.compile, of one layer for its time
+
+build_one_layer = functools.partial(build, n_layer=1)
 
 
 @case("compile")
 def compiled_inside_ddp():
-    return run(DDP(torch.compile(build(), backend="aot_eager")))
+    return run(DDP(torch.compile(build_one_layer(), backend="aot_eager")), make=build_one_layer)
 
 
 @case("compile")
 def compiled_around_ddp():
-    return run(torch.compile(DDP(build()), backend="aot_eager"))
+    return run(torch.compile(DDP(build_one_layer()), backend="aot_eager"), make=build_one_layer)
 
 
 @case("compile")
@@ -696,10 +698,10 @@ def compiled_nanogpt_in_ddp():
 
 @case("compile")
 def compiled_blocks_in_fsdp():
-    model = build()
+    model = build_one_layer()
     for block in model.transformer.h:
         block.compile(backend="aot_eager")
-    return run(sharded(model))
+    return run(sharded(model), make=build_one_layer)
 
 
 def main(group: str, folder: Path) -> None:

@@ -1,10 +1,11 @@
-"""A training script in the manner of nanoGPT's train.py, on the CPU: `nanogpt_loop.py FOLDER BIAS` or under torchrun.
+"""A training script in the manner of nanoGPT's train.py, on the CPU: `nanogpt_loop.py FOLDER`, or under torchrun.
 
 What it has of train.py is what matters to a model under DDP: gradients are accumulated by setting
 require_backward_grad_sync, rank 0 alone evaluates, through the wrapped model, and writes ckpt.pt. Micro-batches are
 drawn by their number, so that any number of processes shares the same ones.
 """
 
+import datetime
 import json
 import os
 import sys
@@ -24,11 +25,7 @@ def micro_batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def main(folder: Path, bias: bool) -> None:
-    torch.set_num_threads(1)
-    ddp = "RANK" in os.environ
-    if ddp:
-        init_process_group("gloo")
+def train(folder: Path, bias: bool, ddp: bool) -> None:
     rank, world = (get_rank(), get_world_size()) if ddp else (0, 1)
     mine = MICRO // world
     torch.manual_seed(1337)
@@ -61,9 +58,19 @@ def main(folder: Path, bias: bool) -> None:
         torch.save({"model": raw.state_dict(), "optimizer": optimizer.state_dict()}, folder / "ckpt.pt")
     found = {"losses": losses, "validations": validations, "weights": [p.sum().item() for p in raw.parameters()]}
     (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ddp = "RANK" in os.environ
+    if ddp:
+        init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    for name, bias in (("bias", True), ("none", False)):
+        (folder / name).mkdir(exist_ok=True)
+        train(folder / name, bias, ddp)
     if ddp:
         destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "bias")
+    main(Path(sys.argv[1]))

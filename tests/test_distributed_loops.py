@@ -88,18 +88,23 @@ def test_two_processes_as_one(ranks, group, name):
         assert all(value <= bounds[key] for key, value in found.items()), (found, bounds)
 
 
-@pytest.mark.parametrize("bias", ["bias", "none"])
-def test_nanogpts_loop_under_torchrun(tmp_path, bias):
-    """Rank 0 alone evaluates through the wrapped model: without biases, too, no forward may talk to the other rank."""
-    script = str(HERE / "nanogpt_loop.py")
+@pytest.fixture(scope="module")
+def nanogpt(tmp_path_factory):
+    """The folders of nanogpt_loop.py alone and under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     folders = []
-    for name, command in (("one", [sys.executable]), ("two", torchrun)):
-        folders.append(tmp_path / name)
-        folders[-1].mkdir()
-        command = [*command, script, str(folders[-1]), bias]
+    for command in ([sys.executable], torchrun):
+        folders.append(tmp_path_factory.mktemp("nanogpt"))
+        command = [*command, str(HERE / "nanogpt_loop.py"), str(folders[-1])]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("bias", ["bias", "none"])
+def test_nanogpts_loop_under_torchrun(nanogpt, bias):
+    """Rank 0 alone evaluates through the wrapped model: without biases, too, no forward may talk to the other rank."""
+    folders = [folder / bias for folder in nanogpt]
     files = (folders[0] / "0.json", folders[1] / "0.json", folders[1] / "1.json")
     one, two, other = (json.loads(file.read_text()) for file in files)
     assert two["losses"] == pytest.approx(one["losses"], rel=EXACT["loss"])

@@ -9,7 +9,7 @@ jsonl      JSON Lines, with errors that name the line
 tokenizer  GPT-2's byte-pair encoding
 
 A batch is a function of (seed, step, micro_step) and of sizes alone, so a run that resumes needs no state from here.
-State of the process: the tokenizer of `get_tokenizer`, made once.
+State of the process: the tokenizer of `get_tokenizer`, made once; `_round_keys` of the epochs that were last asked for.
 """
 
 from __future__ import annotations

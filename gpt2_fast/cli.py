@@ -16,6 +16,7 @@ TRAIN_HELP = {
     "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
     "init_from": "start from these weights: Hugging Face folder or hub name, nanoGPT ckpt.pt or llm.c .bin",
     "data": "text, jsonl (its text fields), folder of these, nanoGPT or llm.c .bin; without it, Python's own source",
+    "order": "random windows of the data, or epoch: every window once an epoch, shuffled",
     "steps": "optimizer steps",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",

@@ -26,7 +26,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"checkpoint", "data", "hf_patch", "outputs"},
-    {"generate", "report"},
+    {"generate", "optim_dtensor", "report"},
     {"model", "optim"},
     {"nanogpt", "evaluate"},
     {"train"},

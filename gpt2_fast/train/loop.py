@@ -120,6 +120,8 @@ class Run:
                     "old data back, or name the new with --data and another path"
                 )
             print("the run goes on with other data")
+        if moved := folders.moved_order(given, self.config):
+            print(moved)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, by name."""
@@ -280,7 +282,7 @@ class Run:
 
     def _batches(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 [grad_accum, B, T], in memory from which a device copies by itself."""
-        options = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        options = {name: getattr(self.config, name) for name in ("batch_size", "seed", "order", "grad_accum")}
         batches = [self.train_data.batch(step, micro, **options) for micro in range(self.config.grad_accum)]
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
         return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)

@@ -25,7 +25,7 @@ LAYERS = [
     {"config", "files", "lazy", "modules", "sources"},
     {"kernels"},
     {"ops"},
-    {"checkpoint", "data", "hf_patch", "outputs"},
+    {"checkpoint", "data", "hf_patch", "outputs", "parallel"},
     {"generate", "report"},
     {"model", "optim"},
     {"nanogpt", "evaluate"},

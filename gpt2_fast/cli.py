@@ -353,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception) -> int:
     """One line. Of several processes the first that fails says it, and none waits for the others."""
     group = sys.modules["gpt2_fast.parallel.group"].current() if "gpt2_fast.parallel.group" in sys.modules else None
-    if group is None or group.speaks():
+    speaks = os.environ.get("RANK", "0") == "0" if group is None else group.speaks()
+    if speaks:
         print(f"gpt2-fast: {error}", file=sys.stderr, flush=True)
     if group is not None and group.world > 1:
         sys.stdout.flush()

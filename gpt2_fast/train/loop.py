@@ -29,7 +29,7 @@ from gpt2_fast.data import get_tokenizer, load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import generate
 from gpt2_fast.ops.runtime.memory import retain_memory
-from gpt2_fast.parallel.group import Group, check_world, join
+from gpt2_fast.parallel.group import Group, Lost, check_world, join
 from gpt2_fast.report.figures import save_loss_plot
 from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
@@ -138,6 +138,8 @@ class Run:
                 checkpoint.restore_rng(state.rng)  # of programs that draw from it: a step does not
             else:
                 self.optimizer.receive_state()
+        except Lost:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None

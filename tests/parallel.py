@@ -1,7 +1,7 @@
 """Runs on several processes for tests and for the table of docs/scale.md.
 
-`python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints the
-SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes of
+`python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints
+the SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes of
 each process for gpt2.
 """
 
@@ -151,7 +151,7 @@ def _job(job: dict) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"])]
+    outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"])]  # noqa: SIM115
     pids = []
     for rank, files in enumerate(outputs):
         pids.append(os.fork())

@@ -1,8 +1,8 @@
 """Runs on several processes for tests and for the table of docs/scale.md.
 
 `python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints
-the SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes of
-each process for gpt2.
+the SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes
+of each process for gpt2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -148,9 +147,9 @@ def serve() -> None:
 
 
 def _job(job: dict) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # kept here, as torchrun keeps it
     outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"])]  # noqa: SIM115
     pids = []
     for rank, files in enumerate(outputs):
@@ -160,7 +159,7 @@ def _job(job: dict) -> dict:
             try:
                 for number, file in enumerate(files, start=1):
                     os.dup2(file.fileno(), number)
-                code = _rank(job, rank, port)
+                code = _rank(job, rank, store.port)
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
@@ -196,7 +195,7 @@ def _rank(job: dict, rank: int, port: int) -> int:
     world = str(job["world"])
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     os.chdir(job["cwd"])
     take = Step.__call__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 import typing
@@ -20,7 +22,7 @@ TRAIN_HELP = {
     "steps": "optimizer steps",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",
-    "grad_accum": "micro-batches a step",
+    "grad_accum": "micro-batches a step, of all processes together",
     "lr": "highest learning rate",
     "warmup": "steps of linear warmup",
     "min_lr": "learning rate at the end of the cosine",
@@ -42,6 +44,7 @@ TRAIN_HELP = {
     "verify_every": "steps between those that are computed twice and compared to the bit; 0: none",
     "recompute": "keep only each block's input and compute the rest again in backward: less memory",
     "compile_graph": "replay the step as one CUDA graph",
+    "timeout_minutes": "how long a process waits for another one, of several that torchrun started",
     "out": "folder of the run; without it, a new one in runs/",
 }
 
@@ -70,6 +73,7 @@ def _add_train(commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from gpt2_fast.parallel import leave
     from gpt2_fast.train import estimate_run, resume_run, start_run
     from gpt2_fast.train.config import TrainConfig
 
@@ -81,6 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)
     run.train()
+    leave()
     return 130 if run.interrupted else 0
 
 
@@ -333,16 +338,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose."""
-    arguments = parser().parse_args(argv)
+    # Of several processes the first says what is wrong with their options.
+    with contextlib.redirect_stderr(sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()):
+        arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except (ValueError, IndexError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("GPT2_FAST_DEBUG"):
             raise
-        print(f"gpt2-fast: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _fail(error: Exception) -> int:
+    """One line. Of several processes the first that fails says it, and none waits for the others."""
+    group = sys.modules["gpt2_fast.parallel.group"].current() if "gpt2_fast.parallel.group" in sys.modules else None
+    speaks = os.environ.get("RANK", "0") == "0" if group is None else group.speaks()
+    if speaks:
+        print(f"gpt2-fast: {error}", file=sys.stderr, flush=True)
+    if group is not None and group.world > 1:
+        sys.stdout.flush()
+        os._exit(2)  # the interpreter's own end would wait for what the processes send each other
+    return 2
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ class GPT2Model(nn.Module):
         token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache=None,
+        dropout_key: Tensor | None = None,
     ) -> Tensor:
         self._validate(input_ids, position_ids)
         c = self.config
@@ -207,7 +208,8 @@ class GPT2Model(nn.Module):
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        call = Call(new_key(input_ids.device) if drops else None, segments, cache)
+        key = (new_key(input_ids.device) if dropout_key is None else dropout_key) if drops else None
+        call = Call(key, segments, cache)
         m, h = self._embed(input_ids, position_ids, token_type_ids, call), None
         for block in self.h:
             if self.gradient_checkpointing and self.training:
@@ -371,6 +373,7 @@ class GPT2LMHeadModel(nn.Module):
         targets: Tensor | None = None,
         document_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        dropout_key: Tensor | None = None,
     ) -> CausalLMOutput:
         """Logits, and the loss where labels or targets are given.
 
@@ -387,10 +390,14 @@ class GPT2LMHeadModel(nn.Module):
             document_ids: int [B, T]; tokens see only their own document.
             num_items_in_batch: divides the summed loss instead of the number of scored tokens, for gradient
                 accumulation.
+            dropout_key: int64 [1] on the model's device, from which this call's dropout is made, see
+                `gpt2_fast.ops.runtime.philox`; None draws one from torch's generator. Without dropout it is not read.
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
-        hidden = self.transformer(input_ids, attention_mask, position_ids, token_type_ids, document_ids)
+        hidden = self.transformer(
+            input_ids, attention_mask, position_ids, token_type_ids, document_ids, dropout_key=dropout_key
+        )
         if labels is not None:
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels is {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}")

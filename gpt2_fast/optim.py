@@ -7,7 +7,10 @@ read back to the host: step counts live on the parameters' device, as do the hyp
 change, so a step can be captured in a CUDA graph. State dicts go both ways between the two classes.
 
 DTensor parameters (`fully_shard`) are updated shard by shard, with the norm of the gradients of all ranks: see
-optim_dtensor.py.
+parallel/dtensor.py.
+
+After `shard` several processes share a step: each adds up the gradients of its micro-batches, updates its part of the
+parameters and holds the state of that part alone. Their number changes no bit, see `gpt2_fast.parallel`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from gpt2_fast.ops.adamw import adamw
 from gpt2_fast.ops.adamw_contract import unsupported
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
+from gpt2_fast.parallel.group import Group, check_world
+from gpt2_fast.parallel.shards import Shards
 
 
 class AdamW(torch.optim.Optimizer):
@@ -75,10 +80,13 @@ class AdamW(torch.optim.Optimizer):
         self._hyper: Tensor | None = None
         self._uploaded: list[list[float]] | None = None
         self._warned = False
+        self._shards: Shards | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._shards is not None:
+            raise ValueError("AdamW: the parameters are shared out already; add groups before shard()")
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
         devices = {p.device for group in self.param_groups for p in group["params"]}
@@ -122,6 +130,8 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: another dtype, or a parameter of this optimizer that model has not. Nothing is cast then.
         """
+        if self._shards is not None:
+            raise ValueError("AdamW: the parameters are shared out already; cast before shard()")
         if dtype not in LOW_PRECISION:
             raise ValueError(f"AdamW: cast is to {dtype}; a master is kept beside bfloat16 and float16 weights")
         params = [p for group in self.param_groups for p in group["params"]]
@@ -196,12 +206,85 @@ class AdamW(torch.optim.Optimizer):
         return None
 
     @torch.no_grad()
+    def shard(self, group: Group, micro_batches: int) -> None:
+        """Shares every step out over the processes of a group; a group of one adds up in the same order.
+
+        The parameters become views of one buffer, and this process keeps 1 / group.world of the state. From then on a
+        step is: for each of this process's micro_batches / group.world micro-batches, in order, forward, backward and
+        `accumulate`; then `step`. Process r has the micro-batches from r micro_batches / group.world on. What is
+        added is the gradients as they are, so each loss is divided by what is scored in the whole step.
+
+        `state_dict` and `load_state_dict` are then calls that every process makes. The first process gets, and gives,
+        the whole state, which does not depend on how many there are; what the others get has no state in it.
+
+        Args:
+            group: as `gpt2_fast.parallel.join` gives it.
+            micro_batches: of a step, on all processes together.
+
+        Raises:
+            ValueError: processes that are no power of two or do not divide micro_batches, parameters of several
+                dtypes or not contiguous, or processes that hold other weights than the first.
+        """
+        if self._shards is not None:
+            raise ValueError("AdamW: the parameters are shared out already; make another optimizer")
+        check_world(group.world, micro_batches)
+        params = [p for g in self.param_groups for p in g["params"]]
+        rows = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
+        self._shards = Shards(params, rows, [self.state.pop(p, {}) for p in params], group, micro_batches)
+        self._hold_shards()
+
+    def _hold_shards(self) -> None:
+        params = (p for g in self.param_groups for p in g["params"])
+        for p, state in zip(params, self._shards.states, strict=True):
+            self.state[p] = state
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Adds the gradients of one micro-batch to the step's sum and clears them; after `shard`."""
+        if self._shards is None:
+            raise ValueError("AdamW: gradients add up by themselves in backward; accumulate() is for after shard()")
+        self._shards.accumulate()
+
+    def forget_accumulated(self) -> None:
+        """The next `accumulate` begins a step."""
+        self._shards.gradients.forget()
+
+    # The three parts of a step after `shard`. In the first and the last, processes send: only `update` can be captured.
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sums over the processes, and the norm."""
+        self.last_grad_norm = self._shards.reduce(self.clip_grad_norm is not None, self.impl)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """AdamW of this process's part."""
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self.upload_hyperparameters()
+        self._shards.update(self._hyper, self.last_grad_norm, self.clip_grad_norm, self.impl)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """The weights of the other processes' parts."""
+        self._shards.gather()
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step with the gradients that are there; parameters without one are left alone.
 
         Args:
-            closure: evaluates the model again and returns the loss, which is then returned.
+            closure: evaluates the model again and returns the loss, which is then returned; not after `shard`.
+
+        After `shard`, it takes the gradients that were accumulated, of all processes; ValueError unless they are whole.
         """
+        if self._shards is not None:
+            if closure is not None:
+                raise ValueError("AdamW: a closure takes no part in a shared step; call accumulate() and step()")
+            self._shards.gradients.check_whole()
+            self.reduce()
+            self.update()
+            self.gather()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -217,6 +300,21 @@ class AdamW(torch.optim.Optimizer):
             self.last_grad_norm = adamw(*lists, self._hyper, max_norm=self.clip_grad_norm, norm=norm, impl=impl)
         return loss
 
+    @torch.no_grad()
+    def receive_state(self) -> None:
+        """After `shard`, in every process but the first: what the first process's `load_state_dict` sends."""
+        self._shards.load([{} for group in self.param_groups for _ in group["params"]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim.AdamW's, with each parameter's whole state. After `shard`: see there."""
+        packed = super().state_dict()
+        if self._shards is not None:
+            whole = self._shards.whole()
+            numbers = (i for g in packed["param_groups"] for i in g["params"])
+            packed["state"] = {} if whole is None else dict(zip(numbers, whole, strict=True))
+        return packed
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of this class or of torch.optim.AdamW.
 
@@ -225,10 +323,17 @@ class AdamW(torch.optim.Optimizer):
         """
         for group in state_dict["param_groups"]:
             _check_group({**self.defaults, **group})
-        super().load_state_dict(state_dict)
+        whole = self._shards is None
+        super().load_state_dict(state_dict if whole else {**state_dict, "state": {}})
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._uploaded = None
+        if not whole:
+            numbers = (i for group in state_dict["param_groups"] for i in group["params"])
+            self._shards.load([state_dict["state"].get(i, {}) for i in numbers])
+            self._hold_shards()  # the base class has emptied it
+            return
         # The base class casts state to the parameter's dtype: what is wider is taken again from the source.
         saved = (i for group in state_dict["param_groups"] for i in group["params"])
         params = [p for group in self.param_groups for p in group["params"]]
@@ -251,7 +356,6 @@ class AdamW(torch.optim.Optimizer):
                         value = _dtensor().spread(value, p)
                     state[key] = torch.empty_like(p, dtype=wide).copy_(value)  # with p's strides
             self._init_state(p)
-        self._uploaded = None
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -260,9 +364,9 @@ def is_dtensor(t: Tensor) -> bool:
 
 
 def _dtensor():
-    from gpt2_fast import optim_dtensor
+    from gpt2_fast.parallel import dtensor
 
-    return optim_dtensor
+    return dtensor
 
 
 def _check_group(group: dict[str, Any]) -> None:

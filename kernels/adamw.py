@@ -217,11 +217,17 @@ def grad_norm(
 
     rows: `chunk_rows`. aligned: whether every address of the table is a multiple of 16 (wider loads).
     """
+    partial = partial_norms(table, rows, aligned, chunk)
+    total = tuning.config("adamw", "total", config_arch(table.device))
+    launch(norm_total_kernel, (1,), partial, norm, rows.numel(), **total)
+
+
+def partial_norms(table: torch.Tensor, rows: torch.Tensor, aligned: bool, chunk: int = CHUNK) -> torch.Tensor:
+    """The sum of squares of the gradients of each chunk, float32 [chunks]. One launch. Arguments: see `grad_norm`."""
     chunks, config = rows.numel(), _block("norm", table.device, chunk)
     partial = torch.empty(chunks, dtype=torch.float32, device=table.device)
     launch(norm_partial_kernel, (chunks,), table, rows, partial, CHUNK=chunk, ALIGNED=aligned, **config)
-    total = tuning.config("adamw", "total", config_arch(table.device))
-    launch(norm_total_kernel, (1,), partial, norm, chunks, **total)
+    return partial
 
 
 def step(

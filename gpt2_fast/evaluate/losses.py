@@ -20,6 +20,7 @@ from tqdm import tqdm
 from gpt2_fast.data import TokenDataset
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.linear_cross_entropy import chunk_rows
+from gpt2_fast.parallel.group import Group
 
 Ids = Sequence[int] | np.ndarray | Tensor
 
@@ -87,27 +88,35 @@ def dataset_loss(
     limit: int | None = None,
     progress: bool = False,
     between: Callable[[], None] | None = None,
+    group: Group | None = None,
 ) -> Measures:
     """Mean loss a token over windows that do not overlap (`TokenDataset.windows`), each token but the first scored.
 
     Args:
         limit: at most so many windows, spread evenly.
-        between: called after each batch; what it raises ends the evaluation.
+        between: called after each batch, by every process of the group at once; what it raises ends the evaluation.
+        group: the processes that share the batches and then have the same result, that of one process to the bit.
 
     Returns:
         loss, perplexity (its exponential) and tokens.
     """
-    device = model.lm_head.weight.device
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    count = data.n_windows if limit is None else min(limit, data.n_windows)
+    device, group = model.lm_head.weight.device, group or Group()
+    count, tokens = data.n_windows if limit is None else min(limit, data.n_windows), 0
+    batches = -(-count // batch_size)
+    sums = torch.zeros(-(-batches // group.world), dtype=torch.float64, device=device)  # of this process's batches
     with _evaluating(model), _bar(count, progress, "loss") as bar:
-        for inputs, targets in data.windows(batch_size=batch_size, limit=limit):
-            total += model(inputs.to(device), targets=targets.to(device)).loss.double() * targets.numel()
+        for i, (inputs, targets) in enumerate(data.windows(batch_size=batch_size, limit=limit)):
+            if i % group.world == group.rank:
+                loss = model(inputs.to(device), targets=targets.to(device)).loss
+                sums[i // group.world] = loss.double() * targets.numel()
             tokens += targets.numel()
             bar.update(len(inputs))
-            if between is not None:
+            if between is not None and (i % group.world == group.world - 1 or i == batches - 1):
                 between()
-    loss = (total / tokens).item()
+    total = 0.0  # one after the other, as the batches follow each other
+    for part in group.gather(sums).view(group.world, -1).t().flatten()[:batches].tolist():
+        total += part
+    loss = total / tokens
     return {"loss": loss, "perplexity": exp(loss), "tokens": tokens}
 
 

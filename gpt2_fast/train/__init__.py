@@ -1,17 +1,18 @@
 """What `gpt2-fast train` runs.
 
-loop     a run: its data, validation, samples, saving and resuming
-folder   a run's folder: its lock, its options, where it goes on from
-step     the model and optimizer of a run, and one step of it
-ahead    batches made ahead by a thread
-readout  losses and norms read without waiting for a device
-saving   checkpoints written beside the steps
-log      metrics.jsonl
-stop     signals that ask a run to save and leave
-verify   a step computed twice and compared to the bit
-memory   what a run takes of memory, by arithmetic, and whether it fits
-dry_run  what `--dry-run` prints
-config   the options, with no torch: the command line reads them
+loop       a run: its data, validation, samples, saving and resuming
+folder     a run's folder: its lock, its options, where it goes on from
+step       the model and optimizer of a run, and one step of it
+processes  the device of each process of a run, and what all must have alike
+ahead      batches made ahead by a thread
+readout    losses and norms read without waiting for a device
+saving     checkpoints written beside the steps
+log        metrics.jsonl
+stop       signals that ask a run to save and leave
+verify     a step computed twice and compared to the bit
+memory     what a run takes of memory, by arithmetic, and whether it fits
+dry_run    what `--dry-run` prints
+config     the options, with no torch: the command line reads them
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "loop": ("Run", "resolve_device", "resume_run", "start_run"),
+    "loop": ("Run", "resume_run", "start_run"),
+    "processes": ("resolve_device",),
     "step": ("Step", "build_model", "build_optimizer"),
     "memory": ("Memory", "check_fits"),
     "dry_run": ("estimate_run",),

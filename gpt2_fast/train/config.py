@@ -42,6 +42,7 @@ class TrainConfig:
     verify_every: int = 0
     recompute: bool = False
     compile_graph: bool = False
+    timeout_minutes: float = 10.0
     out: str | None = None
 
     def __post_init__(self):
@@ -54,6 +55,8 @@ class TrainConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if not 0 < self.timeout_minutes < 1e6:
+            raise ValueError(f"--timeout-minutes is {self.timeout_minutes}; it must be above 0")
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
         if self.dtype not in DTYPES:

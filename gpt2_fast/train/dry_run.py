@@ -15,6 +15,7 @@ import torch
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.ops.runtime.memory import retain_memory
+from gpt2_fast.parallel.group import environment_world
 from gpt2_fast.report.machine import resolve_device
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.memory import check_fits, free_bytes, gigabytes, predict_run
@@ -26,6 +27,8 @@ ENOUGH = 30.0  # seconds after which no further step is measured
 
 def estimate_run(config: TrainConfig) -> None:
     """Prints model, memory, tokens and time of a run. Raises ValueError, one line, where it does not fit."""
+    if environment_world() > 1:
+        raise ValueError("--dry-run measures one process; run it without torchrun")
     device = resolve_device(config.device)
     if config.data is not None and not Path(config.data).expanduser().exists():
         raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")

@@ -3,12 +3,16 @@
 Nothing in a step waits for the device: batches are made ahead by a thread, and the loss that the progress bar shows is
 the previous step's, read while this one runs. Batches are a function of (seed, step), so a resumed run continues with
 the data it would have seen. A checkpoint is written beside the steps.
+
+Several processes run the same loop. What depends on a clock or a signal they agree on at every step; the first of them
+alone prints, and writes to the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,15 +29,17 @@ from gpt2_fast.data import get_tokenizer, load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import generate
 from gpt2_fast.ops.runtime.memory import retain_memory
+from gpt2_fast.parallel.group import Group, Lost, check_world, join
 from gpt2_fast.report.figures import save_loss_plot
-from gpt2_fast.report.machine import environment, resolve_device
+from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
+from gpt2_fast.train.processes import local_device, open_group
 from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.saving import Saver
-from gpt2_fast.train.step import Step, build_model, build_optimizer, restore
+from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches, restore
 from gpt2_fast.train.stop import Stop, Stopped
 from gpt2_fast.train.verify import FaultyMachine, Verifier
 
@@ -52,8 +58,9 @@ class Run:
     Args:
         config: the options.
         out: the run's folder; None: a new one, as `config` says.
-        state: what the run goes on from.
+        state: what the run goes on from; its tensors are read in the first process alone.
         lock: of `out`; None: it is taken here.
+        group: the processes of the run; None: as torchrun has started them.
     """
 
     def __init__(
@@ -62,44 +69,77 @@ class Run:
         out: Path | None = None,
         state: checkpoint.TrainingState | None = None,
         lock: FileLock | None = None,
+        group: Group | None = None,
     ):
         self.config = config
-        self.device = resolve_device(config.device)
+        self.group = group = group or open_group(config)
+        self.device = local_device(config.device)
         if self.device.type == "cpu":
             retain_memory()
-        self.out = out or folders.new_folder(config)
-        self.model = build_model(config, self.device, state and state.config).train()
+        self.out = out or group.decide(lambda: folders.new_folder(config))
+        self.model = build_model(config, self.device, state and state.config, group).train()
         self.context = config.context or self.model.config.n_positions
-        self.train_data, self.val_data = load_data(
-            config.data, context=self.context, vocab_size=self.model.config.vocab_size
+        self.train_data, self.val_data = group.in_turn(
+            lambda: load_data(config.data, context=self.context, vocab_size=self.model.config.vocab_size)
         )
-        self.optimizer = build_optimizer(self.model, config)
-        self.lock = lock or folders.open_folder(self.out)
-        folders.take_over(self.out, state)
-        self.log = MetricsLog(self.out / folders.METRICS)
+        self.optimizer = build_optimizer(self.model, config, group)
         self.environment = environment(self.device)
         self.fingerprint = self.train_data.fingerprint()
+        group.same(self.environment, "the processes run on other devices or versions; their bits would differ")
+        group.same(self.fingerprint, f"the processes read other data; is --data {config.data} the same everywhere?")
+        self.lock = lock
+        if group.first:
+            self.lock = lock or folders.open_folder(self.out)
+            folders.take_over(self.out, state)
+        self.log = MetricsLog(self.out / folders.METRICS)
         self.step, self.saved, self.best = 0, None, math.inf
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             self._restore(state)
-        records = self.log.forget_after(self.step)
-        self.validated = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-        folders.record_options(self.out, config)
-        self.run_step = Step(self.model, self.optimizer, config, self.context)
+        self.validated = group.decide(self._recorded)
+        self.run_step = Step(self.model, self.optimizer, config, self.context, group)
         self.readout, self.pending = Readout(self.device), None
         self.verifier = Verifier(self._state)
         self.saver, self.stop = Saver(self._write), Stop()
+        self._agreed: str | None = None
+
+    def _recorded(self) -> dict[int, float]:
+        """Makes the log that of the steps so far. Returns the validation losses in it."""
+        records = self.log.forget_after(self.step)
+        folders.record_options(self.out, self.config)
+        return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+
+    def _say(self, text: str, bar: tqdm | None = None, file: Any = None) -> None:
+        if self.group.first:
+            print(text, file=file) if bar is None else bar.write(text, file=file)
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run before its last step."""
-        return self.stop.asked is not None
+        return self.asked is not None
+
+    @property
+    def asked(self) -> str | None:
+        """The signal that asks the run to end; with several processes, as far as all of them know of it."""
+        return self.stop.asked if self.group.world == 1 else self._agreed
+
+    def _agree(self, late: bool = False) -> bool:
+        """Makes a signal to any process known to all. Returns whether the first process says `late`."""
+        mine = self.stop.asked
+        asked, late = self.group.agree(signal.Signals[mine] if mine else 0, int(late and self.group.first))
+        if asked:
+            self._agreed = signal.Signals(asked).name
+        return bool(late)
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
         try:
-            restore(self.model, self.optimizer, state.model, state.optimizer)
-            checkpoint.restore_rng(state.rng)
+            if self.group.first:
+                restore(self.model, self.optimizer, state.model, state.optimizer)
+                checkpoint.restore_rng(state.rng)  # of programs that draw from it: a step does not
+            else:
+                self.optimizer.receive_state()
+        except Lost:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
@@ -109,9 +149,9 @@ class Run:
         for name, value in then.items():
             if self.environment.get(name, value) != value:
                 here = self.environment[name]
-                print(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
+                self._say(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
         if given.get("dtype", self.config.dtype) != self.config.dtype:
-            print(f"the run goes on in {self.config.dtype} ({given['dtype']} before), from its float32 weights")
+            self._say(f"the run goes on in {self.config.dtype} ({given['dtype']} before), from its float32 weights")
         before = state.extra.get("data")
         if before not in (None, self.fingerprint):
             if given.get("data") == self.config.data and given.get("context") == self.config.context:
@@ -119,9 +159,9 @@ class Run:
                     f"--data {self.config.data or '(none)'} holds other tokens than when the run was saved; put the "
                     "old data back, or name the new with --data and another path"
                 )
-            print("the run goes on with other data")
+            self._say("the run goes on with other data")
         if moved := folders.moved_order(given, self.config):
-            print(moved)
+            self._say(moved)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, by name."""
@@ -133,15 +173,21 @@ class Run:
     def save(self, best: bool = False, beside: bool = False) -> None:
         """A checkpoint of this step. beside: return when it is copied, and write it while steps go on.
 
+        Every process calls it, and sends its part of the state to the first, which writes.
+
         Raises OSError, one line, where the disk has no room; the checkpoints that were there are there still.
         """
         self.saved = self.step
+        self.saver.settle()  # before another state is gathered
+        optimizer_state = self.optimizer.state_dict()
+        if not self.group.first:
+            return
         self.saver.save(
             {
                 "step": self.step,
                 "model_state": self.model.state_dict(),
-                "optimizer_state": self.optimizer.state_dict(),
-                "rng": checkpoint.capture_rng(),
+                "optimizer_state": optimizer_state,
+                "rng": {"cpu": torch.get_rng_state(), "cuda": []},  # a step draws nothing: for readers of this version
                 "extra": {
                     "train_config": dataclasses.asdict(self.config), "environment": self.environment,
                     "data": self.fingerprint, "best": self.best,
@@ -149,6 +195,7 @@ class Run:
                 "best": best,
             },
             beside,
+            own=("optimizer_state",) if self.group.world > 1 else (),
         )  # fmt: skip
 
     def _write(self, **state: Any) -> None:
@@ -168,7 +215,7 @@ class Run:
         if not isinstance(error, OSError):
             raise error
         self.saved = None
-        bar.write(f"{error}; the checkpoints before it are kept, and training goes on", file=sys.stderr)
+        self._say(f"{error}; the checkpoints before it are kept, and training goes on", bar, sys.stderr)
 
     def validate(self) -> float:
         """The validation loss of this step, logged once. Raises Stopped when a signal comes meanwhile."""
@@ -177,12 +224,14 @@ class Run:
         size, batches = self.config.batch_size, self.config.eval_batches
 
         def between() -> None:
+            self._agree()
             if self.interrupted:
                 raise Stopped
 
-        options = {"batch_size": size, "limit": batches * size, "between": between}
+        options = {"batch_size": size, "limit": batches * size, "between": between, "group": self.group}
         loss = dataset_loss(self.model, self.val_data, **options)["loss"]
-        self.log.write(step=self.step, val_loss=loss)
+        if self.group.first:
+            self.log.write(step=self.step, val_loss=loss)
         self.validated[self.step] = loss
         return loss
 
@@ -211,19 +260,24 @@ class Run:
     def _train(self) -> None:
         try:
             first = self.validate()
-            print(f"validation loss before: {first:.4f}")
+            self._say(f"validation loss before: {first:.4f}")
             self.best = min(self.best, first)
             self._loop()
             if not self.interrupted:
-                print(f"validation loss after:  {self._validate_for_best():.4f}")
+                self._say(f"validation loss after:  {self._validate_for_best():.4f}")
         except Stopped:
             pass
         self._save_last()
+        if self.group.first:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """The plot, a sample, and where everything is."""
         if self.step:
             save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
         if self.interrupted:
             again = f"gpt2-fast train --resume {self.out}"
-            print(f"{self.stop.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
+            print(f"{self.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
         else:
             print(f"sample:\n{self.sample()}\n")
         for path in (self.out / name for name in (folders.METRICS, "loss.png", NEWEST)):
@@ -237,7 +291,8 @@ class Run:
         except OSError as error:
             self.saved = None
             print(error, file=sys.stderr)
-        if self.saved != self.step:
+        (needed,) = self.group.agree(int(self.group.first and self.saved != self.step))
+        if needed:
             self.save(best=self.validated.get(self.step) == self.best)
 
     def _leave(self) -> None:
@@ -246,13 +301,16 @@ class Run:
         except OSError as error:
             print(error, file=sys.stderr)
         finally:
-            self.lock.release()
+            if self.lock is not None:
+                self.lock.release()
 
     def _loop(self) -> None:
         config = self.config
         batches = Ahead(self._batches, self.step, config.steps)
         try:
-            with tqdm(total=config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+            with tqdm(
+                total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not self.group.first
+            ) as bar:
                 while self.step < config.steps and not self.interrupted:
                     started = time.perf_counter()
                     loss = self._take(next(batches))
@@ -269,7 +327,7 @@ class Run:
     def _take(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """One step; where --verify-every says so, computed twice."""
         every, step = self.config.verify_every, self.step + 1
-        take = lambda: self.run_step(*batch, self.config.learning_rate(self.step))
+        take = lambda: self.run_step(*batch, self.config.learning_rate(self.step), self.step)
         if every and step % every == 0:
             try:
                 return self.verifier.step(take, step)
@@ -281,9 +339,10 @@ class Run:
         return loss
 
     def _batches(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, int64 [grad_accum, B, T], in memory from which a device copies by itself."""
+        """Inputs and targets of this process's micro-batches of a step, int64 [n, B, T], in memory from which a device
+        copies by itself."""
         options = {name: getattr(self.config, name) for name in ("batch_size", "seed", "order", "grad_accum")}
-        batches = [self.train_data.batch(step, micro, **options) for micro in range(self.config.grad_accum)]
+        batches = [self.train_data.batch(step, micro, **options) for micro in micro_batches(self.config, self.group)]
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
         return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)
 
@@ -298,6 +357,8 @@ class Run:
             raise FloatingPointError(
                 f"the loss is {loss} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
             )
+        if not self.group.first:
+            return
         rate = self.tokens_per_step / seconds
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
         norm = {} if grad_norm is None else {"grad_norm": round(grad_norm, 5)}
@@ -313,7 +374,7 @@ class Run:
         evaluate, sample, save = (
             n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
         )
-        late = config.save_minutes and time.monotonic() - self.saver.last >= 60 * config.save_minutes
+        late = self._agree(bool(config.save_minutes) and time.monotonic() - self.saver.last >= 60 * config.save_minutes)
         best = False
         self._report_failed_save(bar, self.saver.take_error())
         if evaluate or sample or save or late:
@@ -322,8 +383,8 @@ class Run:
             before = self.best
             loss = self._validate_for_best()
             best = loss < before
-            bar.write(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best else ''}")
-        if sample:
+            self._say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best else ''}", bar)
+        if sample and self.group.first:
             bar.write(f"step {self.step}: {self.sample()!r}")
         if not last and (save or late or best):
             self._save_beside(bar, best)
@@ -337,19 +398,34 @@ def start_run(options: dict) -> Run:
 def resume_run(folder: str, options: dict) -> Run:
     """Continues the run in `folder` with the options it had, except those given again.
 
-    folder: of a run, or one of its checkpoints; "auto": see `folder.resolve`.
+    folder: of a run, or one of its checkpoints; "auto": see `folder.resolve`. With several processes, the first one
+        looks for it, and reads it.
     """
-    path = folders.resolve(folder, options)
-    if path is None:
+    group = join(TrainConfig(**options).timeout_minutes)
+    lock, state = None, None
+
+    def find() -> tuple[TrainConfig, Path, checkpoint.TrainingState | None] | None:
+        nonlocal lock, state
+        path = folders.resolve(folder, options)
+        if path is None:
+            return None
+        out = folders.run_of(path)
+        if not folders.holds_run(out):
+            raise FileNotFoundError(f"{out} holds no checkpoint and no {folders.OPTIONS}; there is no run to resume")
+        lock, state = folders.open_folder(out), folders.find_state(path)
+        if state is None:
+            config = folders.options_to_resume(folders.recorded_options(out), options, out)
+            print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
+            return config, out, None
+        if not isinstance(saved := state.extra.get("train_config"), dict):
+            raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
+        config = folders.options_to_resume(saved, options, out)
+        return config, out, dataclasses.replace(state, model={}, optimizer={}, rng={})
+
+    found = group.decide(find)
+    if found is None:
         return start_run(options)
-    out = folders.run_of(path)
-    if not folders.holds_run(out):
-        raise FileNotFoundError(f"{out} holds no checkpoint and no {folders.OPTIONS}; there is no run to resume")
-    lock, state = folders.open_folder(out), folders.find_state(path)
-    if state is None:
-        config = folders.options_to_resume(folders.recorded_options(out), options, out)
-        print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
-        return Run(config, out, lock=lock)
-    if not isinstance(saved := state.extra.get("train_config"), dict):
-        raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
-    return Run(folders.options_to_resume(saved, options, out), out, state, lock)
+    config, out, without_tensors = found
+    check_world(group.world, config.grad_accum)
+    group.set_limit(config.timeout_minutes)
+    return Run(config, out, state or without_tensors, lock, group)

@@ -7,6 +7,9 @@ the run's dtype. What an op keeps for backward is its `saved` declaration:
                 4 (4 + H) bytes of statistics: mean and rstd of two LayerNorms, lse of every head
     --recompute 2 C s a token and layer, what goes into a block; one block at a time is whole
 
+Several micro-batches are added up in float32, 4 P bytes a partial sum: `parallel.tree.depth` of them, and at least two
+where W processes share a step. Of averages and masters each of W processes has 1 / W.
+
 A step is largest at one of four moments: in the head, which has a chunk of logits, its gradients and every
 activation; at the top and at the bottom of backward, where activations have turned into gradients; or at its end, where
 the two gradients of a tied table are added. tests/test_train_memory.py holds this to what a process takes.
@@ -45,6 +48,7 @@ class Memory:
     gradients: int
     averages: int
     masters: int
+    sums: int
     activations: int
     logits: int
     moment: str
@@ -62,6 +66,8 @@ class Memory:
         yield "AdamW averages", self.averages
         if self.masters:
             yield "AdamW masters", self.masters
+        if self.sums:
+            yield "float32 sums of micro-batches", self.sums
         yield "activations kept for backward", self.activations
         yield "a chunk of logits", self.logits
         yield f"a step at its largest, {self.moment}", self.step
@@ -85,14 +91,21 @@ def predict(
     recompute: bool = False,
     grad_accum: int = 1,
     device_type: str = "cpu",
+    world: int = 1,
 ) -> Memory:
-    """Of steps on the fused ops; --impl reference, which has whole logits and scores, takes more."""
+    """Of steps on the fused ops; --impl reference, which has whole logits and scores, takes more.
+
+    grad_accum: micro-batches of a step, which `world` processes share: this is what each of them takes.
+    """
     from gpt2_fast.ops.linear_cross_entropy import chunk_rows
+    from gpt2_fast.parallel.tree import depth
 
     s, wide = ITEMSIZE[dtype], _product_itemsize(dtype, device_type)
     N, L, C, F, V = batch_size * context, config.n_layer, config.n_embd, config.n_inner_, config.vocab_size
     parameters, row, table = num_params(config), N * C, V * C
-    weights, averages, masters = s * parameters, 8 * parameters, (4 * parameters if s < 4 else 0)
+    weights, averages, masters = s * parameters, 8 * parameters // world, (4 * parameters // world if s < 4 else 0)
+    sums_kept = max(depth(grad_accum // world), min(world, 2)) if grad_accum > 1 else 0
+    partial = 4 * parameters * sums_kept
     whole, rows = N * layer_bytes(config, s, device_type), min(N, chunk_rows(device_type, V, wide))
     activations = L * 2 * s * row if recompute else L * whole
     logits = rows * V * wide
@@ -112,15 +125,11 @@ def predict(
         "at the bottom of backward": whole + inner + s * parameters + sums,
         "at the end of backward": 3 * s * row + s * parameters + sums,
     }
-    if grad_accum > 1:  # the gradients of the micro-batches before are there from the start
-        more = {"in the head": s * parameters, "at the top of backward": s * parameters}
-        more |= {"at the bottom of backward": layer_gradients + s * table, "at the end of backward": s * table}
-        moments = {name: moments[name] + more[name] for name in moments}
     moment = max(moments, key=moments.__getitem__)
     holes = int(HOLES[device_type][recompute] * s * L * N * F)
-    step = weights + averages + masters + moments[moment] + holes + LIBRARIES[device_type] + 32 * N
+    step = weights + averages + masters + partial + moments[moment] + holes + LIBRARIES[device_type] + 32 * N
     sample = s * parameters + (4 + s) * table if device_type == "cpu" else 0
-    return Memory(weights, weights, averages, masters, activations, logits, moment, step, sample)
+    return Memory(weights, weights, averages, masters, partial, activations, logits, moment, step, sample)
 
 
 def _product_itemsize(dtype: str, device_type: str) -> int:
@@ -132,11 +141,12 @@ def _product_itemsize(dtype: str, device_type: str) -> int:
     return 2 if cpu_policy().native_bfloat16 else 4
 
 
-def predict_run(config: TrainConfig, model_config: GPT2Config, device_type: str) -> Memory:
+def predict_run(config: TrainConfig, model_config: GPT2Config, device_type: str, world: int = 1) -> Memory:
     """`predict` with the options of a run."""
     return predict(
         model_config, batch_size=config.batch_size, context=config.context or model_config.n_positions,
         dtype=config.dtype, recompute=config.recompute, grad_accum=config.grad_accum, device_type=device_type,
+        world=world,
     )  # fmt: skip
 
 
@@ -151,30 +161,41 @@ def free_bytes(device: torch.device) -> int | None:
     return available_bytes()
 
 
-def check_fits(config: TrainConfig, model_config: GPT2Config, device: torch.device, free: int | None = None) -> None:
+def check_fits(
+    config: TrainConfig,
+    model_config: GPT2Config,
+    device: torch.device,
+    free: int | None = None,
+    world: int = 1,
+    sharing: int = 1,
+) -> None:
     """Raises ValueError, one line with what to change, where a run does not fit; call it before the model is built.
 
     free: bytes instead of what the device has now.
+    world: processes that share a step. sharing: those of them on this machine, which share a CPU's memory.
     """
     free = free_bytes(device) if free is None else free
-    needed = predict_run(config, model_config, device.type).peak
+    if free is not None and device.type == "cpu":
+        free //= sharing
+    needed = predict_run(config, model_config, device.type, world).peak
     if free is None or needed <= free:
         return
     context = config.context or model_config.n_positions
     name = config.init_from or config.model
     where = "this machine" if device.type == "cpu" else str(device)
-    advice = _advice(config, model_config, device.type, free)
+    where += " for each process" if sharing > 1 and device.type == "cpu" else ""
+    advice = _advice(config, model_config, device.type, free, world)
     raise ValueError(
         f"training {name} in {config.dtype} with --batch-size {config.batch_size} and --context {context} takes "
         f"{gigabytes(needed)} and {where} has {gigabytes(free)} free; {advice}"
     )
 
 
-def _advice(config: TrainConfig, model_config: GPT2Config, device_type: str, free: int) -> str:
+def _advice(config: TrainConfig, model_config: GPT2Config, device_type: str, free: int, world: int = 1) -> str:
     """The first changes that make a run fit, or that none does."""
 
     def fits(**changes) -> bool:
-        return predict_run(dataclasses.replace(config, **changes), model_config, device_type).peak <= free
+        return predict_run(dataclasses.replace(config, **changes), model_config, device_type, world).peak <= free
 
     context = config.context or model_config.n_positions
     recomputes = {} if config.recompute or config.compile_graph else {"recompute": True}
@@ -189,18 +210,18 @@ def _advice(config: TrainConfig, model_config: GPT2Config, device_type: str, fre
     saving |= {"batch_size": 1}
     if shorter := _largest(context, lambda n: fits(context=n, **saving)):
         return f"use {_flags({'context': shorter, **saving})}"
-    least = predict_run(dataclasses.replace(config, context=1, **saving), model_config, device_type).peak
-    smaller = "" if config.init_from else _smaller_presets(config, device_type, free)
+    least = predict_run(dataclasses.replace(config, context=1, **saving), model_config, device_type, world).peak
+    smaller = "" if config.init_from else _smaller_presets(config, device_type, free, world)
     return f"no option brings it below {gigabytes(least)}: use {smaller or 'a smaller model'}, or more memory"
 
 
-def _smaller_presets(config: TrainConfig, device_type: str, free: int) -> str:
+def _smaller_presets(config: TrainConfig, device_type: str, free: int, world: int = 1) -> str:
     """The largest preset that fits with these options, --recompute and a batch of 1, as options; "" for none."""
     for name in reversed(PRESETS):
         preset = GPT2Config.from_preset(name)
         least = {"batch_size": 1, "recompute": not config.compile_graph}
         least["context"] = config.context and min(config.context, preset.n_positions)
-        if predict_run(dataclasses.replace(config, **least), preset, device_type).peak <= free:
+        if predict_run(dataclasses.replace(config, **least), preset, device_type, world).peak <= free:
             return f"--model {name}"
     return ""
 

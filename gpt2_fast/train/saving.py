@@ -57,17 +57,22 @@ class Saver:
         self._error: Exception | None = None
         self.last = time.monotonic()
 
-    def save(self, state: dict[str, Any], beside: bool = True) -> None:
-        """Saves `state`, after the save before it. beside: return when it is copied; where memory is short, when it is
-        written, as without. An error is raised here, or kept for `take_error`.
+    def save(self, state: dict[str, Any], beside: bool = True, own: tuple[str, ...] = ()) -> None:
+        """Saves `state`, after the save before it. beside: return when it is copied; where memory is short,
+        when it is written, as without. An error is raised here, or kept for `take_error`.
+
+        own: keys of it that nobody else changes, and that so need no copy.
         """
-        self._join()
+        self.settle()
         self.last = time.monotonic()
-        room, needed = available_bytes(), 2 * tensor_bytes(state)  # the copy, and what the writer holds of it
+        copied = {key: value for key, value in state.items() if key not in own}
+        # The copy, and what the writer holds of it.
+        room, needed = available_bytes(), tensor_bytes(copied) + tensor_bytes(state)
         if not beside or (room is not None and room < needed):
             self._write(**state)
             return
-        self._thread = threading.Thread(target=self._run, args=(host_copy(state),), name="gpt2_fast save")
+        state = {**state, **host_copy(copied)}
+        self._thread = threading.Thread(target=self._run, args=(state,), name="gpt2_fast save")
         self._thread.start()
 
     def _run(self, state: dict[str, Any]) -> None:
@@ -82,7 +87,8 @@ class Saver:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _join(self) -> None:
+    def settle(self) -> None:
+        """Waits for the save that is at work, whatever becomes of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -94,6 +100,6 @@ class Saver:
 
     def wait(self) -> None:
         """Waits for the save that is at work. Raises what ended it."""
-        self._join()
+        self.settle()
         if (error := self.take_error()) is not None:
             raise error

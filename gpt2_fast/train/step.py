@@ -1,7 +1,7 @@
 """The model and the optimizer of a run, and one step of it.
 
 One step: grad_accum micro-batches, forward and backward, then clip and AdamW in one fused update. Nothing in it
-waits for the device.
+waits for the device. The processes of a group share the micro-batches, see `gpt2_fast.parallel`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.philox import micro_batch_keys
 from gpt2_fast.optim import AdamW
+from gpt2_fast.parallel import tree
+from gpt2_fast.parallel.group import Group
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.memory import check_fits
 
 
-def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None) -> GPT2LMHeadModel:
+def build_model(
+    config: TrainConfig, device: torch.device, model_config: GPT2Config | None = None, group: Group | None = None
+) -> GPT2LMHeadModel:
     """The model of a run on its device, in float32: `build_optimizer` casts it.
 
     Its weights are those of --init-from, else fresh ones. model_config: of a run that is resumed, whose weights
@@ -38,7 +43,10 @@ def build_model(config: TrainConfig, device: torch.device, model_config: GPT2Con
     if context > model_config.n_positions:
         name = config.init_from or config.model
         raise ValueError(f"--context is {context} and {name} has {model_config.n_positions} positions; lower --context")
-    check_fits(config, model_config, device)
+    group = group or Group()
+    if device.type == "cuda" or group.local_rank == 0:  # the processes of a machine share its memory: one looks for all
+        check_fits(config, model_config, device, world=group.world, sharing=group.local_world)
+    group.barrier()
     torch.manual_seed(config.seed)
     model = GPT2LMHeadModel(model_config, impl=config.impl)
     if state is not None:
@@ -51,10 +59,11 @@ def _dropout(p: float) -> dict[str, float]:
     return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p)
 
 
-def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
+def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig, group: Group | None = None) -> AdamW:
     """AdamW with weight decay on matrices and embeddings alone: not on biases and LayerNorms.
 
-    Casts the model to the run's dtype, with its float32 weights as the optimizer's masters.
+    Casts the model to the run's dtype, with its float32 weights as the optimizer's masters. Where a step has several
+    micro-batches, they are added up, and shared out over the group, by `AdamW.shard`.
     """
     parameters = list(model.parameters())
     groups = [
@@ -66,6 +75,8 @@ def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> AdamW:
     optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, clip_grad_norm=clip, impl=impl)
     if config.dtype != "float32":
         optimizer.cast(model, getattr(torch, config.dtype))
+    if config.grad_accum > 1:
+        optimizer.shard(group or Group(), config.grad_accum)
     return optimizer
 
 
@@ -103,46 +114,99 @@ def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimiz
 
 
 class Step:
-    """Forward, backward and update over fixed input buffers; replayed as one CUDA graph if asked to."""
+    """Forward, backward and update over fixed input buffers; replayed as CUDA graphs if asked to.
 
-    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, config: TrainConfig, context: int):
+    The dropout keys are inputs like the tokens: a graph takes them from their buffer.
+
+    Args:
+        group: whose micro-batches `build_optimizer` has shared out; None: this process is alone.
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        optimizer: AdamW,
+        config: TrainConfig,
+        context: int,
+        group: Group | None = None,
+    ):
         self.model, self.optimizer, self.config = model, optimizer, config
+        self.group = group or Group()
         device = model.lm_head.weight.device
-        shape = (config.grad_accum, config.batch_size, context)
+        self.micro_batches = micro_batches(config, self.group)
+        shape = (len(self.micro_batches), config.batch_size, context)
         self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
         self.targets = torch.zeros_like(self.inputs)
-        self.loss = torch.zeros((), device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        c = model.config
+        drops = max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
+        self.keys = torch.zeros(shape[0], dtype=torch.int64, device=device) if drops else None
+        self.losses = torch.zeros(shape[0], device=device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._runs = 0
         self._graphed = config.compile_graph
         if self._graphed and device.type != "cuda":
             raise ValueError("--compile-graph needs a CUDA device; drop it, or use --device cuda")
 
+    def _micro_batches(self) -> None:
+        n_items = self.targets.numel() * self.group.world
+        shared = self.config.grad_accum > 1
+        for i, (x, y) in enumerate(zip(self.inputs, self.targets, strict=True)):
+            key = None if self.keys is None else self.keys[i : i + 1]
+            loss = self.model(x, targets=y, num_items_in_batch=n_items, dropout_key=key).loss
+            loss.backward()
+            self.losses[i].copy_(loss.detach())
+            if shared:
+                self.optimizer.accumulate()
+
     def _compute(self) -> None:
-        n_items = self.targets.numel()
-        loss = torch.zeros_like(self.loss)
-        for x, y in zip(self.inputs, self.targets, strict=True):
-            micro = self.model(x, targets=y, num_items_in_batch=n_items).loss
-            micro.backward()
-            loss += micro.detach()
+        self._micro_batches()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss.copy_(loss)
 
-    def __call__(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
-        """One optimizer step on inputs and targets [grad_accum, B, T]; the mean loss, still on the device."""
+    def _replay(self) -> None:
+        """One graph where a process is alone. Else one in front of what the processes send and one behind.
+
+        With several processes this has not run on a GPU.
+        """
+        optimizer, alone = self.optimizer, self.group.world == 1
+        if not self._graphs:
+            for part in (self._compute,) if alone else (self._micro_batches, optimizer.update):
+                self._graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(self._graphs[-1]):
+                    part()
+            if not alone:  # capturing has counted micro-batches, and computed nothing
+                optimizer.forget_accumulated()
+        optimizer.upload_hyperparameters()
+        self._graphs[0].replay()
+        if not alone:
+            optimizer.reduce()
+            self._graphs[1].replay()
+            optimizer.gather()
+
+    def __call__(self, inputs: Tensor, targets: Tensor, lr: float, step: int = 0) -> Tensor:
+        """One optimizer step; the mean loss over all processes, still on the device.
+
+        Args:
+            inputs, targets: int64 [n, B, T], this process's micro-batches.
+            lr: the learning rate.
+            step: which step of the run this is, from 0 on: dropout depends on it.
+        """
         self.inputs.copy_(inputs, non_blocking=True)
         self.targets.copy_(targets, non_blocking=True)
+        if self.keys is not None:
+            keys = micro_batch_keys(self.config.seed, step, self.micro_batches)
+            self.keys.copy_(keys.pin_memory() if self.keys.is_cuda else keys, non_blocking=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._runs += 1
         if self._graphed and self._runs > 3:  # three eager steps first, so that lazy set-up is not captured
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self._compute()
-            self.optimizer.upload_hyperparameters()
-            self.graph.replay()
+            self._replay()
         else:
             self._compute()
-        return self.loss.clone()
+        return tree.total(self.group.gather(self.losses).clone())
+
+
+def micro_batches(config: TrainConfig, group: Group) -> range:
+    """Which of a step's micro-batches are this process's."""
+    n = config.grad_accum // group.world
+    return range(group.rank * n, (group.rank + 1) * n)

@@ -1,9 +1,9 @@
 """A step computed twice: the same bits, or a fault of memory, device or driver.
 
-A step is deterministic. So its state before it (weights, averages, masters, random generators) is kept, the step is
-taken, the state is put back, and the step is taken again: any bit that differs was not computed but broken. Beside
-that, the state is held to its digest of the end of the step before, so that what changed while it lay in memory is
-found as well.
+A step is deterministic, and draws from no generator. So its state before it (weights, averages, masters) is kept, the
+step is taken, the state is put back, and the step is taken again: any bit that differs was not computed but broken.
+Beside that, the state is held to its digest of the end of the step before, so that what changed while it lay in memory
+is found as well.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from gpt2_fast.checkpoint.training import capture_rng, restore_rng
 
 
 class FaultyMachine(RuntimeError):
@@ -58,14 +56,13 @@ class Verifier:
         known, self._digest = self._digest, None
         if known is not None and (changed := _differing(known, digest(self._state()))):
             raise FaultyMachine(_message(step, changed, "changed in memory between two steps"))
-        held, rng = {name: t.detach().clone() for name, t in self._state().items()}, capture_rng()
+        held = {name: t.detach().clone() for name, t in self._state().items()}
         loss = take().clone()
         for name, t in self._state().items():  # from here on `held` is what the first computation left
             after = t.detach().clone()
             with torch.no_grad():
                 t.copy_(held[name]) if name in held else t.zero_()  # what the first step made begins as zeros
             held[name] = after
-        restore_rng(rng)
         again = take().clone()
         changed = [name for name, t in self._state().items() if not torch.equal(bits(t), bits(held[name]))]
         if not torch.equal(bits(loss), bits(again)):

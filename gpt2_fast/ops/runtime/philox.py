@@ -28,6 +28,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 ROUNDS = 7
+_KEYS_SITE = 0x6B657973  # the last counter where a key is made
 STEPS = 65536  # probabilities are whole numbers of these
 
 
@@ -53,6 +54,19 @@ def new_key(device: torch.device | str) -> torch.Tensor:
     generator states, activation checkpointing and CUDA graphs all govern dropout as they do in PyTorch.
     """
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def micro_batch_keys(seed: int, step: int, micro_batches: range) -> torch.Tensor:
+    """The dropout key of each of a step's micro-batches, int64 [n] on the CPU.
+
+    A key depends on (seed, step, micro-batch) alone. So there is no state of a generator to save or to restore, and
+    whichever process computes a micro-batch drops the same elements. Ten rounds, as keys are few and each is a seed.
+    """
+    micro = torch.arange(micro_batches.start, micro_batches.stop, dtype=torch.int64)
+    low, high = (torch.full_like(micro, part & _MASK) for part in (step, step >> 32))
+    seed = (seed + 2**63) % 2**64 - 2**63  # as a signed number
+    words = block(torch.tensor(seed), low, high, micro, _KEYS_SITE, rounds=10)
+    return words[1] << 32 | words[0]
 
 
 def _mul_hi_lo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,41 @@
+"""The processes of a run: which device each computes on, and what all of them must have alike."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gpt2_fast.parallel.group import Group, check_world, environment_world, join
+from gpt2_fast.report.machine import resolve_device
+from gpt2_fast.train.config import TrainConfig
+
+
+def open_group(config: TrainConfig) -> Group:
+    """The group that torchrun has started this process in, or a group of one. Raises ValueError, one line.
+
+    Nothing is built or written before it is known that these processes can share a step.
+    """
+    check_world(environment_world(), config.grad_accum)
+    group = join(config.timeout_minutes)
+    group.same(config, "the processes were started with other options; give all of them the same")
+    group.set_limit(config.timeout_minutes)
+    return group
+
+
+def local_device(name: str) -> torch.device:
+    """The device of this process: of --device, and with several processes on a machine, each its own GPU."""
+    device = resolve_device(name)
+    if environment_world() == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(f"--device {name} is one GPU for several processes; use --device cuda: each takes its own")
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no GPU for process {local} of this machine, which has {torch.cuda.device_count()}; "
+            "lower --nproc-per-node"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

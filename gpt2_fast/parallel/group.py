@@ -9,8 +9,8 @@ the time limit; both are `Lost`. Of all processes the first to fail says why, in
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -120,17 +120,20 @@ class Group:
         self.agree()
 
     def decide(self, make: Callable[[], Any]) -> Any:
-        """`make()` of the first process, everywhere. The others wait for it as long as it takes."""
+        """`make()` of the first process, everywhere. The others wait for it as long as it takes.
+
+        What it makes is sent as JSON, which holds no code: numbers, words, lists, dicts.
+        """
         if self.world == 1:
             return make()
         self._turn += 1
         key = f"decision {self._turn}"
         if self.first:
             value = make()
-            self._store.set(key, pickle.dumps(value))
+            self._store.set(key, json.dumps(value))
             return value
         self._wait(key)
-        return pickle.loads(self._store.get(key))  # of our own process, by torchrun's store
+        return json.loads(self._store.get(key))
 
     def in_turn(self, make: Callable[[], Any]) -> Any:
         """`make()` of every process: on each machine of one first, so that the others find what it put in the cache."""
@@ -157,7 +160,8 @@ class Group:
 
     def same(self, value: Any, message: str) -> None:
         """Raises ValueError with `message` unless `value` is the first process's."""
-        if self.decide(lambda: value) != value:
+        words = json.dumps(value, sort_keys=True)
+        if self.decide(lambda: words) != words:
             raise ValueError(message)
 
     def send_first(self, flat: Tensor, rank: int) -> Iterator[tuple[int, Tensor]]:

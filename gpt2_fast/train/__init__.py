@@ -1,6 +1,7 @@
 """What `gpt2-fast train` runs.
 
-loop       a run: its data, validation, samples, saving and resuming
+start      how a run begins: anew, or from what a folder holds
+loop       a run: its data, validation, samples and saving
 folder     a run's folder: its lock, its options, where it goes on from
 step       the model and optimizer of a run, and one step of it
 processes  the device of each process of a run, and what all must have alike
@@ -20,7 +21,8 @@ from __future__ import annotations
 from gpt2_fast.lazy import exports
 
 _NAMES = {
-    "loop": ("Run", "resume_run", "start_run"),
+    "start": ("resume_run", "start_run"),
+    "loop": ("Run",),
     "processes": ("resolve_device",),
     "step": ("Step", "build_model", "build_optimizer"),
     "memory": ("Memory", "check_fits"),

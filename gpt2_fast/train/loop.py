@@ -29,7 +29,7 @@ from gpt2_fast.data import get_tokenizer, load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import generate
 from gpt2_fast.ops.runtime.memory import retain_memory
-from gpt2_fast.parallel.group import Group, Lost, check_world, join
+from gpt2_fast.parallel.group import Group, Lost
 from gpt2_fast.report.figures import save_loss_plot
 from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
@@ -76,7 +76,7 @@ class Run:
         self.device = local_device(config.device)
         if self.device.type == "cpu":
             retain_memory()
-        self.out = out or group.decide(lambda: folders.new_folder(config))
+        self.out = out or Path(group.decide(lambda: str(folders.new_folder(config))))
         self.model = build_model(config, self.device, state and state.config, group).train()
         self.context = config.context or self.model.config.n_positions
         self.train_data, self.val_data = group.in_turn(
@@ -96,18 +96,18 @@ class Run:
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             self._restore(state)
-        self.validated = group.decide(self._recorded)
+        self.validated = dict(group.decide(self._recorded))
         self.run_step = Step(self.model, self.optimizer, config, self.context, group)
         self.readout, self.pending = Readout(self.device), None
         self.verifier = Verifier(self._state)
         self.saver, self.stop = Saver(self._write), Stop()
         self._agreed: str | None = None
 
-    def _recorded(self) -> dict[int, float]:
-        """Makes the log that of the steps so far. Returns the validation losses in it."""
+    def _recorded(self) -> list[tuple[int, float]]:
+        """Makes the log that of the steps so far. Returns the steps and validation losses in it."""
         records = self.log.forget_after(self.step)
         folders.record_options(self.out, self.config)
-        return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+        return [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
     def _say(self, text: str, bar: tqdm | None = None, file: Any = None) -> None:
         if self.group.first:
@@ -388,44 +388,3 @@ class Run:
             bar.write(f"step {self.step}: {self.sample()!r}")
         if not last and (save or late or best):
             self._save_beside(bar, best)
-
-
-def start_run(options: dict) -> Run:
-    """A new run with these options (the fields of TrainConfig)."""
-    return Run(TrainConfig(**options))
-
-
-def resume_run(folder: str, options: dict) -> Run:
-    """Continues the run in `folder` with the options it had, except those given again.
-
-    folder: of a run, or one of its checkpoints; "auto": see `folder.resolve`. With several processes, the first one
-        looks for it, and reads it.
-    """
-    group = join(TrainConfig(**options).timeout_minutes)
-    lock, state = None, None
-
-    def find() -> tuple[TrainConfig, Path, checkpoint.TrainingState | None] | None:
-        nonlocal lock, state
-        path = folders.resolve(folder, options)
-        if path is None:
-            return None
-        out = folders.run_of(path)
-        if not folders.holds_run(out):
-            raise FileNotFoundError(f"{out} holds no checkpoint and no {folders.OPTIONS}; there is no run to resume")
-        lock, state = folders.open_folder(out), folders.find_state(path)
-        if state is None:
-            config = folders.options_to_resume(folders.recorded_options(out), options, out)
-            print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
-            return config, out, None
-        if not isinstance(saved := state.extra.get("train_config"), dict):
-            raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
-        config = folders.options_to_resume(saved, options, out)
-        return config, out, dataclasses.replace(state, model={}, optimizer={}, rng={})
-
-    found = group.decide(find)
-    if found is None:
-        return start_run(options)
-    config, out, without_tensors = found
-    check_world(group.world, config.grad_accum)
-    group.set_limit(config.timeout_minutes)
-    return Run(config, out, state or without_tensors, lock, group)

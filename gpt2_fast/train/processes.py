@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -18,7 +19,7 @@ def open_group(config: TrainConfig) -> Group:
     """
     check_world(environment_world(), config.grad_accum)
     group = join(config.timeout_minutes)
-    group.same(config, "the processes were started with other options; give all of them the same")
+    group.same(dataclasses.asdict(config), "the processes were started with other options; give all of them the same")
     group.set_limit(config.timeout_minutes)
     return group
 

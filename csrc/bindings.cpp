@@ -136,7 +136,7 @@ PyObject* find(PyObject* key, const py::args& sources) {
 int64_t address(const Kernel& kernel, const Parameter& p, PyObject* tensor, bool on_cpu) {
   static PyObject *data_ptr = PyUnicode_InternFromString("data_ptr"), *is_cpu = PyUnicode_InternFromString("is_cpu"),
                   *is_contiguous = PyUnicode_InternFromString("is_contiguous"),
-                  *dtype = PyUnicode_InternFromString("dtype");
+                  *dtype = PyUnicode_InternFromString("dtype"), *numel = PyUnicode_InternFromString("numel");
   auto own = [](PyObject* object) { return py::reinterpret_steal<py::object>(object); };
   if (p.kind == TENSOR && own(PyObject_CallMethodNoArgs(tensor, is_contiguous)).ptr() != Py_True)
     refuse(kernel, p, "must be a contiguous tensor");
@@ -145,7 +145,11 @@ int64_t address(const Kernel& kernel, const Parameter& p, PyObject* tensor, bool
     refuse(kernel, p, "must be of dtype " + p.type);
   auto value = own(PyObject_CallMethodNoArgs(tensor, data_ptr));
   if (!value) refuse(kernel, p, "has no address");
-  return (int64_t)PyLong_AsUnsignedLongLong(value.ptr());
+  const int64_t found = (int64_t)PyLong_AsUnsignedLongLong(value.ptr());
+  // What torch keeps without memory, zeros that nobody wrote, would be read as an input that is not there.
+  if (!found && PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(tensor, numel)).ptr()) != 0)
+    refuse(kernel, p, "has no memory");
+  return found;
 }
 
 int64_t integer(const Kernel& kernel, const Parameter& p, PyObject* value) {

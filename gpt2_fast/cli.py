@@ -18,6 +18,7 @@ TRAIN_HELP = {
     "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
     "init_from": "start from these weights: Hugging Face folder or hub name, nanoGPT ckpt.pt or llm.c .bin",
     "data": "text, jsonl (its text fields), folder of these, nanoGPT or llm.c .bin; without it, Python's own source",
+    "order": "random windows of the data, or epoch: every window once an epoch, shuffled",
     "steps": "optimizer steps",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",
@@ -353,7 +354,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(error: Exception) -> int:
     """One line. Of several processes the first that fails says it, and none waits for the others."""
     group = sys.modules["gpt2_fast.parallel.group"].current() if "gpt2_fast.parallel.group" in sys.modules else None
-    if group is None or group.speaks():
+    speaks = os.environ.get("RANK", "0") == "0" if group is None else group.speaks()
+    if speaks:
         print(f"gpt2-fast: {error}", file=sys.stderr, flush=True)
     if group is not None and group.world > 1:
         sys.stdout.flush()

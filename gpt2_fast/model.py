@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
-from gpt2_fast.modules import foreign, is_plain_linear, is_plain_table, part
+from gpt2_fast.modules import bias_of, foreign, is_plain_linear, is_plain_table, is_sharded, part
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import dispatch
@@ -112,7 +112,7 @@ class GPT2MLP(nn.Module):
         c_fc, c_proj = self.c_fc, self.c_proj
         if is_plain_linear(c_fc) and is_plain_linear(c_proj) and foreign(ln, nn.LayerNorm) is None:
             return self.ops.mlp(
-                a, h, ln.weight, ln.bias, c_fc.weight_io, c_fc.bias, c_proj.weight_io, c_proj.bias,
+                a, h, ln.weight, bias_of(ln), c_fc.weight_io, bias_of(c_fc), c_proj.weight_io, c_proj.bias,
                 eps=ln.eps, dropout=dropout, activation=self.activation,
             )  # fmt: skip
         y, h = add_layernorm(self.ops, a, h, ln, dropout)
@@ -150,7 +150,7 @@ def add_layernorm(
     if foreign(ln, nn.LayerNorm):
         h = dropout.rows(m) if h is None else h + dropout.rows(m)
         return ln(h), h
-    return ops.add_layernorm(m, h, ln.weight, ln.bias, eps=ln.eps, dropout=dropout)
+    return ops.add_layernorm(m, h, ln.weight, bias_of(ln), eps=ln.eps, dropout=dropout)
 
 
 def project(ops: Operations, x: Tensor, layer: nn.Module) -> Tensor:
@@ -402,7 +402,8 @@ class GPT2LMHeadModel(nn.Module):
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels is {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}")
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        head = Head(self.lm_head, self.transformer.ops)
+        head = Head(self.lm_head, self.transformer.ops, is_sharded(self))
         if targets is None:
             return CausalLMOutput(None, hidden, head, head.logits(hidden))
-        return CausalLMOutput(head.loss(hidden, targets, num_items_in_batch), hidden, head)
+        loss = head.loss(hidden, targets, num_items_in_batch)
+        return CausalLMOutput(loss, hidden, head, head.logits_beside_loss(hidden))

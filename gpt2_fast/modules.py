@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 Hook = Callable
@@ -74,3 +76,47 @@ def foreign_part(transformer: nn.Module) -> str | None:
         if reason:
             return f"transformer{'.' if name else ''}{name} {reason}"
     return None
+
+
+def bias_of(layer: nn.Module) -> Tensor:
+    """The bias, or zeros where a layer has none, whose weight is [out, in] or a LayerNorm's then."""
+    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on it: its parameters are whole within its forward and backward alone."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
+
+
+class Seen:
+    """The weight of a head in one forward pass, which logits that are computed later must find as it was.
+
+    sharded: whether `fully_shard` manages it. It then puts other values into the same memory in every pass, which no
+    version counter shows, so the passes of the head are counted.
+    """
+
+    def __init__(self, head: nn.Module, sharded: bool = False):
+        compiling = torch.compiler.is_compiling()
+        self.head, self.weight = head, head.weight
+        self.version = None if compiling or self.weight.is_inference() else self.weight._version
+        self.call = None
+        if sharded and not compiling:
+            self.call = head.__dict__["_passes"] = head.__dict__.get("_passes", 0) + 1
+
+    def check(self, whose: str) -> None:
+        """Raises RuntimeError, one line that begins with `whose`, where the weight is another one now."""
+        if hasattr(self.head.weight, "device_mesh") and not hasattr(self.weight, "device_mesh"):
+            raise RuntimeError(
+                f"{whose}: the head is sharded again since this output was computed; read .logits before backward with "
+                "reshard_after_forward=False, or under torch.no_grad(), or call the model without labels"
+            )
+        if self.version is not None and self.weight._version != self.version:
+            raise RuntimeError(
+                f"{whose}: the head has changed since this output was computed, by an optimizer step perhaps; read "
+                ".logits before the step, or call the model again"
+            )
+        if self.call is not None and self.head.__dict__["_passes"] != self.call:
+            raise RuntimeError(
+                f"{whose}: the sharded model was called again since this output was computed; read .logits before that"
+            )

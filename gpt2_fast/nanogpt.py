@@ -32,6 +32,7 @@ from gpt2_fast.checkpoint.state_dict import check_expressible
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import GPT2Model
+from gpt2_fast.modules import is_sharded
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
 from gpt2_fast.outputs import CausalLMOutput, Head
@@ -125,17 +126,18 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         if not bias:
-            self._zero_biases()
+            self._drop_biases()
         self._init_weights()
         self.register_load_state_dict_pre_hook(_accept_checkpoint)
 
-    def _zero_biases(self) -> None:
-        """Zeros where an operation takes a bias: buffers, and no part of the state dict."""
+    def _drop_biases(self) -> None:
+        """LayerNorms without a bias, as the linear layers are. A block makes the zeros that an operation takes.
+
+        No buffers: DDP would send them from rank 0 in every forward, and train.py evaluates on that rank alone.
+        """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                _zero_bias(module)
-        for block in self.transformer.h:
-            _zero_bias(block.mlp.c_fc)
+                module.register_parameter("bias", None)
 
     def _init_weights(self) -> None:
         """N(0, 0.02), zero biases; c_proj divided by sqrt(2 n_layer): in the order of nanoGPT's draws."""
@@ -159,11 +161,11 @@ class GPT(nn.Module):
         Without targets the logits [B, 1, V] of the last position, and None. With targets int64 [B, T], already
         shifted and -1 where nothing is scored, all logits as a `LazyLogits` [B, T, V], and the mean loss, float32.
         """
-        hidden, head = self.transformer(idx), Head(self.lm_head, self.transformer.ops)
+        hidden, head = self.transformer(idx), Head(self.lm_head, self.transformer.ops, is_sharded(self))
         if targets is None:
             return head.logits(hidden[:, -1:]), None
         loss = head.loss(hidden, targets, None, ignore_index=IGNORED_TARGET)
-        return LazyLogits(CausalLMOutput(loss, hidden, head)), loss
+        return LazyLogits(CausalLMOutput(loss, hidden, head, head.logits_beside_loss(hidden))), loss
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first block_size positions alone. Raises ValueError for more than there are."""
@@ -251,11 +253,6 @@ class GPT(nn.Module):
         if decoder.length:
             return decoder.step(idx[:, -1])
         return decoder.prefill(idx, torch.zeros(idx.shape[0], dtype=torch.int32, device=idx.device))
-
-
-def _zero_bias(module: nn.Module) -> None:
-    del module.bias
-    module.register_buffer("bias", module.weight.new_zeros(module.weight.shape[0]), persistent=False)
 
 
 def _accept_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_) -> None:

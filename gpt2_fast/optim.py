@@ -6,6 +6,9 @@ float32 master, in its state as "master": `cast` keeps the weight that was there
 read back to the host: step counts live on the parameters' device, as do the hyperparameters, copied there when they
 change, so a step can be captured in a CUDA graph. State dicts go both ways between the two classes.
 
+DTensor parameters (`fully_shard`) are updated shard by shard, with the norm of the gradients of all ranks: see
+parallel/dtensor.py.
+
 After `shard` several processes share a step: each adds up the gradients of its micro-batches, updates its part of the
 parameters and holds the state of that part alone. Their number changes no bit, see `gpt2_fast.parallel`.
 """
@@ -184,9 +187,23 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 if p.grad.is_sparse:
                     raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
-                lists = collected.setdefault(self._implementation(p), room.Lists.empty())
-                lists.append(p, p.grad, index, **self._init_state(p))
+                state = self._init_state(p)
+                tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master")]
+                if is_dtensor(p):
+                    tensors = _dtensor().local(*tensors)
+                param, grad, m, v, master = tensors
+                lists = collected.setdefault(self._implementation(param), room.Lists.empty())
+                lists.append(param, grad, index, exp_avg=m, exp_avg_sq=v, master=master, step=state["step"])
         return collected
+
+    def _norm(self, collected: dict[str, room.Lists]) -> Tensor | None:
+        """The norm of the gradients where `adamw` cannot take it: it sees those of one implementation and one rank."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any(map(is_dtensor, params)):
+            return _dtensor().grad_norm(params)
+        if len(collected) > 1:
+            return room.grad_norm_reference([g for lists in collected.values() for g in lists.grads])
+        return None
 
     @torch.no_grad()
     def shard(self, group: Group, micro_batches: int) -> None:
@@ -278,9 +295,7 @@ class AdamW(torch.optim.Optimizer):
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
         torch._foreach_add_([step for lists in collected.values() for step in lists.steps], 1.0)
-        norm = None
-        if self.clip_grad_norm is not None and len(collected) > 1:
-            norm = room.grad_norm_reference([g for lists in collected.values() for g in lists.grads])
+        norm = None if self.clip_grad_norm is None else self._norm(collected)
         for impl, lists in collected.items():
             self.last_grad_norm = adamw(*lists, self._hyper, max_norm=self.clip_grad_norm, norm=norm, impl=impl)
         return loss
@@ -336,8 +351,22 @@ class AdamW(torch.optim.Optimizer):
                         raise ValueError(
                             f"AdamW: {key} of parameter {i} is {found} in the state; the parameter is {wanted}"
                         )
-                    state[key] = torch.empty_like(p, dtype=wide).copy_(source[key])  # with p's strides
+                    value = source[key]
+                    if is_dtensor(p) or is_dtensor(value):
+                        value = _dtensor().spread(value, p)
+                    state[key] = torch.empty_like(p, dtype=wide).copy_(value)  # with p's strides
             self._init_state(p)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether a tensor is spread over ranks; torch.distributed.tensor is not imported for it."""
+    return hasattr(t, "device_mesh")
+
+
+def _dtensor():
+    from gpt2_fast.parallel import dtensor
+
+    return dtensor
 
 
 def _check_group(group: dict[str, Any]) -> None:

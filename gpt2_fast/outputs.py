@@ -9,30 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gpt2_fast.modules import is_plain_head
+from gpt2_fast.modules import Seen, is_plain_head
 from gpt2_fast.ops.bound import Operations
 
 
 class Head:
-    """The head of one forward pass: its weight [V, C] as it was then."""
+    """The head of one forward pass: its weight [V, C] as it was then. sharded: see `modules.Seen`."""
 
-    def __init__(self, lm_head: nn.Module, ops: Operations):
-        self.module, self.ops, self.called = lm_head, ops, not is_plain_head(lm_head)
+    def __init__(self, lm_head: nn.Module, ops: Operations, sharded: bool = False):
+        self.module, self.ops, self.called, self.sharded = lm_head, ops, not is_plain_head(lm_head), sharded
+        self.seen = None if self.called else Seen(lm_head, sharded)
         self.weight = None if self.called else lm_head.weight
-        compiling = torch.compiler.is_compiling()
-        self._version = None if self.called or compiling or self.weight.is_inference() else self.weight._version
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden [..., C]. Raises RuntimeError where the head has changed since the forward pass."""
         if self.called:
             return self.module(hidden)
-        if self._version is not None and self.weight._version != self._version:
-            raise RuntimeError(
-                "logits: the head has changed since this output was computed, by an optimizer step perhaps; read "
-                ".logits before the step, or call the model again"
-            )
+        self.seen.check("logits")
         # Under autocast the hidden states are of its dtype, and may outlive its block.
         return self.ops.linear(hidden, self.weight.to(hidden.dtype).t())
+
+    def logits_beside_loss(self, hidden: Tensor) -> Tensor | None:
+        """The logits of a sharded model without gradients, for a validation that reads them; else they can wait."""
+        return self.logits(hidden) if self.sharded and not torch.is_grad_enabled() else None
 
     def loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, ignore_index: int = -100) -> Tensor:
         """The mean cross-entropy, float32, of the targets that are not ignored; or their sum divided by num_items."""

@@ -1,8 +1,8 @@
 """Runs on several processes for tests and for the table of docs/scale.md.
 
-`python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints the
-SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes of
-each process for gpt2.
+`python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints
+the SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes
+of each process for gpt2.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -64,14 +65,17 @@ def ranks(launcher: int, world: int, patience: float = 60) -> list[int]:
     raise TimeoutError(f"torchrun has not started {world} processes")
 
 
-def log(out: Path) -> list[dict]:
-    """metrics.jsonl without what is measured by a clock. A line that is being written is left out."""
+def log(out: Path, validations: tuple[int, ...] | None = None) -> list[dict]:
+    """metrics.jsonl without what is measured by a clock. A line that is being written is left out.
+
+    validations: leave out those of other steps, with which a resumed run begins.
+    """
     records = []
     path = out / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n"):
             records.append({k: v for k, v in json.loads(line).items() if k != "tokens_per_second"})
-    return records
+    return [r for r in records if "loss" in r or validations is None or r["step"] in validations]
 
 
 def wait_for_step(out: Path, step: int, launcher: subprocess.Popen, patience: float = 90) -> None:
@@ -82,11 +86,11 @@ def wait_for_step(out: Path, step: int, launcher: subprocess.Popen, patience: fl
         time.sleep(0.02)
 
 
-def digests(out: Path) -> dict[str, str]:
+def digests(out: Path, validations: tuple[int, ...] | None = None) -> dict[str, str]:
     """SHA-256 of the weights, the averages (with masters and step counts) and the log of a run's newest checkpoint."""
     import torch
 
-    from gpt2_fast.checkpoint import load_training_state
+    from gpt2_fast.checkpoint.run_folder import load_checkpoint
 
     def sha(items) -> str:
         found = hashlib.sha256()
@@ -95,11 +99,9 @@ def digests(out: Path) -> dict[str, str]:
             found.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
-    from gpt2_fast.checkpoint.run_folder import load_checkpoint
-
-    state = load_checkpoint(out)[0] if (out / "checkpoint").exists() else load_training_state(out)
+    state = load_checkpoint(out)[0]
     averages = ((f"{i} {key}", t) for i, s in state.optimizer["state"].items() for key, t in s.items())
-    lines = "\n".join(json.dumps(record) for record in log(out))
+    lines = "\n".join(json.dumps(record) for record in log(out, validations))
     return {
         "weights": sha(state.model.items()),
         "averages": sha(averages),
@@ -125,6 +127,90 @@ def table(steps: int, worlds: list[int]) -> None:
                 found = [digest[:16] for digest in digests(out).values()]
                 seconds = f"{time.monotonic() - begun:.0f}"
                 print("| " + " | ".join([dtype, str(world), *found, seconds]) + " |", flush=True)
+
+
+def serve() -> None:
+    """Runs jobs, a line of JSON each, in ranks that are forked from this process: it has imported everything already.
+
+    A job: {"world", "arguments" of gpt2-fast, "cwd", "patience" seconds}, and where something is to happen in front of
+    a step {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". The answer: the ranks'
+    "codes" (None: killed because it hung), "stderr", "stdout", and "seconds" from the first end to the last.
+    """
+    import matplotlib.pyplot  # noqa: F401
+    import torch.distributed  # noqa: F401
+
+    import gpt2_fast.cli
+    import gpt2_fast.train.loop  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(_job(json.loads(line))), flush=True)
+
+
+def _job(job: dict) -> dict:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # kept here, as torchrun keeps it
+    outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"])]  # noqa: SIM115
+    pids = []
+    for rank, files in enumerate(outputs):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            code = 99
+            try:
+                for number, file in enumerate(files, start=1):
+                    os.dup2(file.fileno(), number)
+                code = _rank(job, rank, store.port)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes, ends = dict.fromkeys(pids), []
+    until = time.monotonic() + job.get("patience", 60)
+    while None in codes.values() and time.monotonic() < until:
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                ends.append(time.monotonic())
+        time.sleep(0.01)
+    for pid in [pid for pid, code in codes.items() if code is None]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    texts = []
+    for files in outputs:
+        for file in files:
+            file.seek(0)
+        texts.append([file.read() for file in files])
+    return {
+        "codes": list(codes.values()), "stdout": [out for out, _ in texts], "stderr": [err for _, err in texts],
+        "seconds": ends[-1] - ends[0] if ends else None,
+    }  # fmt: skip
+
+
+def _rank(job: dict, rank: int, port: int) -> int:
+    from gpt2_fast.cli import main
+    from gpt2_fast.train.step import Step
+
+    world = str(job["world"])
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
+    os.chdir(job["cwd"])
+    take = Step.__call__
+
+    def call(self, inputs, targets, lr, step=0):
+        if (rank, step) == (job.get("rank"), job.get("step")):
+            if job["do"] == "error":
+                raise ValueError("the disk of rank 1 is on fire")
+            if job["do"] == "hang":
+                time.sleep(600)
+            os.kill(os.getpid(), getattr(signal, job["do"]))
+        return take(self, inputs, targets, lr, step)
+
+    Step.__call__ = call
+    return main(job["arguments"])
 
 
 _MEMORY = """
@@ -157,13 +243,14 @@ def memory(model: str, worlds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel", description=__doc__)
-    parser.add_argument("what", choices=("table", "memory"))
+    parser.add_argument("what", choices=("table", "memory", "serve"))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--model", default="gpt2")
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if arguments.what == "table":
+    if arguments.what == "serve":
+        serve()
+    elif arguments.what == "table":
         table(arguments.steps, arguments.world)
     else:
         memory(arguments.model, arguments.world)

@@ -354,7 +354,7 @@ def test_python_blocks_run(page, made, monkeypatch):
 
 
 def test_the_pages_that_show_how_have_python():
-    shown = ("evaluate", "generate", "look-inside", "migrate", "patch", "train")
+    shown = ("evaluate", "generate", "look-inside", "migrate", "patch", "scale", "train")
     assert ["README.md", *(f"docs/{page}.md" for page in shown)] == WITH_PYTHON
 
 

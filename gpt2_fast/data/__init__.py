@@ -2,13 +2,14 @@
 
 corpus     what a source names, `load_data` and `load_tokens`, and the default corpus
 batches    windows of shards as batches: `TokenDataset`
+order      the order of an epoch: every window once, shuffled
 shards     nanoGPT's and llm.c's .bin files
 text       text files and their tokens, which are cached
 jsonl      JSON Lines, with errors that name the line
 tokenizer  GPT-2's byte-pair encoding
 
-A batch is a function of (seed, step, micro_step) alone, so a run that resumes needs no state from here.
-State of the process: the tokenizer of `get_tokenizer`, made once.
+A batch is a function of (seed, step, micro_step) and of sizes alone, so a run that resumes needs no state from here.
+State of the process: the tokenizer of `get_tokenizer`, made once; `_round_keys` of the epochs that were last asked for.
 """
 
 from __future__ import annotations

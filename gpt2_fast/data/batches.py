@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from gpt2_fast.data import order as orders
 from gpt2_fast.data.shards import Shard
 
 _SAMPLES, _SAMPLE = 256, 4096  # of a fingerprint: how many, and tokens in each
@@ -65,14 +66,33 @@ class TokenDataset:
         return sha.hexdigest()
 
     def batch(
-        self, step: int, micro_step: int = 0, *, batch_size: int, seed: int = 0
+        self,
+        step: int,
+        micro_step: int = 0,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        order: str = "random",
+        grad_accum: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows for one micro-step of training: (input_ids, labels), each int64 [B, T], contiguous.
+        """The windows of one micro-step of training: (input_ids, labels), each int64 [B, T], contiguous.
 
-        labels are already the next tokens: labels[b, t] follows input_ids[b, t] in the data. Every start is
-        equally likely, drawn by Philox from (seed, step, micro_step) only. With several processes, give each
-        its own micro_step.
+        labels are already the next tokens: labels[b, t] follows input_ids[b, t] in the data. With several processes,
+        give each its own micro_step.
+
+        Args:
+            order: "random": every start is equally likely, drawn by Philox from (seed, step, micro_step) only.
+                "epoch": the windows of `windows`, each once an epoch, in another order every epoch, see
+                data/order.py. Window (step * grad_accum + micro_step) * batch_size + b of the run is row b.
+            grad_accum: micro-steps of a step, over all processes; "random" does not depend on it.
+
+        Raises ValueError for another order.
         """
+        if order == "epoch":
+            first = (step * grad_accum + micro_step) * batch_size
+            return self._gather(map(self._window, orders.picks(first, batch_size, self.n_windows, seed)))
+        if order != "random":
+            raise ValueError(f"order is {order!r}; choose {' or '.join(orders.ORDERS)}")
         key = np.array([seed % 2**64, step], dtype=np.uint64)
         counter = np.array([0, 0, 0, micro_step], dtype=np.uint64)
         # Raw words and a remainder: NumPy may change how it draws from a range, never Philox itself.
@@ -88,8 +108,13 @@ class TokenDataset:
         count = self.n_windows if limit is None else min(limit, self.n_windows)
         picks = [i * self.n_windows // count for i in range(count)]
         for start in range(0, count, batch_size):
-            places = (self._locate(pick, self._windows) for pick in picks[start : start + batch_size])
-            yield self._gather((shard, window * self.context) for shard, window in places)
+            yield self._gather(map(self._window, picks[start : start + batch_size]))
+
+    def _window(self, pick: int) -> tuple[int, int]:
+        """Shard and start of a window of `windows`: their inputs do not overlap, and what is left of a shard that
+        fills none, less than context tokens and one label, is in none."""
+        shard, window = self._locate(pick, self._windows)
+        return shard, window * self.context
 
     def _locate(self, pick: int, ends: np.ndarray) -> tuple[int, int]:
         shard = int(np.searchsorted(ends, pick, side="right"))

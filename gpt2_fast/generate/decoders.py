@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
-from gpt2_fast.modules import foreign, foreign_part, has_hooks, is_plain_head
+from gpt2_fast.modules import bias_of, foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters
 from gpt2_fast.ops.runtime import dispatch
@@ -174,7 +174,7 @@ def parameters_of(model: Model) -> Parameters:
     if reason := _foreign(model):
         raise ValueError(f"{reason}, which packed weights would leave out; do not ask for `weights`: it is called then")
     affine = lambda product: (product.weight_io.t(), product.bias)
-    norm = lambda layernorm: (layernorm.weight, layernorm.bias)
+    norm = lambda layernorm: (layernorm.weight, bias_of(layernorm))
     layers = [
         LayerParameters(
             norm(block.ln_1), affine(block.attn.c_attn), affine(block.attn.c_proj),

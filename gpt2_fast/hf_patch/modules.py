@@ -282,8 +282,9 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             num_items=call.get("num_items_in_batch"),
         )  # fmt: skip
         return CausalLMOutput.of(
-            loss, self.lm_head, hidden, hidden_states=output.hidden_states, attentions=output.attentions,
-            cross_attentions=output.cross_attentions, **{_CACHE: getattr(output, _CACHE)},
+            loss, self.lm_head, hidden, modules.is_sharded(self), hidden_states=output.hidden_states,
+            attentions=output.attentions, cross_attentions=output.cross_attentions,
+            **{_CACHE: getattr(output, _CACHE)},
         )  # fmt: skip
 
 

@@ -8,26 +8,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from gpt2_fast.modules import Seen
+
 
 class _Later:
     """The logits head(hidden), not computed yet."""
 
-    def __init__(self, head: nn.Module, hidden: Tensor):
-        self.head, self.hidden, self.version = head, hidden, self._version(head)
+    def __init__(self, head: nn.Module, hidden: Tensor, sharded: bool):
+        self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded)
         device = hidden.device.type  # it may be asked for after autocast's block
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),
                          "enabled": torch.is_autocast_enabled(device)}  # fmt: skip
 
-    @staticmethod
-    def _version(head: nn.Module) -> int | None:
-        return None if head.weight.is_inference() else head.weight._version
-
     def compute(self) -> Tensor:
-        if self._version(self.head) != self.version:
-            raise RuntimeError(
-                "the logits of a patched model are computed when asked for, and its weights have changed since; "
-                "read .logits before optimizer.step()"
-            )
+        self.seen.check("the logits of a patched model")
         with torch.autocast(**self.autocast):
             return self.head(self.hidden)
 
@@ -37,9 +31,13 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
     """Reading the loss, as attribute, by name or as [0], computes no logits; everything else that shows them does."""
 
     @classmethod
-    def of(cls, loss: Tensor, head: nn.Module, hidden: Tensor, **others) -> CausalLMOutput:
+    def of(cls, loss: Tensor, head: nn.Module, hidden: Tensor, sharded: bool = False, **others) -> CausalLMOutput:
         output = cls(loss=loss, logits=loss, **others)  # the loss holds the place of the logits among the keys
-        output.__dict__["_later"] = _Later(head, hidden)
+        output.__dict__["_later"] = _Later(head, hidden, sharded)
+        if sharded:
+            output.__class__ = ShardedCausalLMOutput
+            if not torch.is_grad_enabled():
+                output.logits  # noqa: B018  # the head is whole within this forward alone, and an evaluation reads them
         return output
 
     @property
@@ -68,3 +66,15 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
     def values(self):
         self.logits  # noqa: B018
         return super().values()
+
+
+class ShardedCausalLMOutput(CausalLMOutput):
+    """Of a model that `fully_shard` was called on, which reads every field of what forward returns, to put hooks on it.
+
+    The logits are no field of it: they would be computed in every step, from a head that is sharded again.
+    """
+
+
+ShardedCausalLMOutput.__dataclass_fields__ = {
+    name: field for name, field in CausalLMOutput.__dataclass_fields__.items() if name != "logits"
+}

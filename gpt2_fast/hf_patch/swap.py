@@ -17,6 +17,7 @@ except ImportError as error:
 
 from gpt2_fast.hf_patch import attention, modules
 from gpt2_fast.hf_patch.modules import PATCHED
+from gpt2_fast.modules import is_sharded
 
 ORIGINAL = {patched: original for original, patched in PATCHED.items()}
 
@@ -53,6 +54,14 @@ def _check_placement(model: nn.Module) -> None:
         raise ValueError(f"gpt2_fast.patch: the model is on several devices ({where}); move it to one first")
 
 
+def _check_sharding(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            raise ValueError(
+                f"gpt2_fast.patch: {name or 'the model'} is sharded already; call gpt2_fast.patch before fully_shard"
+            )
+
+
 def _configs(body: nn.Module) -> list:
     """The config objects that a GPT2Model's forward reads; almost always one."""
     configs = [body.config, *(block.attn.config for block in body.h)]
@@ -70,10 +79,12 @@ def patch(model: nn.Module) -> nn.Module:
         patching once.
 
     Raises:
-        TypeError, ValueError: no GPT-2 of transformers in it, or parameters on several devices.
+        TypeError, ValueError: no GPT-2 of transformers in it, parameters on several devices, or `fully_shard` was
+            called on it.
     """
     bodies = _bodies(model)
     _check_placement(model)
+    _check_sharding(model)
     for module in model.modules():
         if type(module) in PATCHED:
             module.__class__ = PATCHED[type(module)]

@@ -72,7 +72,7 @@ def _forward_cpp(a, out):
     y = out.y = buffers.empty(a.x, a.x.shape, _written(a.x.dtype, a.y_dtype))
     h_dtype = (a.x if a.residual is None else a.residual).dtype
     cpp.add_layernorm_forward(out, a, h_dtype=h_dtype, y_dtype=y.dtype)
-    out.y = y.to(a.y_dtype)
+    out.y = y if y.dtype is a.y_dtype else y.to(a.y_dtype)
 
 
 def _backward_cpp(a, out):

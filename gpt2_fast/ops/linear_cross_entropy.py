@@ -107,21 +107,26 @@ def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | No
         x, weight = x.float(), weight.float()  # once, not once a chunk
     weight = _aligned(weight)
     rows = chunk_rows(x.device.type, a.V, x.element_size())
+    whole = rows >= a.N  # one chunk: nothing is sliced, and nothing copied
     losses = x.new_empty(a.N, dtype=torch.float32)
-    dx = buffers.empty(x, x.shape, x.dtype) if need_dx else None
+    dx = buffers.empty(x, x.shape, x.dtype) if need_dx and not whole else None
     dweight = None
     for start in range(0, a.N, rows):
         chunk = slice(start, min(start + rows, a.N))
-        logits = product(x[chunk], weight.t())
+        x_rows, labels_rows, losses_rows = (x, labels, losses) if whole else (x[chunk], labels[chunk], losses[chunk])
+        logits = product(x_rows, weight.t())
         scale = row_scale if row_scale.numel() == 1 else row_scale[chunk]
-        of_words = logits[:, : a.V]
-        _SOFTMAX_XENT[a.impl](of_words, labels[chunk], losses[chunk], scale, a.ignore_index, need_dx or need_dweight)
+        of_words = logits if logits.shape[1] == a.V else logits[:, : a.V]
+        _SOFTMAX_XENT[a.impl](of_words, labels_rows, losses_rows, scale, a.ignore_index, need_dx or need_dweight)
         if need_dx:
-            dx[chunk] = product(logits, weight)
+            if whole:
+                dx = product(logits, weight)
+            else:
+                dx[chunk] = product(logits, weight)
         if need_dweight and dweight is None:  # the first writes: nothing has to be zero; a single one rounds as well
-            dweight = product(logits.t(), x[chunk], out_dtype=dtype if rows >= a.N else torch.float32)
+            dweight = product(logits.t(), x_rows, out_dtype=dtype if whole else torch.float32)
         elif need_dweight:
-            add_product(dweight, logits.t(), x[chunk])
+            add_product(dweight, logits.t(), x_rows)
         del logits, of_words  # before the next chunk's are made
     if need_dweight:
         dweight = dweight.resize_(a.V, a.C).to(dtype)  # no view: who is handed it may add to it

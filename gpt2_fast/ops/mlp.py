@@ -102,7 +102,8 @@ def _project(a, out, f: Tensor) -> None:
     """m from f [N, F]."""
     if a.proj_weight is not None:
         f = product(f, a.proj_weight, a.proj_bias)
-    out.m = f.view(*a.x.shape[:-1], f.shape[1])
+    # No view of f, which nobody else has: FSDP2 warns of views, as a hook on one is lost when it is written in place.
+    out.m = torch.ops.aten._unsafe_view(f, [*a.x.shape[:-1], f.shape[1]])
 
 
 def _project_backward(a, out, f: Tensor | None) -> Tensor:

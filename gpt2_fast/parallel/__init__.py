@@ -5,6 +5,7 @@ tree       the order in which the micro-batches of a step are added
 flat       parameters laid end to end, and the shard of each process
 gradients  the sum of a step's gradients
 shards     the part of AdamW's state that a process holds
+dtensor    AdamW of parameters that FSDP2 has cut: local shards and one norm
 
 State of the process: `group._current`, the group that this process has joined.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch import Tensor
 PIECE = 1 << 24  # elements that are sent at a time from host memory to host memory
 # Its name from torch 2.13 on, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_FAILED = "gpt2_fast failed"
+_FAILED = "failed"
 
 _current: Group | None = None
 
@@ -53,9 +54,12 @@ class Group:
         self._minutes = minutes
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         with self._talking():
+            self._store = _open_store(self.rank, self.world, timedelta(minutes=minutes))
             # What is agreed upon is on the CPU, whatever computes.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(minutes=minutes))
-            self._store = dist.distributed_c10d._get_default_store()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(minutes=minutes), store=self._store,
+                rank=self.rank, world_size=self.world,
+            )  # fmt: skip
 
     def set_limit(self, minutes: float) -> None:
         """The time limit of everything that one process waits for of another, from here on."""
@@ -67,15 +71,16 @@ class Group:
     def _talking(self) -> Iterator[None]:
         try:
             yield
+        except Lost:
+            raise
         except RuntimeError as error:  # dist.DistError is one
-            text = str(error).splitlines()[0]
-            if "imed out" in text or "imeout" in text:
+            if re.search("[Tt]imed? ?out", str(error).splitlines()[0]):
                 raise Lost(
                     f"rank {self.rank} waited {self._minutes:g} minutes for another process, which hangs or is slower "
                     "(--timeout-minutes); go on from the last checkpoint with --resume"
                 ) from error
             raise Lost(
-                f"rank {self.rank} lost another process ({text}); go on from the last checkpoint with --resume"
+                f"rank {self.rank} lost another process, which has ended; go on from the last checkpoint with --resume"
             ) from error
 
     def exchange(self, received: Tensor, sent: Tensor) -> None:
@@ -119,7 +124,7 @@ class Group:
         if self.world == 1:
             return make()
         self._turn += 1
-        key = f"gpt2_fast decision {self._turn}"
+        key = f"decision {self._turn}"
         if self.first:
             value = make()
             self._store.set(key, pickle.dumps(value))
@@ -132,7 +137,7 @@ class Group:
         if self.world == 1:
             return make()
         self._turn += 1
-        key = f"gpt2_fast turn {self._turn} {self.rank - self.local_rank}"
+        key = f"turn {self._turn} {self.rank - self.local_rank}"
         if self.local_rank == 0:
             value = make()
             self._store.set(key, b"done")
@@ -202,6 +207,23 @@ class Group:
             self.barrier()
             dist.destroy_process_group()
             self._store = None
+
+
+def _open_store(rank: int, world: int, limit: timedelta) -> dist.Store:
+    """torchrun's store, or one that rank 0 keeps.
+
+    torchrun keeps its own for all restarts, and with it the addresses of processes that are gone: torch's own
+    initialisation then connects to them. So each start has names of its own.
+    """
+    environment = os.environ
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {world} and {missing[0]} is not set; start the processes by torchrun")
+    kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), world, rank == 0 and not kept, limit
+    )
+    return dist.PrefixStore(f"gpt2_fast {environment.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
 
 
 def environment_world() -> int:

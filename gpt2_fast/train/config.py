@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
+ORDERS = ("random", "epoch")
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class TrainConfig:
     model: str = "nano"
     init_from: str | None = None
     data: str | None = None
+    order: str = "random"
     steps: int = 300
     batch_size: int = 8
     context: int | None = None  # None: the model's n_positions
@@ -59,6 +61,8 @@ class TrainConfig:
             raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; choose {' or '.join(DTYPES)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"--order is {self.order!r}; choose {' or '.join(ORDERS)}")
         if self.compile_graph and self.recompute:
             raise ValueError("--compile-graph and --recompute exclude each other; drop one")
 

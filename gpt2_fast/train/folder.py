@@ -19,6 +19,7 @@ from gpt2_fast.train.config import TrainConfig
 METRICS, OPTIONS, LOCK = "metrics.jsonl", "run.json", ".lock"
 # What a run is: another value would be another run.
 FIXED = ("model", "init_from", "dropout", "out")
+ORDERED_BY = ("order", "seed", "context", "batch_size", "grad_accum")
 
 
 def open_folder(out: Path) -> FileLock:
@@ -123,3 +124,19 @@ def options_to_resume(saved: dict[str, Any], given: dict[str, Any], out: Path) -
     if unknown := sorted(saved.keys() - known):
         raise ValueError(f"{out} was started with {unknown[0]!r}, an option that this version of gpt2_fast has not")
     return TrainConfig(**{**saved, **given, "out": saved.get("out")})
+
+
+def moved_order(saved: dict[str, Any], config: TrainConfig) -> str | None:
+    """What to say where a run that is resumed has left the epoch it was in; None where it goes on in it.
+
+    --order epoch counts windows from the run's first step by the size of a step as it is now. Another cut of a step
+    into micro-batches takes the same windows.
+    """
+    before = TrainConfig(**{name: saved[name] for name in ORDERED_BY if name in saved})
+    kind = lambda c: (c.order, c.seed, c.context, c.batch_size * c.grad_accum)
+    if "epoch" not in (before.order, config.order) or kind(before) == kind(config):
+        return None
+    return (
+        "the run goes on with another order of its data (--order, --seed, --context, or the sequences of a step): "
+        "windows of the epoch that it was in may come twice or not at all"
+    )

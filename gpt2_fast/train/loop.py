@@ -29,7 +29,7 @@ from gpt2_fast.data import get_tokenizer, load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import generate
 from gpt2_fast.ops.runtime.memory import retain_memory
-from gpt2_fast.parallel.group import Group, check_world, join
+from gpt2_fast.parallel.group import Group, Lost, check_world, join
 from gpt2_fast.report.figures import save_loss_plot
 from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
@@ -138,6 +138,8 @@ class Run:
                 checkpoint.restore_rng(state.rng)  # of programs that draw from it: a step does not
             else:
                 self.optimizer.receive_state()
+        except Lost:
+            raise
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
@@ -158,6 +160,8 @@ class Run:
                     "old data back, or name the new with --data and another path"
                 )
             self._say("the run goes on with other data")
+        if moved := folders.moved_order(given, self.config):
+            self._say(moved)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, by name."""
@@ -337,7 +341,7 @@ class Run:
     def _batches(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this process's micro-batches of a step, int64 [n, B, T], in memory from which a device
         copies by itself."""
-        options = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        options = {name: getattr(self.config, name) for name in ("batch_size", "seed", "order", "grad_accum")}
         batches = [self.train_data.batch(step, micro, **options) for micro in micro_batches(self.config, self.group)]
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
         return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)

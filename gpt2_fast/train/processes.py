@@ -16,8 +16,8 @@ def open_group(config: TrainConfig) -> Group:
 
     Nothing is built or written before it is known that these processes can share a step.
     """
+    check_world(environment_world(), config.grad_accum)
     group = join(config.timeout_minutes)
-    check_world(group.world, config.grad_accum)
     group.same(config, "the processes were started with other options; give all of them the same")
     group.set_limit(config.timeout_minutes)
     return group

@@ -13,6 +13,7 @@ from numerics import DTYPES, assert_same_bits, check_op, evaluate
 
 from gpt2_fast.ops.embedding import check_ids, embedding, embedding_reference, samples
 from gpt2_fast.ops.runtime import cpp, cuda, dispatch, philox
+from gpt2_fast.ops.runtime.declare import forget
 from gpt2_fast.ops.runtime.philox import Dropout
 
 IMPL = "cpp" if DEVICE == "cpu" else "cuda"
@@ -89,7 +90,8 @@ def emulated(on_cpu, monkeypatch):
     on_cpu.launched.clear()
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda op, impl, *of: impl if impl == "cuda" else choose(op, impl, *of))
-    return functools.partial(embedding, impl="cuda")
+    yield functools.partial(embedding, impl="cuda")
+    forget()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

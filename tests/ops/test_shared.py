@@ -166,6 +166,21 @@ def test_a_view_that_is_negated_lazily(room, own_products):
             assert_same_bits([t.resolve_neg() for t in found], expected, view)
 
 
+@of_each_derived
+def test_zeros_that_have_no_memory(room, own_products):
+    """torch makes such tensors for gradients that are known to be zero: a kernel would read address 0."""
+    for arguments in list(room.calls())[:4]:
+        names, given = room.differentiable(arguments), room.tensors(arguments)
+        for name in [n for n in given if given[n].is_floating_point()]:
+            found = []
+            for zeros in (torch.zeros_like(given[name]), torch._efficientzerotensor(given[name].shape)):
+                leaves = {n: given[n].clone().requires_grad_() for n in names}
+                leaves[name] = zeros.requires_grad_()
+                outputs = room.of(arguments, names, "cpp")(*leaves.values())
+                found.append(torch.autograd.grad(_loss(outputs), [*leaves.values()]))
+            assert_same_bits(found[1], found[0], name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @of_each_room
 def test_strides_change_no_bit(room, layout, own_products):

@@ -1,4 +1,5 @@
-"""The autograd.Function of a declared operation, its twin for torch.func, and the second derivative that raises."""
+"""The autograd.Functions of a declared operation, as it runs, as it is traced and for torch.func, and the second
+derivative that raises."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from gpt2_fast.ops.runtime.philox import Dropout
+from gpt2_fast.ops.runtime.tracing import traced
 
 if TYPE_CHECKING:
     from gpt2_fast.ops.runtime.declare import Op
@@ -47,49 +51,40 @@ def _keep(op: Op, ctx, flat: tuple, outputs: dict[str, Tensor | None]) -> None:
     for i in op.tensor_options:
         kept.append(options[i])
         options[i] = None
-    if op.ahead:
-        # A gradient made ahead is not saved: it would still be referenced when autograd decides whether it may keep it
-        # as a parameter's gradient. A compiler keeps what a graph saves, and copies.
-        ctx.ahead = [named[name] for name in op.ahead]
-        if torch.compiler.is_compiling():
-            kept += ctx.ahead
-            ctx.ahead = []
+    kept += [named[name] for name in op.ahead]
     ctx.save_for_backward(*kept)
     first = named[op.returns[0]]
-    ctx.options, ctx.carried, ctx.impl = options, op.carry_values(named) if op.carry else (), flat[-1]
+    ctx.options, ctx.carried, ctx.impl = options, op.carry_values(named), flat[-1]
     ctx.dtypes, ctx.first = [None if t is None else t.dtype for t in flat[:inputs]], (first.shape, first.dtype)
     ctx.set_materialize_grads(False)
 
 
+def _zeros_first(what, grads: tuple[Tensor | None, ...], kept: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The upstream gradients with zeros for the first output's, where none came: kernels always read it."""
+    like, (shape, dtype) = next(t for t in kept if t is not None), what.first
+    return like.new_zeros(shape, dtype=dtype), *grads[1:]
+
+
 def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What backward returns: a gradient for each input that wants one, None for everything else."""
-    saved, options, count = ctx.saved_tensors, ctx.options, len(op.saved_names)
-    kept, saved = saved[:count], saved[count:]
-    if op.tensor_options:
-        options = list(options)
-        for i, t in zip(op.tensor_options, saved, strict=False):
-            options[i] = t
-        saved = saved[len(op.tensor_options) :]
-    in_place, ahead = False, ()
-    if op.ahead:
-        in_place, ahead, ctx.ahead = bool(ctx.ahead), ctx.ahead or saved, []
+    """What backward returns by way of the dispatcher: a gradient for each input that wants one, None for the others."""
+    saved, options, count = ctx.saved_tensors, list(ctx.options), len(op.saved_names)
+    kept, ahead = saved[:count], saved[count + len(op.tensor_options) :]
+    for i, t in zip(op.tensor_options, saved[count:], strict=False):
+        options[i] = t
     needs = ctx.needs_input_grad[: len(op.inputs)]
-    if grads[0] is None:
-        like = next(t for t in kept if t is not None)
-        grads = (like.new_zeros(ctx.first[0], dtype=ctx.first[1]), *grads[1:])
-    flat = (*grads, *kept, *options, *ctx.carried, list(needs), ctx.impl)
+    grads = _zeros_first(ctx, grads, kept) if grads[0] is None else grads
+    made = _dispatched(op, ctx, (*grads, *kept), options, needs, ahead, False)
+    return *op.by_input(made, needs, ctx.dtypes), *(None,) * (len(options) + 1)
+
+
+def _dispatched(op: Op, what, tensors, options, needs, ahead, in_place: bool) -> dict[str, Tensor | None]:
+    """The gradients by name, by way of the dispatcher; or those that forward made `ahead`, scaled."""
+    flat = (*tensors, *options, *what.carried, list(needs), what.impl)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # this backward is recorded itself
-        made = by_name(op.made, op.underivable.apply(*flat))
-    elif any(g is not None for g in ahead):
-        made = op.rescale(ahead, flat, in_place)
-    else:
-        made = op.call_backward(flat)
-    found = op.by_input(made)
-    for i, dtype in enumerate(ctx.dtypes):
-        g = found[i]
-        if g is not None:
-            found[i] = None if not needs[i] else g if g.dtype is dtype else g.to(dtype)
-    return *found, *(None,) * (len(options) + 1)
+        return by_name(op.made, op.underivable.apply(*flat))
+    if any(g is not None for g in ahead):
+        return op.rescale(ahead, flat, in_place)
+    return by_name(op.made, op.backward_op(*flat))
 
 
 def underivable_of(name: str, run: Callable, count: int, why: str) -> type[torch.autograd.Function]:
@@ -119,13 +114,46 @@ def underivable_of(name: str, run: Callable, count: int, why: str) -> type[torch
     return Underivable
 
 
-def function_of(op: Op) -> type[torch.autograd.Function]:
-    """Its apply takes the inputs, the flat options and the implementation, and returns what `op.returns` names."""
+def function_of(op: Op) -> Callable[..., tuple[Tensor, ...]]:
+    """The apply of a Function that takes a `Kind`, the call's dropout and the inputs, and returns what `op.returns`
+    names. It is without Function.apply's search for what torch.func left: such a call is traced."""
 
     class Function(torch.autograd.Function):
         @staticmethod
+        def forward(ctx, kind, dropout, *tensors):
+            made = kind.forward(tensors, dropout, ctx.needs_input_grad[2:])
+            kind.save(ctx, tensors, made, dropout)
+            return tuple([made[name] for name in op.returns])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            kind, saved, needs, dropout = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad[2:], None
+            if kind.drops:
+                *saved, key = saved
+                dropout = Dropout(kind.p, key, ctx.site)
+            grads = _zeros_first(kind, grads, saved) if grads[0] is None else grads
+            tensors, ahead = (*grads, *saved), ()
+            if op.ahead:
+                ahead, ctx.ahead = ctx.ahead, ()
+            if ahead or torch.is_grad_enabled() or traced(tensors):
+                made = _dispatched(op, kind, tensors, kind.flat_options(dropout), needs, ahead, True)
+            else:
+                made = kind.backward(tensors, dropout, needs)
+            return None, None, *op.by_input(made, needs, kind.dtypes)
+
+    Function.__name__ = Function.__qualname__ = op.name
+    return super(torch.autograd.Function, Function).apply
+
+
+def traced_of(op: Op) -> type[torch.autograd.Function]:
+    """Its apply takes the inputs, the flat options and the implementation, and returns what `op.returns` names."""
+
+    class Traced(torch.autograd.Function):
+        @staticmethod
         def forward(ctx, *flat):
-            outputs = op.call(flat, ctx.needs_input_grad[: len(op.inputs)])
+            needs = ctx.needs_input_grad[: len(op.inputs)]
+            ask = list(needs) if op.ahead else any(needs)
+            outputs = by_name(op.output_names, op.forward_op(*flat[:-1], ask, flat[-1]))
             _keep(op, ctx, flat, outputs)
             return tuple([outputs[name] for name in op.returns])
 
@@ -133,8 +161,8 @@ def function_of(op: Op) -> type[torch.autograd.Function]:
         def backward(ctx, *grads):
             return _gradients(op, ctx, grads)
 
-    Function.__name__ = Function.__qualname__ = op.name
-    return Function
+    Traced.__name__ = Traced.__qualname__ = op.name
+    return Traced
 
 
 def functional_of(op: Op) -> type[torch.autograd.Function]:

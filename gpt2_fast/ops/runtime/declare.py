@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from gpt2_fast.ops.runtime import buffers, dispatch
-from gpt2_fast.ops.runtime.autograd import by_name, function_of, functional_of, underivable_of
+from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.autograd import by_name, function_of, functional_of, traced_of, underivable_of
 from gpt2_fast.ops.runtime.contract import (
     CONTIGUOUS,
     FLOAT,
@@ -39,53 +38,18 @@ from gpt2_fast.ops.runtime.contract import (
     reader,
     sizes_of,
 )
+from gpt2_fast.ops.runtime.kinds import Kind
 from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
+from gpt2_fast.ops.runtime.tracing import is_odd, under_a_tracer
+from gpt2_fast.ops.runtime.values import Arguments, Outputs, Spec, described, outputs
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
 SCHEMA |= {float | None: "float?", torch.dtype | None: "ScalarType?"}
 DROPOUT = {"dropout_p": float, "dropout_key": Tensor, "dropout_site": int}  # what a Dropout is in a schema
-# What is allocated: shape and dtype, and of a matrix whether its transpose is what is contiguous; or nothing.
-Spec = tuple[Sequence[int], torch.dtype] | tuple[Sequence[int], torch.dtype, bool] | None
-KNOWN = 4096  # calls that an operation keeps the contract's answer for
+KNOWN = 2048  # kinds of calls that an operation remembers
+TRACED = "traced"  # a call that goes through torch's dispatcher
 OPS: dict[str, Op] = {}
-
-
-class Arguments:
-    """What a backend reads, by name."""
-
-    def __init__(self, values: dict[str, Any]):
-        self.__dict__ = values
-
-    def named(self) -> dict[str, Any]:
-        """All of it, for a kernel that takes its arguments by name."""
-        return self.__dict__
-
-
-def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    return buffers.empty(like, tuple(shape[::-1]), dtype).t() if transposed else buffers.empty(like, shape, dtype)
-
-
-class Outputs:
-    """What a backend writes, by name: made when it is first read, from the `specs` of the declaration."""
-
-    def __init__(self, like: Tensor, specs: Mapping[str, Spec]):
-        self._like, self._specs = like, specs
-
-    def __getattr__(self, name: str) -> Tensor | None:
-        if name.startswith("_") or name not in self._specs:
-            raise AttributeError(f"no output {name!r} is declared")
-        spec = self._specs[name]
-        made = self.__dict__[name] = None if spec is None else _empty(self._like, *spec)
-        return made
-
-    def named(self) -> dict[str, Any]:
-        """Everything declared, for a kernel that takes its arguments by name."""
-        own, like = self.__dict__, self._like
-        for name, spec in self._specs.items():
-            if name not in own:
-                own[name] = None if spec is None else _empty(like, *spec)
-        return own
 
 
 class Backend(NamedTuple):
@@ -159,11 +123,15 @@ class Op:
         self.differentiable = [i.name for i in self.inputs if i.dtype in (FLOAT, SAME, STREAM)]
         self.strided = {i.name for i in self.inputs if i.read == STRIDED}
         self.saved_names = [tuple(names.split("|")) for names in (saved or {})]
-        self._known: dict[tuple, str] = {}
+        self.input_names = [i.name for i in self.inputs]
+        self._strided = [i.read == STRIDED for i in self.inputs]
+        self._plain_options = [option for option, kind in self.options.items() if kind is not Dropout]
+        self._wants_none = (False,) * len(self.inputs)
+        self._known: dict[tuple, Kind | None] = {}  # None: the reference
         self._define_forward()
         if gradients is not None:
             self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
-            self._function, self._functional = function_of(self), functional_of(self)
+            self._apply, self._traced, self._functional = function_of(self), traced_of(self), functional_of(self)
             why = "its gradient is computed by a kernel and has no derivative of its own"
             why += "; use impl='reference' for second derivatives"
             self.underivable = underivable_of(f"{name}_backward", self.backward_op, len(self.differentiable), why)
@@ -177,12 +145,12 @@ class Op:
         tensors = [f"Tensor{'?' if i.optional else ''} {i.name}" for i in self.inputs]
         options = [f"{SCHEMA[kind]} {name}" for name, kind in self.flat_options.items()]
         shapes = {i.name: i.shape for i in self.inputs}
-        read = reader({i.name: i.read for i in self.inputs})
+        read = self.read_forward = reader({i.name: i.read for i in self.inputs})
         self.names = [*shapes, *self.flat_options]
         ask = "needs" if self.ahead else "save"  # what is wanted of forward beside its values
         names = [*self.names, ask, "impl"]
         bodies = self._bodies(names, shapes, read, self.outputs, self.output_names, "forward")
-        self.write_forward, self.run_forward, fake = bodies
+        self.forward_arguments, self.write_forward, self.run_forward, fake = bodies
         options.append(f"bool[] {ask}" if self.ahead else f"bool {ask}")
         schema = f"{self.name}({', '.join([*tensors, *options, 'str impl'])}) -> "
         self.forward_op = register(schema + _tensors(self.output_names), self.run_forward, fake)
@@ -192,21 +160,22 @@ class Op:
         tensors = [*(f"d{name}" for name in self.returns), *saved]
         options = [f"{SCHEMA[kind]} {name}" for name, kind in self.flat_options.items()]
         options += [f"{SCHEMA[kind]} {name}" for name, (kind, _) in self.carry.items()]
+        self.backward_tensors = tensors
         names = self.backward_names = [*tensors, *self.flat_options, *self.carry, "needs", "impl"]
-        read = reader({name: reads.get(name, CONTIGUOUS) for name in tensors})
+        read = self.read_backward = reader({name: reads.get(name, CONTIGUOUS) for name in tensors})
         made = self.made = [f"d{name}" for name in self.differentiable]
         # Of each input: the gradient that backward makes, and the one that stands for it where it makes none.
         of = {i.name: f"d{i.name}" for i in self.inputs if i.name in self.differentiable}
         self.gradient_of = [(of.get(i.name), of.get(self.alias.get(i.name))) for i in self.inputs]
         bodies = self._bodies(names, saved, read, self.gradients, made, "backward")
-        self.write_backward, self.run_backward, fake = bodies
+        self.backward_arguments, self.write_backward, self.run_backward, fake = bodies
         arguments = [*(f"Tensor? {name}" for name in tensors), *options, "bool[] needs", "str impl"]
         schema = f"{self.name}_backward({', '.join(arguments)}) -> {_tensors(made)}"
         self.backward_op = register(schema, self.run_backward, fake)
 
-    def _bodies(self, names, shapes, read, specs, made, which) -> tuple[Callable, Callable, Callable]:
-        """What an operator does, from flat arguments: to everything written by name, to a tensor for each name of
-        `made` (an empty one for None), and its fake."""
+    def _bodies(self, names, shapes, read, specs, made, which) -> tuple[Callable, Callable, Callable, Callable]:
+        """What an operator makes of flat arguments: what a backend reads, everything written by name, a tensor for
+        each name of `made` (an empty one for None), and its fake."""
         inputs, add_sizes, drops = [i.name for i in self.inputs], sizes_of(shapes), self.dropout
         takes_needs = "needs" in names
 
@@ -222,7 +191,7 @@ class Op:
 
         def write(flat: Sequence[Any]) -> dict[str, Tensor | None]:
             a = arguments(flat)
-            out = Outputs(flat[0], specs(a))
+            out = outputs(flat[0], specs(a))
             getattr(self.backends[a.impl], which)(a, out)
             return out.named()
 
@@ -232,28 +201,11 @@ class Op:
             return found if len(found) > 1 else found[0]
 
         def fake(*flat):
-            described, like = specs(arguments(flat)), flat[0]
-            found = [_described(like, described[name]) for name in made]
+            of, like = specs(arguments(flat)), flat[0]
+            found = [described(like, of[name]) for name in made]
             return tuple(found) if len(found) > 1 else found[0]
 
-        return write, run, fake
-
-    def call(self, flat: Sequence[Any], needs: Sequence[bool] = ()) -> dict[str, Tensor | None]:
-        """Runs forward on the inputs, the flat options and the implementation, for the inputs that want a gradient.
-
-        Returns its outputs by name; None for what was not made.
-        """
-        ask = (needs or [False] * len(self.inputs)) if self.ahead else any(needs)
-        arguments = (*flat[:-1], ask, flat[-1])
-        if traced(flat[: len(self.inputs)]):
-            return by_name(self.output_names, self.forward_op(*arguments))
-        return self.write_forward(arguments)
-
-    def call_backward(self, flat: Sequence[Any]) -> dict[str, Tensor | None]:
-        """Runs backward on gradients, what was kept, options, what is carried, needs and the implementation."""
-        if traced(flat[: len(self.returns) + len(self.saved_names)]):
-            return by_name(self.made, self.backward_op(*flat))
-        return self.write_backward(flat)
+        return arguments, write, run, fake
 
     def rescale(self, ahead: Sequence[Tensor | None], flat: Sequence[Any], in_place: bool) -> dict[str, Tensor | None]:
         """The gradients that forward made `ahead`, for the upstream gradients among backward's arguments."""
@@ -266,68 +218,112 @@ class Op:
         a = Arguments(named)
         return [function(a) for _, function in self.carry.values()]
 
-    def by_input(self, made: Mapping[str, Tensor | None]) -> list[Tensor | None]:
-        """The gradient of each input from what backward made."""
-        return [
-            None if name is None else made[other] if other and made[name] is None else made[name]
-            for name, other in self.gradient_of
-        ]
+    def by_input(
+        self, made: Mapping[str, Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype | None]
+    ) -> list[Tensor | None]:
+        """The gradient of each input that wants one, in its dtype, from what backward made."""
+        found: list[Tensor | None] = []
+        for (name, other), wanted, dtype in zip(self.gradient_of, needs, dtypes, strict=True):
+            g = made[name] if wanted and name is not None else None
+            if g is None and wanted and other is not None:
+                g = made[other]
+            found.append(g if g is None or g.dtype is dtype else g.to(dtype))
+        return found
 
     def drops(self, flat: Sequence[Any]) -> bool:
         """Whether a call with these arguments drops elements."""
         return self.dropout and flat[len(self.inputs) + list(self.flat_options).index("dropout_p")] > 0.0
 
     def __call__(self, *tensors: Tensor | None, impl: str = "auto", **options: Any) -> Any:
-        chosen = self._choose(tensors, impl, options)
+        if under_a_tracer() or (kind := self._kind(tensors, impl, options)) is TRACED:
+            return self._call_traced(tensors, impl, options)
+        if kind is None:
+            return self.reference(*tensors, **options)
+        dropout = options["dropout"] if kind.drops else None
+        if not _recorded(tensors):
+            made = kind.forward(tensors, dropout, self._wants_none)
+            found = tuple([made[name] for name in self.returns])
+        elif self.gradients is None:
+            return self._call_traced(tensors, impl, options)
+        else:
+            found = self._apply(kind, dropout, *tensors)
+        return found if len(found) > 1 else found[0]
+
+    def _call_traced(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> Any:
+        """A call that goes through torch's dispatcher."""
+        chosen = self._checked(tensors, impl, options)
         if chosen == "reference":
             return self.reference(*tensors, **options)
-        flat = [*tensors]
-        for name, kind in self.options.items():
-            if kind is Dropout:
-                flat += options[name].flat()
-            else:
-                flat.append(options[name])
-        flat.append(chosen)
+        flat = (*tensors, *self._flat_options(options), chosen)
         transformed = torch._C._are_functorch_transforms_active()
+        nothing = list(self._wants_none) if self.ahead else False
         if self.gradients is None and (transformed or _recorded(tensors)):
             outputs = by_name(self.output_names, self.underivable.apply(*flat[:-1], False, chosen))
         elif transformed:
             outputs = by_name(self.output_names, self._functional.apply(*flat))
         elif _recorded(tensors):
-            outputs = self._function.apply(*flat)
-            return outputs if len(outputs) > 1 else outputs[0]
+            found = self._traced.apply(*flat)
+            return found if len(found) > 1 else found[0]
         else:
-            outputs = self.call(flat)
+            outputs = by_name(self.output_names, self.forward_op(*flat[:-1], nothing, chosen))
         found = [outputs[name] for name in self.returns]
         return tuple(found) if len(found) > 1 else found[0]
 
-    def _choose(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> str:
-        """The implementation for a call, which is held to the contract first.
+    def _flat_options(self, options: dict[str, Any]) -> list[Any]:
+        flat: list[Any] = []
+        for name, kind in self.options.items():
+            flat += options[name].flat() if kind is Dropout else (options[name],)
+        return flat
 
-        A call with tensors of the same kinds, shapes, dtypes and devices as one before was held to it already.
+    def _kind(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> Kind | str | None:
+        """The kind of a call, TRACED, or None where the reference runs.
+
+        The first call of a kind is held to the contract.
         """
         first = tensors[0]
-        if torch.compiler.is_compiling():  # sizes may be symbols, and a graph asks once
-            return self._checked(tensors, impl, options)
         try:
-            key = (dispatch.choose(self.name, impl, first.device, first.dtype), impl)
-            for t in tensors:
-                key += (None if t is None else (type(t), t.shape, t.dtype, t.device, t.layout),)
-            for name, kind in self.options.items():
-                key += (options[name].p if kind is Dropout else options[name],)
-            found = self._known.get(key)
-        except (AttributeError, TypeError):  # no tensor, or a size that is a symbol
-            return self._checked(tensors, impl, options)
-        if found is None:
-            found = self._checked(tensors, impl, options)
-            if len(self._known) == KNOWN:
-                self._known.clear()
-            self._known[key] = found
-            return found
-        check_options(self.name, self.options, options)
-        if self.dropout and (dropout := options["dropout"]) is not NO_DROPOUT:
+            key: Any = [impl]
+            for t, strided in zip(tensors, self._strided, strict=True):
+                if t is None:
+                    key.append(None)
+                    continue
+                key += (type(t), t.is_neg(), t._is_zerotensor(), t.shape, t.dtype, t.device, t.layout)
+                key.append(t.stride() if strided else t.is_contiguous())
+            for name in self._plain_options:
+                value = options[name]
+                key += (value, type(value))
+            dropout = options["dropout"] if self.dropout else NO_DROPOUT
+            if dropout is not NO_DROPOUT:
+                key += (dropout.p, type(dropout.p), type(dropout.site))
+            key = tuple(key)
+            kind = self._known[key]
+        except KeyError:
+            return self._new_kind(key, tensors, impl, options)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            self._checked(tensors, impl, options)
+            if any(is_odd(t) for t in tensors if t is not None):
+                return TRACED
+            raise
+        if dropout.p != 0.0 or dropout.key is not None:
             dropout.check(self.name, first.device)  # its key is another one each time
-        return found
+        return kind
+
+    def _new_kind(self, key: tuple, tensors, impl: str, options: dict[str, Any]) -> Kind | str | None:
+        chosen = self._checked(tensors, impl, options)
+        if any(is_odd(t) for t in tensors if t is not None):
+            return TRACED
+        if len(self._known) >= KNOWN:
+            self._known.clear()
+        flat = (*tensors, *self._flat_options(options), chosen)
+        kind = self._known[key] = None if chosen == "reference" else Kind(self, tensors, flat)
+        return kind
+
+    def reads_as_is(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether kernels get these inputs as they are, neither copied nor cast."""
+        return all(
+            t is None or i.read == STRIDED or (t.is_contiguous() and (i.read == CONTIGUOUS or t.dtype == i.read))
+            for i, t in zip(self.inputs, tensors, strict=True)
+        )
 
     def _checked(self, tensors: Sequence[Tensor | None], impl: str, options: dict[str, Any]) -> str:
         empty, first = check(self.name, self.inputs, tensors), tensors[0]
@@ -351,26 +347,17 @@ def add_dropout(values: dict[str, Any]) -> None:
     values["dropout_threshold"], values["dropout_scale"] = (dropout.threshold, dropout.scale) if p else (0, 1.0)
 
 
-def traced(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether something looks at operators as they are called: a compiler, a profiler, a mode, a kind of tensor.
-
-    Otherwise a call goes to its body without torch's dispatcher, which would find the same one.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
-        return True
-    for t in tensors:  # noqa: SIM110 - any() of a generator costs a microsecond
-        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or t.is_neg()):
-            return True
-    return False
+def forget() -> None:
+    """Lets every operation choose anew: for a test that changes what can run in its process."""
+    for op in OPS.values():
+        op._known.clear()
 
 
 def autocasts(x: Any) -> bool:
     """Whether `torch.autocast` is on for x; it leaves float64 alone. Of no tensor the contract says so later."""
-    if not isinstance(x, Tensor) or x.device.type == "meta":
+    if not isinstance(x, Tensor) or (device := x.device.type) == "meta":
         return False
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -387,15 +374,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _recorded(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _described(like: Tensor, spec: Spec) -> Tensor:
-    """What a fake returns for `spec`."""
-    if spec is None:
-        return like.new_empty(0)
-    shape, dtype, transposed = (*spec, False)[:3]
-    return like.new_empty(shape[::-1], dtype=dtype).t() if transposed else like.new_empty(shape, dtype=dtype)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])  # noqa: C419 - faster
 
 
 def _tensors(names: Sequence[str]) -> str:

@@ -1,0 +1,31 @@
+"""Whether a call has to go through torch's dispatcher.
+
+Otherwise it goes to its body without it: the dispatcher would find the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+ORDINARY = {Tensor, Parameter}
+
+
+def under_a_tracer() -> bool:
+    """Whether something looks at operators as they are called: a compiler, a transform, a mode, a profiler."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+
+
+def is_odd(t: Tensor) -> bool:
+    """Whether `t` is more than its memory says: of a class of its own, negated lazily, or zeros that have none."""
+    return type(t) not in ORDINARY or t.is_neg() or t._is_zerotensor()
+
+
+def traced(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call with `tensors` has to go through the dispatcher."""
+    return under_a_tracer() or any(t is not None and is_odd(t) for t in tensors)

@@ -29,14 +29,19 @@ class ProgramFailed(RuntimeError):
 
 
 def run_worker(
-    module: str, options: Mapping[str, object], timeout: float, env: Mapping[str, str] | None = None
+    module: str,
+    options: Mapping[str, object],
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    launched: Sequence[str] = (),
 ) -> dict:
     """Runs `python -m module --key value ...` from the repository's root: the JSON of its last line on stdout.
 
-    An option that is True is passed as a flag alone; one that is False or None is left out.
+    launched: what stands between a module that launches others and the options of these. An option that is True is
+    passed as a flag alone; one that is False or None is left out.
     Raises ProgramFailed when it fails, prints no JSON, or takes more than `timeout` seconds.
     """
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *launched]
     for key, value in options.items():
         if value is not None and value is not False:
             command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])

@@ -2,7 +2,9 @@
 
 `python -m tests.parallel table` trains the nano preset with 1, 2 and 4 processes, in float32 and bfloat16, and prints
 the SHA-256 of the weights, the averages and the log. `python -m tests.parallel memory` prints what AdamW's state takes
-of each process for gpt2.
+of each process for gpt2. `python -m tests.parallel kills` kills a random rank at a random moment again and again,
+goes on with another number of processes, and compares with a run that nothing happened to; it exits with 1 where bits
+differ.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -129,6 +132,72 @@ def table(steps: int, worlds: list[int]) -> None:
                 print("| " + " | ".join([dtype, str(world), *found, seconds]) + " |", flush=True)
 
 
+KILLED = (  # what is trained, each time with kills and without
+    ("float32", {"dtype": "float32"}),
+    ("bfloat16", {"dtype": "bfloat16"}),
+    ("bfloat16, --order epoch", {"dtype": "bfloat16", "order": "epoch"}),
+)
+
+
+def kills(count: int, seed: int) -> bool:
+    """Prints a row a kill and two a run; whether all runs came to the same bits."""
+    print(f"seed {seed}\n\n| | W | what became of it | weights | averages | log |\n{'| --- ' * 6}|", flush=True)
+    generator, same, steps, every = random.Random(seed), True, 4 * (count + 1), 12
+    with tempfile.TemporaryDirectory() as folder:
+        cwd = Path(folder)
+        (cwd / "corpus.txt").write_text(TEXT)
+        for name, more in KILLED:
+            given = {
+                "model": "nano", "data": cwd / "corpus.txt", "context": 32, "batch_size": 1, "grad_accum": 8,
+                "dropout": 0.1, "steps": steps, "save_every": 3, "eval_every": every, "eval_batches": 2, **more,
+            }  # fmt: skip
+            options = [text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+            alone, out = cwd / f"{name} alone", cwd / f"{name} killed"
+            whole = run(1, "train", *options, "--out", alone, cwd=cwd, timeout=600)
+            if whole.returncode:
+                sys.exit(whole.stderr)
+            arguments = ["train", *options, "--out", str(out)]
+            for _ in range(count):
+                world = generator.choice((1, 2, 4, 8))
+                what = _killed(world, arguments, out, cwd, steps, generator)
+                print(f"| {name} | {world} | {what} | | | |", flush=True)
+                arguments = ["train", "--resume", str(out)]
+            world = generator.choice((1, 2, 4, 8))
+            last = run(world, *arguments, cwd=cwd, timeout=600)
+            if last.returncode:
+                sys.exit(last.stderr)
+            found = [digests(at, tuple(range(0, steps + 1, every)) + (steps,)) for at in (out, alone)]
+            for who, how, digest in ((world, "ran to the end", found[0]), (1, "ran alone, nothing killed", found[1])):
+                print(f"| {name} | {who} | {how} | " + " | ".join(d[:16] for d in digest.values()) + " |", flush=True)
+            same &= found[0] == found[1]
+    return same
+
+
+def _killed(world: int, arguments: list[str], out: Path, cwd: Path, steps: int, generator: random.Random) -> str:
+    """Starts a run, kills one of its ranks by SIGKILL, and says which and when, and when all had ended."""
+    before = max((r["step"] for r in log(out) if "loss" in r), default=0)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command(world, *arguments), cwd=cwd, env=environment(cwd / "cache"), stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )  # fmt: skip
+        pids = ranks(process.pid, world)
+        # Steps behind the newest checkpoint run again: at most three of these are new.
+        wait_for_step(out, min(before + generator.randint(1, 3), steps), process, patience=300)
+        time.sleep(generator.random() * 0.2)  # a step is shorter: any moment of one, or of a save
+        victim = generator.choice(pids)
+        rank = Path(f"/proc/{victim}/environ").read_bytes().split(b"\0RANK=")[1].partition(b"\0")[0].decode()
+        os.kill(victim, signal.SIGKILL)
+        at = time.monotonic()
+        process.wait(120)
+        seconds, left = time.monotonic() - at, [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        if left or process.returncode == 0:
+            errors.seek(0)
+            sys.exit(f"torchrun's status {process.returncode}, processes left: {left}\n{errors.read()}")
+    step = max((r["step"] for r in log(out) if "loss" in r), default=0)
+    return f"rank {rank} killed behind step {step}; all had ended {seconds:.1f} s later"
+
+
 def serve() -> None:
     """Runs jobs, a line of JSON each, in ranks that are forked from this process: it has imported everything already.
 
@@ -243,13 +312,17 @@ def memory(model: str, worlds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel", description=__doc__)
-    parser.add_argument("what", choices=("table", "memory", "serve"))
+    parser.add_argument("what", choices=("table", "memory", "kills", "serve"))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--model", default="gpt2")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)), help="of the kills")
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
     if arguments.what == "serve":
         serve()
+    elif arguments.what == "kills":
+        sys.exit(0 if kills(arguments.kills, arguments.seed) else "the bits differ")
     elif arguments.what == "table":
         table(arguments.steps, arguments.world)
     else:

@@ -311,6 +311,27 @@ def test_a_group_of_one_is_the_step_that_adds_up_by_itself(dtype):
     assert_same_bits(*results)
 
 
+def test_the_whole_state_is_not_that_of_the_next_step():
+    """A checkpoint is written beside the steps, which go on counting."""
+
+    class First(Group):
+        """Rank 0 of two, whose other is silent."""
+
+        def same(self, value, message):
+            pass
+
+        def send_first(self, flat, rank):
+            yield 0, flat
+
+    optimizer = AdamW(torch.nn.Linear(3, 3).parameters())
+    optimizer.shard(First(0, 2), 2)
+    saved = optimizer.state_dict()["state"]
+    for state in optimizer.state.values():
+        for t in state.values():
+            t.add_(1.0)
+    assert not any(t.any() for state in saved.values() for t in state.values())
+
+
 def test_what_a_shared_step_refuses():
     model = torch.nn.Linear(3, 3)
     optimizer = AdamW(model.parameters())

@@ -124,8 +124,9 @@ class Shards:
             return [dict(state) for state in self.states]
         whole = None
         if self._group.first:
+            # A copy of the count, too: what is made here is written while the next steps add to the count itself.
             whole = [
-                {"step": state["step"], **{key: torch.empty(p.shape) for key in self._held}}
+                {"step": state["step"].to("cpu", copy=True), **{key: torch.empty(p.shape) for key in self._held}}
                 for p, state in zip(self._params, self.states, strict=True)
             ]
         for rank in range(self._group.world):

@@ -1,6 +1,6 @@
 """A loop of one's own and other people's trainers on two processes, held to one process by a stated bound.
 
-distributed_loops.py and nanogpt_loop.py have the loops; here is how far each may be from one process.
+distributed_loops/ and nanogpt_loop.py have the loops; here is how far each may be from one process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(group: str, folder: Path) -> list[dict]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(HERE / "distributed_loops.py"), group, str(folder)]
+    command = [sys.executable, "-m", "distributed_loops", group, str(folder)]
     processes = [
         subprocess.Popen(
             command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL,

@@ -84,6 +84,14 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along, beside torch's own; a copy uploads its hyperparameters by itself."""
+        if self._shards is not None:
+            raise ValueError("AdamW: the parameters are shared out already; copy state_dict() instead of the optimizer")
+        own = ("clip_grad_norm", "impl", "last_grad_norm", "_warned", "_shards")
+        fresh = {"_hyper": None, "_uploaded": None}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **fresh}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; add groups before shard()")
@@ -280,6 +288,8 @@ class AdamW(torch.optim.Optimizer):
         if self._shards is not None:
             if closure is not None:
                 raise ValueError("AdamW: a closure takes no part in a shared step; call accumulate() and step()")
+            if not torch.compiler.is_compiling():
+                self._shards.check_held([p for g in self.param_groups for p in g["params"]])
             self._shards.gradients.check_whole()
             self.reduce()
             self.update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -391,3 +392,17 @@ def test_bad_input_is_named():
     p.grad = torch.zeros(4, 3, device=DEVICE).to_sparse()
     with pytest.raises(ValueError, match="a gradient is sparse"):
         AdamW([p]).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_alike(copied, dtype):
+    """Of model and optimizer together."""
+    model = _model(dtype)
+    optimizer = AdamW(model.parameters(), **OPTIONS, clip_grad_norm=0.05, impl="reference")
+    _run(model, optimizer, 2)
+    model2, optimizer2 = copied((model, optimizer))
+    assert (optimizer2.clip_grad_norm, optimizer2.impl) == (0.05, "reference")
+    assert_same_bits(_run(model, optimizer, 2, start=2), _run(model2, optimizer2, 2, start=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -344,9 +345,35 @@ def test_what_a_shared_step_refuses():
         optimizer.step()
     with pytest.raises(ValueError, match="has no gradient"):
         optimizer.accumulate()
+    model.weight.sum().backward()  # not of the bias
+    with pytest.raises(ValueError, match="has no gradient"):
+        optimizer.accumulate()
+    assert model.weight.grad is not None
+    optimizer.zero_grad()
     for refused in (lambda: optimizer.shard(Group(), 2), lambda: optimizer.cast(model, torch.bfloat16)):
         with pytest.raises(ValueError, match="shared out already"):
             refused()
+    bias = model.bias.data
+    model.bias.data = bias.clone()  # as model.to and load_state_dict(assign=True) do
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.accumulate()
+    with pytest.raises(ValueError, match="moved, cast or assigned after shard"):
+        optimizer.step()
+    model.bias.data = bias
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="a gradient that is not added up"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    del optimizer.param_groups[0]["params"][1]
+    with pytest.raises(ValueError, match="other parameters than at shard"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"copy state_dict\(\) instead"):
+        copy.deepcopy(optimizer)
+    whole = torch.ones(9)
+    for tied in ([whole, whole], [whole[:5], whole[3:]]):
+        with pytest.raises(ValueError, match="shares memory with another"):
+            AdamW([{"params": [torch.nn.Parameter(t)]} for t in tied]).shard(Group(), 2)
     mixed = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
     with pytest.raises(ValueError, match="parameters are bfloat16, float32"):
         AdamW(mixed).shard(Group(), 2)

@@ -5,6 +5,7 @@ All parameters lie in one buffer, so that one call gathers what the processes ha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,8 +84,29 @@ class Shards:
             if grad is None or grad.is_sparse:
                 what = "no gradient" if grad is None else "a sparse gradient"
                 raise ValueError(f"AdamW: a parameter {tuple(p.shape)} has {what}; a shared step takes one of each")
-            p.grad = None
         self.gradients.add(grads)
+        for p in self._params:
+            p.grad = None
+
+    def check_held(self, params: Sequence[Tensor]) -> None:
+        """Raises ValueError unless `params` are those that were shared out, where they were put, and without gradients.
+
+        A parameter that was given other memory would stay as it is: the buffer is what a step changes.
+        """
+        if len(params) != len(self._params) or any(a is not b for a, b in zip(params, self._params, strict=True)):
+            raise ValueError("AdamW: param_groups have other parameters than at shard(); make another optimizer")
+        begin, itemsize = self.weights.data_ptr(), self.weights.element_size()
+        for p, offset in zip(params, self.layout.offsets, strict=True):
+            if p.dtype != self.weights.dtype or (p.numel() and p.data_ptr() != begin + offset * itemsize):
+                raise ValueError(
+                    f"AdamW: a parameter {tuple(p.shape)} was moved, cast or assigned after shard(); write into it, as "
+                    "load_state_dict without assign does"
+                )
+            if p.grad is not None:
+                raise ValueError(
+                    f"AdamW: a parameter {tuple(p.shape)} has a gradient that is not added up; call accumulate() after "
+                    "each backward"
+                )
 
     def reduce(self, with_norm: bool, impl: str) -> Tensor | None:
         """Brings the sum of its shard to each process. Returns the norm of all gradients, float32 []; None without."""
@@ -182,6 +204,11 @@ def _check(params: Sequence[Tensor]) -> None:
     for p in params:
         if reason := unsupported(p):
             raise ValueError(f"AdamW: processes cannot share a parameter {tuple(p.shape)}: {reason}")
+    # Each gets a place of its own in the buffer, which would untie them.
+    at = sorted((p.data_ptr(), p.numel() * p.element_size(), tuple(p.shape)) for p in params if p.numel())
+    for (begin, size, shape), (following, _, _) in itertools.pairwise(at):
+        if begin + size > following:
+            raise ValueError(f"AdamW: a parameter {shape} shares memory with another; pass each once")
 
 
 def _digest(flat: Tensor) -> int:

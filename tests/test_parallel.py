@@ -145,6 +145,25 @@ def test_torchrun_starts_a_killed_run_again(place, alone):
     assert digests(out) == alone["float32"]
 
 
+def test_without_torchrun_its_processes_end(place):
+    """They would go on alone, and keep the folder from the run that is started in their place."""
+    out = place / "orphaned"
+    process = subprocess.Popen(
+        parallel.command(2, "train", *options(place, out, steps=100_000, save_every=0)), cwd=place,
+        env=parallel.environment(place / "cache"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pids = parallel.ranks(process.pid, 2)
+    try:
+        parallel.wait_for_step(out, 2, process)
+        process.kill()
+        _, errors = process.communicate(timeout=60)  # which the last of them closes
+    finally:
+        for pid in [*pids, process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert "torchrun has ended" in errors
+
+
 def test_an_error_of_one_process_is_one_line_and_ends_all(place, launch):
     answer = launch(4, *options(place, place / "error"), do="error", rank=1, step=2)
     assert answer["codes"] == [2] * 4

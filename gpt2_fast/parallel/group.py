@@ -49,9 +49,11 @@ class Group:
         self._store: dist.Store | None = None
         self._minutes = 0.0
         self._turn = 0
+        self._launcher: int | None = None
 
     def _connect(self, minutes: float) -> None:
         self._minutes = minutes
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         with self._talking():
             self._store = _open_store(self.rank, self.world, timedelta(minutes=minutes))
@@ -107,9 +109,14 @@ class Group:
             _all_gather(whole, part if whole.is_cuda else part.clone())
 
     def agree(self, *values: int) -> list[int]:
-        """The largest of each value over all processes. Every process must call it at the same point."""
+        """The largest of each value over all processes. Every process must call it at the same point.
+
+        Raises Lost where torchrun has ended: nobody would end these processes then, or start them again.
+        """
         if self.world == 1:
             return list(values)
+        if self._launcher not in (None, os.getppid()):
+            raise Lost(f"rank {self.rank}: torchrun has ended; go on from the last checkpoint with --resume")
         numbers = torch.tensor(values or (0,), dtype=torch.int64)
         with self._talking():
             dist.all_reduce(numbers, dist.ReduceOp.MAX)

@@ -90,8 +90,16 @@ def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def heard(name):
+    """Not ignored, as nohup and a shell's background ignore signals: a run leaves those to them."""
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)
+    yield
+    signal.signal(getattr(signal, name), before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_says_how_to_resume(corpus, tmp_path, capsys, name):
+def test_a_signal_saves_and_says_how_to_resume(corpus, tmp_path, capsys, heard, name):
     out = tmp_path / "run"
     run = start_run(options(corpus, out, steps=100_000))
     take = run.run_step

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.runtime.dispatch import unavailable
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
-from gpt2_fast.parallel import Group, Layout, tree
+from gpt2_fast.parallel import Group, Layout, group, tree
 from gpt2_fast.parallel.group import check_world
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked and found by /proc")
@@ -202,6 +203,28 @@ def test_a_second_run_is_refused_in_one_line(place, launch, alone):
     answer = launch(2, *options(place, place / "alone-float32"))
     assert answer["codes"] == [2, 2]
     assert "holds a run already; continue it with --resume" in one_line(answer)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2'; it is a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_cannot_be_is_one_line(monkeypatch, given, message):
+    monkeypatch.setattr(group, "_current", None)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        group.join(0.1)
 
 
 def test_dry_run_is_of_one_process(place, launch):

@@ -232,26 +232,29 @@ def _open_store(rank: int, world: int, limit: timedelta) -> dist.Store:
         raise ValueError(f"WORLD_SIZE is {world} and {missing[0]} is not set; start the processes by torchrun")
     kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
-        environment["MASTER_ADDR"], _number("MASTER_PORT", 0, 1, 65535), world, rank == 0 and not kept, limit
+        environment["MASTER_ADDR"],
+        _number("MASTER_PORT", environment["MASTER_PORT"], 1, 65535),
+        world,
+        rank == 0 and not kept,
+        limit,
     )
     return dist.PrefixStore(f"gpt2_fast {environment.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
 
 
 def environment_world() -> int:
     """How many processes torchrun, or who else sets its variables, has started."""
-    return _number("WORLD_SIZE", 1, 1, 1 << 20)
+    return _number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"), 1, 1 << 20)
 
 
 def environment_rank() -> int:
     world = environment_world()
     if world > 1 and "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {world} and RANK is not set; start the processes by torchrun")
-    return _number("RANK", 0, 0, world - 1)
+    return _number("RANK", os.environ.get("RANK", "0"), 0, world - 1)
 
 
-def _number(name: str, default: int, low: int, high: int) -> int:
-    """One of the variables that torchrun sets. Raises ValueError, one line."""
-    text = os.environ.get(name, str(default))
+def _number(name: str, text: str, low: int, high: int) -> int:
+    """What one of the variables that torchrun sets says. Raises ValueError, one line."""
     if not (text.isdecimal() and low <= int(text) <= high):
         raise ValueError(f"{name} is {text!r}; it is a number from {low} to {high}, start the processes by torchrun")
     return int(text)
@@ -266,7 +269,11 @@ def join(minutes: float) -> Group:
     global _current
     if _current is None:
         world, rank = environment_world(), environment_rank()
-        local = _number("LOCAL_RANK", rank, 0, world - 1), _number("LOCAL_WORLD_SIZE", world, 1, world)
+        local_rank, local_world = (
+            os.environ.get("LOCAL_RANK", str(rank)),
+            os.environ.get("LOCAL_WORLD_SIZE", str(world)),
+        )
+        local = _number("LOCAL_RANK", local_rank, 0, world - 1), _number("LOCAL_WORLD_SIZE", local_world, 1, world)
         _current = Group(rank, world, *local)
         if world > 1:
             _current._connect(minutes)

@@ -28,7 +28,7 @@ from gpt2_fast.ops.adamw_contract import unsupported
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel.group import Group, check_world
-from gpt2_fast.parallel.shards import Shards
+from gpt2_fast.parallel.shards import Shards, check_shareable
 
 
 class AdamW(torch.optim.Optimizer):
@@ -231,12 +231,15 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: processes that are no power of two or do not divide micro_batches, parameters of several
-                dtypes or not contiguous, or processes that hold other weights than the first.
+                dtypes, not contiguous or DTensors, or processes that hold other weights than the first.
         """
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; make another optimizer")
         check_world(group.world, micro_batches)
         params = [p for g in self.param_groups for p in g["params"]]
+        if any(map(is_dtensor, params)):
+            raise ValueError("AdamW: a parameter is a DTensor, sharded already; call step() without shard()")
+        check_shareable(params)  # before any state is taken
         rows = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
         self._shards = Shards(params, rows, [self.state.pop(p, {}) for p in params], group, micro_batches)
         self._hold_shards()

@@ -19,6 +19,7 @@ import torch
 from numerics import assert_same_bits
 
 from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
+from gpt2_fast.checkpoint.run_folder import load_checkpoint
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.runtime.dispatch import unavailable
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
@@ -373,6 +374,37 @@ def test_the_whole_state_is_not_that_of_the_next_step():
         for t in state.values():
             t.add_(1.0)
     assert not any(t.any() for state in saved.values() for t in state.values())
+
+
+def test_what_shard_refuses_keeps_its_state():
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    optimizer = AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="parameters are bfloat16, float32"):
+        optimizer.shard(Group(), 2)
+    assert_same_bits(*([t for s in d["state"].values() for t in s.values()] for d in (before, optimizer.state_dict())))
+    params[0].device_mesh = "as a DTensor has"
+    with pytest.raises(ValueError, match="is a DTensor, sharded already"):
+        optimizer.shard(Group(), 2)
+
+
+def test_one_process_of_torchrun_has_the_threads_of_several(place):
+    """torchrun says OMP_NUM_THREADS=1 to several processes and nothing to one; a vendor's sums depend on it."""
+    found = []
+    for world in (1, 2):
+        out = place / f"threads-{world}"
+        environment = parallel.environment(place / "cache")
+        del environment["OMP_NUM_THREADS"]
+        command = parallel.command(world, "train", *options(place, out, steps=2, save_every=0, verify_every=0))
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        state = load_checkpoint(out)[0]
+        found.append((digests(out), state.extra["environment"].get("number of threads", "1")))
+    assert found[0] == found[1]
+    assert found[0][1] == "1"
 
 
 def test_what_a_shared_step_refuses():

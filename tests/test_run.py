@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -275,6 +276,25 @@ def test_another_instruction_set_is_said(corpus, tmp_path, capsys, monkeypatch, 
     resume_run(str(out), {"steps": 2}).lock.release()
     said = f"another instruction set ({here['instruction set']} before, other now): other bits from here"
     assert said in capsys.readouterr().out
+
+
+def test_another_number_of_threads_is_said_where_it_counts(corpus, tmp_path, capsys, monkeypatch, tiny):  # noqa: F811
+    """A vendor's library adds in an order that depends on them; this package's own products do not."""
+    from gpt2_fast.report import machine
+
+    threads, out = torch.get_num_threads(), tmp_path / "run"
+    own = machine.cpu_policy()
+    monkeypatch.setattr(machine, "cpu_policy", lambda: dataclasses.replace(own, own=False))
+    start_run(tiny_options(tiny, corpus, out, steps=1)).train()
+    try:
+        torch.set_num_threads(threads + 1)
+        resume_run(str(out), {"steps": 2}).lock.release()
+        said = f"another number of threads ({threads} before, {threads + 1} now): other bits from here"
+        assert said in capsys.readouterr().out
+        monkeypatch.setattr(machine, "cpu_policy", lambda: dataclasses.replace(own, own=True))
+        assert "number of threads" not in machine.environment(torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_run_of_an_earlier_version_goes_on(corpus, tmp_path, tiny):  # noqa: F811

@@ -29,7 +29,7 @@ class Shards:
     The parameters become views of `weights`; states are freed as they are cut.
 
     Args:
-        params: of one dtype and device.
+        params: what `check_shareable` takes.
         groups: for each parameter, its row of AdamW's hyperparameters.
         states: for each parameter, AdamW's state of it so far, whole; {} for none.
         group: the processes.
@@ -41,13 +41,12 @@ class Shards:
         weights: [layout.length], all parameters.
 
     Raises:
-        ValueError: parameters of several dtypes or that the kernels cannot update; processes with other weights.
+        ValueError: processes with other weights.
     """
 
     def __init__(
         self, params: Sequence[Tensor], groups: Sequence[int], states: Sequence[State], group: Group, micro_batches: int
     ):
-        _check(params)
         self._params, self._groups, self._group = list(params), list(groups), group
         first = params[0]
         self._low = first.dtype in LOW_PRECISION
@@ -196,7 +195,8 @@ class Shards:
                     self._held[key][at : at + stop - start].copy_(flat[start:stop])
 
 
-def _check(params: Sequence[Tensor]) -> None:
+def check_shareable(params: Sequence[Tensor]) -> None:
+    """Raises ValueError, one line, for parameters of which `Shards` can make no one buffer."""
     dtypes = {p.dtype for p in params}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype)[6:] for dtype in dtypes))

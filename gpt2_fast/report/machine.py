@@ -71,6 +71,8 @@ def environment(device: torch.device) -> dict[str, str]:
     policy = cpu_policy()
     products = "gpt2_fast's own products" if policy.own else policy.float32
     found["device"] = f"CPU, {products}, bfloat16 {'native' if policy.native_bfloat16 else 'widened'}"
+    if not policy.own:  # a vendor's library adds in an order that depends on them
+        found["number of threads"] = str(torch.get_num_threads())
     if dispatch.unavailable("cpp", "cpu", torch.float32) is None:
         found["instruction set"] = dispatch.extension().isa()
     return found

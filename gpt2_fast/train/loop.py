@@ -85,7 +85,7 @@ class Run:
         self.optimizer = build_optimizer(self.model, config, group)
         self.environment = environment(self.device)
         self.fingerprint = self.train_data.fingerprint()
-        group.same(self.environment, "the processes run on other devices or versions; their bits would differ")
+        group.same(self.environment, "the processes run on other devices, threads or versions; their bits would differ")
         group.same(self.fingerprint, f"the processes read other data; is --data {config.data} the same everywhere?")
         self.lock = lock
         if group.first:

@@ -18,6 +18,8 @@ def open_group(config: TrainConfig) -> Group:
     Nothing is built or written before it is known that these processes can share a step.
     """
     check_world(environment_world(), config.grad_accum)
+    if "TORCHELASTIC_RUN_ID" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun says to several processes: a single one then has their bits
     group = join(config.timeout_minutes)
     group.same(dataclasses.asdict(config), "the processes were started with other options; give all of them the same")
     group.set_limit(config.timeout_minutes)

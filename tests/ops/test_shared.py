@@ -181,6 +181,27 @@ def test_zeros_that_have_no_memory(room, own_products):
             assert_same_bits(found[1], found[0], name)
 
 
+@of_each_derived
+def test_what_is_kept_comes_back_in_its_shape(room, own_products):
+    """Sizes are those of the forward pass: a shorter tensor would be read beyond its end."""
+    shorter = lambda t: t[..., :1].clone() if t.ndim and t.shape[-1] > 1 else t
+    seen = 0
+    for arguments in list(room.calls())[:4]:
+        names, given = room.differentiable(arguments), room.tensors(arguments)
+        leaves = {n: given[n].clone().requires_grad_() for n in names}
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, shorter):  # noqa: B023
+            outputs = room.of(arguments, names, "cpp")(*leaves.values())
+        if all(shorter(t) is t for t in kept):
+            continue
+        seen += 1
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        upstream = None if first.ndim == 0 else torch.ones_like(first)
+        with pytest.raises(RuntimeError, match="came back in another shape"):
+            torch.autograd.grad(first, [*leaves.values()], upstream)
+    assert seen
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @of_each_room
 def test_strides_change_no_bit(room, layout, own_products):

@@ -128,6 +128,7 @@ def function_of(op: Op) -> Callable[..., tuple[Tensor, ...]]:
         @staticmethod
         def backward(ctx, *grads):
             kind, saved, needs, dropout = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad[2:], None
+            kind.check_kept(saved)
             if kind.drops:
                 *saved, key = saved
                 dropout = Dropout(kind.p, key, ctx.site)

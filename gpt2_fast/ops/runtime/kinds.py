@@ -42,6 +42,7 @@ class Kind:
         self.plain = op.reads_as_is(tensors)  # whether kernels get all inputs as they are
         self.carried = op.carry_values(dict(zip(op.names, flat)))  # noqa: B905 - flat ends in the implementation
         self.kept: list[tuple[str | None, int, bool]] = []  # (an output, or None and an input; if contiguous)
+        self.shapes: list[Sequence[int] | None] = []  # of what is kept
         self.first: tuple[Sequence[int], torch.dtype] | None = None  # shape and dtype of what is returned first
         self._forward: dict[Any, Way] = {}
         self._backward: dict[Any, Way] = {}
@@ -96,9 +97,19 @@ class Kind:
             # gradient.
             ahead = [made[name] for name in self.op.ahead]
             ctx.ahead = ahead if any(g is not None for g in ahead) else ()
+        if not self.shapes:
+            self.shapes = [None if t is None else t.shape for t in kept]
         ctx.save_for_backward(*kept)
         ctx.kind = self
         ctx.set_materialize_grads(False)
+
+    def check_kept(self, saved: Sequence[Tensor | None]) -> None:
+        """Raises RuntimeError where torch gives back other shapes than `save` kept: sizes are not read again."""
+        if [None if t is None else t.shape for t in saved] != self.shapes:
+            raise RuntimeError(
+                f"{self.op.name}: a tensor kept for backward came back in another shape; what saved_tensors_hooks "
+                "unpack has to be what they packed"
+            )
 
     def _way(self, a: Arguments, tensors, names: Sequence[str], specs: Callable[[Arguments], dict[str, Any]]) -> Way:
         makers = {name: maker(tensors[0], spec) for name, spec in specs(a).items()}

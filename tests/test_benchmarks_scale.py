@@ -49,6 +49,8 @@ def test_losses_that_differ_are_seen():
     run = {"seconds": 1.0, "watched": 1.0, "sent": 0, "waited": 0.0, "sending": 0.0, "peak_bytes": 1, "state_bytes": 1}
     record = {"tokens_per_step": 8, "runs": {"1": [run | {"losses": [1.0]}], "2": [run | {"losses": [1.0 + 2**-52]}]}}
     assert [row[-1] for row in scale.rows(record)] == ["the same bits", "DIFFERENT"]
+    record["threads_matter"] = True
+    assert [row[-1] for row in scale.rows(record)] == ["the same bits", "other bits: other threads"]
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose."""
     # Of several processes the first says what is wrong with their options.
-    with contextlib.redirect_stderr(sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()):
+    with contextlib.redirect_stderr(sys.stderr if _is_first() else io.StringIO()):
         arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -351,10 +351,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _is_first() -> bool:
+    """Whether this process speaks before any have joined. So does one whose variables name no place among several."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world))
+
+
 def _fail(error: Exception) -> int:
     """One line. Of several processes the first that fails says it, and none waits for the others."""
     group = sys.modules["gpt2_fast.parallel.group"].current() if "gpt2_fast.parallel.group" in sys.modules else None
-    speaks = os.environ.get("RANK", "0") == "0" if group is None else group.speaks()
+    speaks = _is_first() if group is None else group.speaks()
     if speaks:
         print(f"gpt2-fast: {error}", file=sys.stderr, flush=True)
     if group is not None and group.world > 1:

@@ -20,6 +20,7 @@ from numerics import assert_same_bits
 
 from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
 from gpt2_fast.checkpoint.run_folder import load_checkpoint
+from gpt2_fast.cli import main
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.runtime.dispatch import unavailable
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
@@ -226,6 +227,17 @@ def test_an_environment_that_cannot_be_is_one_line(monkeypatch, given, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         group.join(0.1)
+
+
+@pytest.mark.parametrize("given", [{"RANK": "3"}, {"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}], ids=str)
+def test_a_process_without_a_place_says_what_is_wrong(monkeypatch, capsys, given):
+    """The others of several leave that to the first; such a one would be silent."""
+    monkeypatch.setattr(group, "_current", None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--steps", "1", "--grad-accum", "2"]) == 2
+    assert f"RANK is {given['RANK']!r}; it is a number from 0" in capsys.readouterr().err
 
 
 def test_dry_run_is_of_one_process(place, launch):

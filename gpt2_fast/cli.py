@@ -31,7 +31,7 @@ TRAIN_HELP = {
     "beta2": "AdamW's second decay rate",
     "dropout": "of embeddings, attention and residuals; without it 0, or as the config of --init-from says",
     "grad_clip": "largest global gradient norm; 0 turns clipping off",
-    "dtype": "float32 or bfloat16 (AdamW then keeps float32 master weights)",
+    "dtype": "float32, or bfloat16 or float16 (AdamW then keeps float32 master weights; float16 scales the loss)",
     "device": "auto, cpu, cuda or cuda:N",
     "impl": "auto, or the implementation that every op which has it must use: reference, cpp, triton",
     "seed": "of weights, data and dropout",

@@ -8,10 +8,10 @@ import io
 import os
 import sys
 
-from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, train
+from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, recipe, train
 
 DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hugging Face's GPT-2."
-COMMANDS = (train, generate, evaluate, inspect, doctor, convert)  # in the order of --help
+COMMANDS = (train, generate, evaluate, inspect, doctor, convert, recipe)  # in the order of --help
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add(commands)
+    recipe.add_fetch(commands)
     return top
 
 

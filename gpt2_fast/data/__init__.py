@@ -7,6 +7,7 @@ shards     nanoGPT's and llm.c's .bin files
 text       text files and their tokens, which are cached
 jsonl      JSON Lines, with errors that name the line
 tokenizer  GPT-2's byte-pair encoding
+hub        data sets of the recipes, from the Hugging Face hub
 
 A batch is a function of (seed, step, micro_step) and of sizes alone, so a run that resumes needs no state from here.
 State of the process: the tokenizer of `get_tokenizer`, made once; `_round_keys` of the epochs that were last asked for.
@@ -21,5 +22,6 @@ _NAMES = {
     "batches": ("TokenDataset",),
     "shards": ("Shard", "read_bin", "write_bin"),
     "tokenizer": ("Tokenizer", "get_tokenizer"),
+    "hub": ("fetch",),
 }
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

@@ -34,7 +34,7 @@ def estimate_run(config: TrainConfig) -> None:
         raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")
     model_config = config_of(config)
     free = free_bytes(device)
-    for line in _plan(config, model_config, device, free):
+    for line in plan_lines(config, model_config, device, free):
         print(line, flush=True)
     check_fits(config, model_config, device)
     context = config.context or model_config.n_positions
@@ -50,7 +50,10 @@ def config_of(config: TrainConfig) -> GPT2Config:
     return GPT2Config.from_preset(config.model)
 
 
-def _plan(config: TrainConfig, model_config: GPT2Config, device: torch.device, free: int | None) -> Iterator[str]:
+def plan_lines(
+    config: TrainConfig, model_config: GPT2Config, device: torch.device, free: int | None, world: int = 1
+) -> Iterator[str]:
+    """Parameters, tokens and memory, by arithmetic. world: processes of a run; memory is that of each."""
     c, context = model_config, config.context or model_config.n_positions
     tokens = config.grad_accum * config.batch_size * context
     yield (
@@ -63,7 +66,7 @@ def _plan(config: TrainConfig, model_config: GPT2Config, device: torch.device, f
     )
     yield ""
     yield "Memory, by arithmetic"
-    rows = list(predict_run(config, model_config, device.type).rows())
+    rows = list(predict_run(config, model_config, device.type, world).rows())
     rows += [] if free is None else [("free here", free)]
     for name, size in rows:
         yield f"  {name:<48}{gigabytes(size):>12}"

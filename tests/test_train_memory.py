@@ -36,7 +36,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and malloc are Linux's")
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "recompute": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "recompute": True}, {"dtype": "float16"}], ids=str)
 def test_what_a_process_takes(options):
     options = {"model": "nano", "batch_size": 16, "context": 128, "device": "cpu", **options}
     done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(options)], capture_output=True, text=True)

@@ -37,13 +37,12 @@ class Version(argparse.Action):
     """Prints versions as they are installed, without importing torch."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        from gpt2_fast import __version__
-
+        version = sys.modules["gpt2_fast"].__version__  # the package that this module is in
         try:
             torch = importlib.metadata.version("torch")
         except importlib.metadata.PackageNotFoundError:
             torch = "not installed"
-        print(f"gpt2-fast {__version__} (torch {torch}, Python {platform.python_version()})")
+        print(f"gpt2-fast {version} (torch {torch}, Python {platform.python_version()})")
         parser.exit()
 
 

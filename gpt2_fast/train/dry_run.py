@@ -14,6 +14,7 @@ import torch
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config, num_params
+from gpt2_fast.generate.vocabulary import vocabulary_of
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.parallel.group import environment_world
 from gpt2_fast.report.machine import resolve_device
@@ -33,6 +34,7 @@ def estimate_run(config: TrainConfig) -> None:
     if config.data is not None and not Path(config.data).expanduser().exists():
         raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")
     model_config = config_of(config)
+    config = config.for_context(config.context or model_config.n_positions)
     free = free_bytes(device)
     for line in plan_lines(config, model_config, device, free):
         print(line, flush=True)
@@ -47,7 +49,7 @@ def config_of(config: TrainConfig) -> GPT2Config:
     """The model that a new run trains: of --init-from or --model, with nothing built."""
     if config.init_from is not None:
         return checkpoint.load(config.init_from).config
-    return GPT2Config.from_preset(config.model)
+    return config.fresh_model(**vocabulary_of(config.data))
 
 
 def plan_lines(

@@ -38,16 +38,15 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for cell in CELLS:
-            source = "".join(cell["source"])
-            if source.startswith("%pip install"):
-                results.append(source)
-            elif source.startswith("!"):
-                results.append(shell(source[1:], names, folder))
-            else:
-                body = ast.parse(source).body
-                last = body.pop() if isinstance(body[-1], ast.Expr) else None
-                exec(compile(ast.Module(body, []), "cell", "exec"), names)
-                results.append(last and eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+            lines = "".join(cell["source"]).splitlines()
+            body = ast.parse("\n".join(line for line in lines if line[:1] not in ("!", "%"))).body
+            last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), "cell", "exec"), names)
+            result = last and eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+            for line in lines:  # behind the Python of its cell, in all of these
+                if line[:1] in ("!", "%"):
+                    result = shell(line[1:], names, folder) if line[0] == "!" else line
+            results.append(result)
     return folder, names, results
 
 

@@ -49,8 +49,9 @@ def _in_code(code: str) -> set[str]:
 def _notebook(path: Path) -> tuple[str, str]:
     """(all text, its code without magics)."""
     cells = json.loads(path.read_text())["cells"]
-    sources = ["".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code"]
-    code = "".join(re.sub(r"^[%!](?:.*\\\n)*.*\n", "", source, flags=re.MULTILINE) for source in sources)
+    code = "".join(
+        line for cell in cells if cell["cell_type"] == "code" for line in [*cell["source"], "\n"] if line[0] not in "%!"
+    )
     return "\n".join("".join(cell["source"]) for cell in cells), code
 
 

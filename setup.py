@@ -66,7 +66,7 @@ def find_nvcc() -> str | None:
 
 def known_isas(cxx: str) -> dict[str, str]:
     """Instruction sets and their flags, without those that this compiler does not know (g++ 9 has no AVX512-BF16)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not sysconfig.get_platform().endswith(("x86_64", "amd64")):  # of what is built for, on whatever machine
         return {"baseline": ""}
     probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
     known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0

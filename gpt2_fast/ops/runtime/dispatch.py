@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import warnings
 
 import torch
@@ -164,7 +165,7 @@ def extension():
 
     torch is imported first (above), so that both share one OpenMP runtime.
     """
-    _C = importlib.import_module("gpt2_fast._C")
+    _C = importlib.import_module(f"{sources.__package__}._C")
     sources.warn_if_stale(_C)
     _C.set_dtype_codes({**DTYPE_CODES, **OTHER_CODES})
     isa = os.environ.get("GPT2_FAST_ISA")
@@ -178,7 +179,7 @@ def _extension_missing() -> str | None:
     try:
         extension()
     except ModuleNotFoundError as error:
-        if why := sources.why_no_extension(importlib.import_module("gpt2_fast").__path__):
+        if why := sources.why_no_extension(sys.modules[sources.__package__].__path__):
             return f"this was installed without the C++ extension: {why}; then {AGAIN}"
         return f"the C++ extension is not built ({error}); run: pip install -e ."
     except ImportError as error:

@@ -26,7 +26,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(PYTEST) $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
 .PHONY: train test test-fast test-kernels lint fuzz fuzz-files faults sanitize docs clean test-install \
-	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton wheels release
+	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton wheels release hub test-hub
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
@@ -90,6 +90,15 @@ test-oldest-transformers: $(VENV)/.installed-test
 test-newest-transformers: $(VENV)/.installed-test
 	$(OVERLAY) $(VENV)/transformers-newest transformers
 	@$(call with,transformers-newest,transformers)
+
+# The folder for Hugging Face `kernels`, loaded by the newest release of that package.
+test-hub: $(VENV)/.installed-test
+	$(OVERLAY) $(VENV)/kernels-newest kernels
+	PYTHONPATH=$(abspath $(VENV))/kernels-newest $(BIN)/python -m pytest -m 'install or not install' tests/test_hub.py
+
+# The folder itself: make hub HUB=some/folder
+hub:
+	$(PYTHON) -m release.hub $(HUB)
 
 test-newest-triton: $(VENV)/.installed-test
 	$(OVERLAY) $(VENV)/triton-newest --no-deps triton

@@ -30,7 +30,7 @@ from . import layers
 from .ops.add_layernorm import add_layernorm, add_layernorm_reference
 from .ops.attention import attention, attention_reference, segments_from
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from .ops.runtime.philox import NO_DROPOUT, Dropout
+from .ops.runtime.philox import NO_DROPOUT, Dropout, new_key
 
 __all__ = [
     "NO_DROPOUT",
@@ -42,6 +42,7 @@ __all__ = [
     "layers",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "new_key",
     "segments_from",
 ]
 '''

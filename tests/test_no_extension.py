@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+from gpt2_fast.ops.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 WHY = "no C++ compiler (g++) was found; install g++, or name another one by CXX"
@@ -90,6 +93,21 @@ def test_a_compiler_that_fails_is_an_error(tmp_path):
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "gpt2_fast: the C++ extension did not build, see the messages above" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("libgomp.so.1: cannot open shared object file", r"finds no OpenMP, .*; install libgomp1$"),
+        ("undefined symbol: PyNew", r"does not load \(undefined symbol: PyNew\); install gpt2_fast again"),
+    ],
+)
+def test_an_extension_that_does_not_load(error, said, monkeypatch):
+    def fails():
+        raise ImportError(error)
+
+    monkeypatch.setattr(dispatch, "extension", fails)
+    assert re.search(said, dispatch._extension_missing.__wrapped__())
 
 
 CODE = """

@@ -110,6 +110,7 @@ def wheel(sdist: Path, arch: str) -> Path:
     found = re.fullmatch(rf"gpt2_fast-.+-cp310-abi3-manylinux_2_(\d+)_{arch}\.whl", repaired.name)
     if not found or int(found[1]) > int(GLIBC.partition(".")[2]):
         raise SystemExit(f"release.wheels: {repaired.name} is not for Python 3.10 and later on glibc {GLIBC} and later")
+    run([sys.executable, "-m", "abi3audit", "--strict", str(repaired)])
     return Path(shutil.copy(repaired, DIST))
 
 

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import warnings
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_extension_is_of_these_sources(tmp_path):
     (tmp_path / "csrc" / "isa.h").write_text("// changed\n")
     with pytest.warns(RuntimeWarning, match=r"other sources than .*build it again: pip install -e \."):
         sources.warn_if_stale(extension, tmp_path / "csrc")
+
+
+def test_extension_is_on_the_stable_abi():
+    """One build for every Python: setup.py compiles it so, and make wheels has abi3audit look at the symbols."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("a free-threaded Python has no stable ABI")
+    assert Path(dispatch.extension().__file__).suffixes == [".abi3", ".so"]
 
 
 def test_one_openmp_runtime_and_torchs_thread_count():

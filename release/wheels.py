@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="try the wheels that lie in dist/, and build none")
     a = parser.parse_args()
     here, pinned = os.uname().machine, re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    WORK.mkdir(parents=True, exist_ok=True)
     if a.keep:
         wheels = {arch: path for arch in COMPILERS for path in DIST.glob(f"*_{arch}.whl")}
     else:

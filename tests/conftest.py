@@ -26,8 +26,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW_FILES = [
     "benchmarks", "benchmarks_generate", "benchmarks_scale", "build", "chapter8", "colab", "distributed_loops",
     "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated", "golden", "golden_kernels", "install",
-    "memory", "model_contract", "nanogpt", "op_benchmarks", "parallel", "patch_ecosystem", "pretrained", "recipes",
-    "run", "threads", "train",
+    "memory", "model_contract", "nanogpt", "no_extension", "op_benchmarks", "parallel", "patch_ecosystem",
+    "pretrained", "recipes", "run", "threads", "train",
 ]  # fmt: skip
 SLOW_NAMES = re.compile(
     "compile|cuda_kernels_on_the_cpu|every_instruction_set|importing_the_formats|in_a_new_process|operator_contract"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -464,3 +466,13 @@ def test_no_network_names_what_works_without(command, words, capsys, tmp_path, m
     assert "neither a folder here nor in the Hugging Face cache" in err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_model_that_is_not_here_is_one_line_in_a_new_process(tmp_path):
+    """Where nothing else has imported what the hub's client brings."""
+    command = [sys.executable, "-m", "gpt2_fast", "generate", "--model", "no/such", "a"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpt2-fast: 'no/such' is neither a folder here nor in the Hugging Face cache")
+    assert done.stderr.count("\n") == 1

@@ -181,9 +181,8 @@ def _hub(
 ) -> Callable[[str], Path | None]:
     """A function that gives the local path of a repository's file, or None where it has no such file."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    constants = huggingface_hub.constants
     local_files_only = local_files_only or constants.HF_HUB_OFFLINE or not _hub_has_address(constants.ENDPOINT)
 
     def fetch(name: str) -> Path | None:

@@ -6,7 +6,7 @@ modules    the forward of their GPT2Block, GPT2Model and GPT2LMHeadModel
 attention  what attention runs here, and its mask
 outputs    an output whose logits are computed when they are asked for
 
-State of the process: attention implementations registered with transformers, see `attention.register`.
+State of the process: classes made for those of others, see `classes.patched_class`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention of a patched block, and what its mask means.
 
-The config keeps its implementation's name: a patched model decides by itself where its attention runs, and a config that
-is copied, saved or given to another model is plainly transformers'. What runs here stands in for "eager", "sdpa" and
-the others that transformers ships; an implementation that somebody else registered runs as it is.
+The config keeps its implementation's name: a patched model decides by itself where its attention runs, and a config
+that is copied, saved or given to another model is plainly transformers'. What runs here stands in for "eager", "sdpa"
+and the others that transformers ships; an implementation that somebody else registered runs as it is.
 
 transformers builds a [B, 1, T, T] mask and adds it to the scores. A patched GPT2Model leaves that out where all its
 attention runs here: its blocks get the keyword OWN, which says that attention is causal and what else hides keys.

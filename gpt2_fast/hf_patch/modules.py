@@ -1,8 +1,9 @@
 """transformers' GPT2Block, GPT2Model and GPT2LMHeadModel on this package's operations: what they do in forward.
 
 `classes` makes whole classes of them. A patched module is the same object with the same parameters and names; only its
-class is another, as it is under torch's parametrizations. Whatever is called here as an operation is a module that is exactly transformers' or torch's
-own, without hooks: a LoRA layer, a quantized one or one that somebody listens to is called as the module it is.
+class is another, as it is under torch's parametrizations. Whatever is called here as an operation is a module that is
+exactly transformers' or torch's own, without hooks: a LoRA layer, a quantized one or one that somebody listens to is
+called as the module it is.
 
     h = h + dropout(c_proj(attention(ln_1(h))))        h = h + dropout(c_proj(gelu(c_fc(ln_2(h)))))
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions

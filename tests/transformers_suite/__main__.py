@@ -26,11 +26,9 @@ def run(suite: Path, way: str, file: str, only: str | None, workers: int, helper
         results, ini = Path(folder) / "results.xml", Path(folder) / "pytest.ini"
         ini.write_text("[pytest]\n")
         # The checkout's own conftest.py is of its continuous integration; confcutdir leaves it out.
-        command = [
-            sys.executable, "-m", "pytest", file, "-q", "-c", str(ini), "--rootdir", str(suite), "--confcutdir",
-            str(suite / "tests"), "-p", "exchange", "--checkout", str(suite), "-p", "no:cacheprovider", "--gpt2-fast", way, "--junitxml",
-            str(results), "-n", str(workers),
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", file, "-q", "-n", str(workers), "-p", "no:cacheprovider"]
+        command += ["-c", str(ini), "--rootdir", str(suite), "--confcutdir", str(suite / "tests")]
+        command += ["-p", "exchange", "--gpt2-fast", way, "--checkout", str(suite), "--junitxml", str(results)]
         command += ["-k", only] if only else []
         command += ["--helpers", str(helpers)] if helpers else []
         paths = [str(HERE), str(HERE.parents[1]), str(suite), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -243,7 +243,7 @@ def test_a_block_takes_its_cache_by_each_name_that_transformers_takes():
 def test_an_argument_that_a_block_does_not_know_goes_to_transformers(monkeypatch):
     """As past_key_values would under a new name: the result is transformers', not that of a call without it."""
     (unpatched, patched), tokens = pair(), ids()
-    monkeypatch.setattr(modules, "_STRANGE", {modules._CACHE})
+    monkeypatch.setattr(modules, "STRANGE", {modules.CACHE})
     monkeypatch.setattr(attention, "attend", None)
     expected, actual = (m.generate(tokens, max_new_tokens=4, do_sample=False) for m in (unpatched, patched))
     assert torch.equal(actual, expected)
@@ -547,8 +547,8 @@ class Scaled(transformers.GPT2LMHeadModel):
         self.transformer.h[1] = Doubled(config, layer_idx=1)
         self.post_init()
 
-    def forward(self, input_ids=None, **kwargs):
-        output = super().forward(input_ids=input_ids, **kwargs)
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if output.loss is not None:
             output.loss = 3 * output.loss
         return output

@@ -3,6 +3,7 @@
 swap       patch, unpatch, and what runs where
 classes    transformers' classes on this package's operations
 modules    the forward of their GPT2Block, GPT2Model and GPT2LMHeadModel
+calls      what a call asks for, and whether it is taken
 attention  what attention runs here, and its mask
 outputs    an output whose logits are computed when they are asked for
 

@@ -7,8 +7,7 @@ called as the module it is.
 
     h = h + dropout(c_proj(attention(ln_1(h))))        h = h + dropout(c_proj(gelu(c_fc(ln_2(h)))))
 
-A call that a forward does not take over goes to transformers' own, argument for argument. Signatures are read from
-there, so transformers 4.57 to 5.24 need no two versions of this file.
+A call that a forward does not take over (`calls`) goes to transformers' own, argument for argument.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +33,18 @@ except ImportError:  # transformers 4 asks each block for its attention weights
 from gpt2_fast import modules
 from gpt2_fast.hf_patch import attention
 from gpt2_fast.hf_patch.attention import OWN, padding, transformers_mask
+from gpt2_fast.hf_patch.calls import (
+    BLOCK,
+    CACHE,
+    LM,
+    LOSS,
+    MODEL,
+    STRANGE,
+    documents,
+    is_plain_call,
+    resolve,
+    wants_loss,
+)  # fmt: skip
 from gpt2_fast.hf_patch.outputs import CausalLMOutput
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
@@ -74,11 +84,6 @@ def foreign(module: nn.Module, *kinds: type) -> str | None:
     return modules.foreign(module, *kinds, idle=_is_idle)
 
 
-def _arguments(function: Callable) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)[1:]
-
-
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
     if foreign(ln, nn.LayerNorm):
         return ln(h)
@@ -116,9 +121,9 @@ class BlockForward:
     """A block's forward on fused operations; its two halves fall back one by one."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_BLOCK, args, strict=False)) | kwargs
+        call = dict(zip(BLOCK, args, strict=False)) | kwargs
         cross = call.get("encoder_hidden_states") is not None or hasattr(self, "crossattention")
-        strange = any(call.get(name) is not None for name in _STRANGE)
+        strange = any(call.get(name) is not None for name in STRANGE)
         if cross or strange or not isinstance(self, BlockForward):
             return modeling_gpt2.GPT2Block.forward(self, *args, **kwargs)
         h = call.pop("hidden_states")
@@ -126,13 +131,13 @@ class BlockForward:
         key = philox.new_key(h.device) if drops else None
         a, p, weights = BlockForward._attention(self, _layernorm(self.ln_1, h), call, key)
         h = BlockForward._mlp(self, a, h, p, key)
-        if "output_attentions" not in _BLOCK:  # transformers 5
+        if "output_attentions" not in BLOCK:  # transformers 5
             return h
         return (h, weights) if call.get("output_attentions") else (h,)
 
     def _attention(self, y: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
         """c_proj(attention(y)), the dropout that is still to be applied to it, and weights if they were asked for."""
-        attn, past = self.attn, call.get(_CACHE)
+        attn, past = self.attn, call.get(CACHE)
         if OWN not in call and (attention_taken(self) or not _is_causal_call(self, call)):
             cross = ("encoder_hidden_states", "encoder_attention_mask")
             a, weights = attn(y, **{k: v for k, v in call.items() if k not in cross})
@@ -171,8 +176,8 @@ class BlockForward:
 
 def _is_causal_call(block: nn.Module, call: dict) -> bool:
     """Whether a block that was called without OWN is asked for causal attention, no key hidden, and nothing besides."""
-    past = call.get(_CACHE)
-    known = {_CACHE, "use_cache", "position_ids", "cache_position", "num_items_in_batch", "output_hidden_states"}
+    past = call.get(CACHE)
+    known = {CACHE, "use_cache", "position_ids", "cache_position", "num_items_in_batch", "output_hidden_states"}
     empty = past is None or (attention.grows(past) and past.get_seq_length() == 0)
     plain = all(name in known or value is None or value is False for name, value in call.items())
     return plain and empty and attention.none_is_causal(block.attn.config)
@@ -238,29 +243,29 @@ class ModelForward:
     """Embedding, blocks and ln_f of a GPT2Model; a call that it does not take goes to transformers' own loop."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_MODEL, args, strict=False)) | kwargs
-        if not isinstance(self, ModelForward) or not _is_plain_call(self, call) or loop_taken(self):
+        call = dict(zip(MODEL, args, strict=False)) | kwargs
+        if not isinstance(self, ModelForward) or not is_plain_call(self, call) or loop_taken(self):
             return modeling_gpt2.GPT2Model.forward(self, *args, **kwargs)
         return ModelForward._run(self, call)
 
     def _run(self, call: dict) -> BaseModelOutputWithPastAndCrossAttentions:
-        ids, embeds, mask, past = (call.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", _CACHE))
+        ids, embeds, mask, past = (call.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", CACHE))
         *shape, T = ids.shape if embeds is None else embeds.shape[:-1]
         if ids is not None:
             self.warn_if_padding_and_no_attention_mask(ids, mask)
         checkpoints = self.gradient_checkpointing and self.training
-        use_cache = bool(_resolve(call, self.config, "use_cache")) and not checkpoints
+        use_cache = bool(resolve(call, self.config, "use_cache")) and not checkpoints
         if past is None and use_cache:
             past = DynamicCache(config=self.config)
         h = ModelForward._embed(self, call, T, 0 if past is None else past.get_seq_length())
         options = {name: call[name] for name in ("cache_position",) if call.get(name) is not None}
-        options |= {_CACHE: past, "use_cache": use_cache}
+        options |= {CACHE: past, "use_cache": use_cache}
         masks = ModelForward._masks(self, h, mask, past, call.get("position_ids"))
         for block, masked in zip(self.h, masks, strict=True):
             out = block(h, **masked, **options)
             h = out[0] if isinstance(out, tuple) else out
         h = _layernorm(self.ln_f, h).view(*shape, T, -1)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, **{_CACHE: past if use_cache else None})
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, **{CACHE: past if use_cache else None})
 
     def _embed(self, call: dict, T: int, start: int) -> Tensor:
         """dropout(wte(ids) + wpe(positions) (+ wte(types))) [B, T, C]; `start` tokens are in the cache."""
@@ -287,66 +292,12 @@ class ModelForward:
             if seen is not None:
                 seen = segments_from(seen)
             elif mask is None and past is None:
-                seen = _documents(positions, h)
+                seen = documents(positions, h)
         masks, ours = [{OWN: seen}] * len(self.h), [attention_taken(block) is None for block in self.h]
         if not all(ours):
             theirs = {"attention_mask": transformers_mask(self.config, h, mask, past, positions)}
             masks = [{OWN: seen} if is_ours else theirs for is_ours in ours]
         return masks
-
-
-def _resolve(call: dict, config, name: str):
-    value = call.get(name)
-    return getattr(config, name, None) if value is None else value
-
-
-def _documents(position_ids: Tensor | None, h: Tensor) -> Tensor | None:
-    """The segments of sequences packed into rows, found as transformers finds them; None where there are none."""
-    if position_ids is None:
-        return None
-    documents = find_packed_sequence_indices(position_ids.expand(h.shape[0], -1))
-    return None if documents is None else documents.to(torch.int32)
-
-
-def _is_plain_call(model: nn.Module, call: dict) -> bool:
-    """Token ids or embeddings, at most with a padding mask, positions, types and a past; nothing to record."""
-    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "use_cache",
-             "return_dict", "num_items_in_batch", _CACHE}  # fmt: skip
-    known |= {"cache_position"} & set(_MODEL)  # transformers 5 has none
-    given = {name for name, value in call.items() if value is not None and value is not False}
-    if not given <= known or ("input_ids" in given) == ("inputs_embeds" in given):
-        return False
-    if _resolve(call, model.config, "output_hidden_states") or _resolve(call, model.config, "output_attentions"):
-        return False
-    if _resolve(call, model.config, "return_dict") is False:
-        return False
-    positions, types, embeds = call.get("position_ids"), call.get("token_type_ids"), call.get("inputs_embeds")
-    if (positions is not None and positions.ndim != 2) or (embeds is not None and embeds.ndim != 3):
-        return False
-    tokens = call["input_ids"] if embeds is None else embeds[..., 0]
-    return (types is None or types.shape == tokens.shape) and _is_plain_past(model, call, tokens)
-
-
-def _is_plain_past(model: nn.Module, call: dict, tokens: Tensor) -> bool:
-    """A call without a past, or one token without gradients on a cache that grows; a mask of padding over both."""
-    past, mask, position = call.get(_CACHE), call.get("attention_mask"), call.get("cache_position")
-    if past is None:
-        plain = mask is None or (mask.ndim <= 3 and mask.numel() == tokens.numel())
-        return plain and position is None
-    checkpoints = model.gradient_checkpointing and model.training
-    if tokens.ndim != 2 or torch.compiler.is_compiling() or checkpoints or not attention.grows(past):
-        return False
-    (B, T), start = tokens.shape, past.get_seq_length()
-    if mask is not None and tuple(mask.shape) != (B, start + T):
-        return False
-    if position is not None and not torch.equal(position, torch.arange(start, start + T, device=position.device)):
-        return False
-    if start == 0:
-        return True
-    if T != 1 or model.training or torch.is_grad_enabled():
-        return False
-    mask = padding(mask)
-    return mask is None or attention.is_left_padding(mask)
 
 
 def loss_taken(model: nn.Module) -> str | None:
@@ -358,17 +309,14 @@ def loss_taken(model: nn.Module) -> str | None:
     return None if model.loss_function is ForCausalLMLoss else "its loss_function is another"
 
 
-_LOSS = {"labels", "num_items_in_batch", "ignore_index", "shift_labels"}
-
-
 class LMForward:
     """With labels: the loss by chunks of logits, and `.logits` when they are asked for."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_LM, args, strict=False)) | kwargs
-        if not isinstance(self, LMForward) or not _wants_loss(self, call) or loss_taken(self):
+        call = dict(zip(LM, args, strict=False)) | kwargs
+        if not isinstance(self, LMForward) or not wants_loss(self, call) or loss_taken(self):
             return modeling_gpt2.GPT2LMHeadModel.forward(self, *args, **kwargs)
-        inputs = {name: value for name, value in call.items() if name not in _LOSS and name != "logits_to_keep"}
+        inputs = {name: value for name, value in call.items() if name not in LOSS and name != "logits_to_keep"}
         output = self.transformer(**inputs)
         hidden, head = output.last_hidden_state, self.lm_head.weight
         ignored, targets = call.get("ignore_index", -100), call.get("shift_labels")
@@ -381,32 +329,9 @@ class LMForward:
         return CausalLMOutput.of(
             loss, self.lm_head, hidden, modules.is_sharded(self), hidden_states=output.hidden_states,
             attentions=output.attentions, cross_attentions=output.cross_attentions,
-            **{_CACHE: getattr(output, _CACHE)},
+            **{CACHE: getattr(output, CACHE)},
         )  # fmt: skip
 
-
-def _wants_loss(model: nn.Module, call: dict) -> bool:
-    """A call with labels, for an output with `.logits` as an attribute; torch.compile traces transformers' own."""
-    labels, ids = call.get("labels"), call.get("input_ids")
-    known = _LOSS | set(_MODEL) | {"output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}
-    keep = call.get("logits_to_keep", 0)
-    return (
-        labels is not None and ids is not None and labels.shape == ids.shape and labels.dtype == torch.int64
-        and call.keys() <= known and isinstance(keep, int) and keep == 0
-        and bool(_resolve(call, model.config, "return_dict")) and not torch.compiler.is_compiling()
-    )  # fmt: skip
-
-
-_BLOCK = _arguments(modeling_gpt2.GPT2Block.forward)
-# transformers 5.24 calls past_key_values cache. What a block's forward does not know by name it leaves to transformers'
-# own, so that an argument with another name in a later release costs time and not the result.
-_CACHE = "cache" if "cache" in _BLOCK else "past_key_values"
-_STRANGE = ({"past_key_values", "cache", *_BLOCK} - {_CACHE}).difference(
-    ("hidden_states", "cache_position", "attention_mask", "head_mask", "encoder_hidden_states",
-     "encoder_attention_mask", "use_cache", "output_attentions")
-)  # fmt: skip
-_MODEL = _arguments(modeling_gpt2.GPT2Model.forward)
-_LM = _arguments(modeling_gpt2.GPT2LMHeadModel.forward)
 
 for _forward, _original in ((BlockForward, modeling_gpt2.GPT2Block), (ModelForward, modeling_gpt2.GPT2Model),
                             (LMForward, modeling_gpt2.GPT2LMHeadModel)):  # fmt: skip

@@ -39,14 +39,18 @@ def run(suite: Path, way: str, file: str, only: str | None, workers: int, helper
             subprocess.run(command, cwd=suite, env=environment, stdout=out, stderr=subprocess.STDOUT, check=False)
         if not results.exists():
             raise SystemExit(f"{file} did not run ({way}); {log} says why")
-        return dict(_outcomes(ElementTree.parse(results).getroot()))
+        return _outcomes(ElementTree.parse(results).getroot())
 
 
-def _outcomes(root: ElementTree.Element):
+def _outcomes(root: ElementTree.Element) -> dict[str, str]:
+    """By test. One with subtests is reported several times: a failure counts before a pass, a pass before a skip."""
+    worst, found = ("skipped", "passed", "failed"), {}
     for case in root.iter("testcase"):
-        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
-        outcome = "failed" if bad is not None else "skipped" if case.find("skipped") is not None else "passed"
-        yield f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", outcome
+        bad = case.find("failure") is not None or case.find("error") is not None
+        outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+        test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        found[test] = max(outcome, found.get(test, "skipped"), key=worst.index)
+    return found
 
 
 def table(name: str, results: dict[str, dict]) -> list[str]:

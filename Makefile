@@ -1,8 +1,9 @@
 # Two commands: `make train` and `make test`. Each makes .venv first and installs what it needs.
 # `make test-fast` is what to run while editing: below a minute on two cores. Both take WORKERS, the processes that test.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
-# Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-newest-triton`,
-# `make fuzz`, `make fuzz-files`, `make faults`, `make sanitize`, `make wheels`, `make release` (CONTRIBUTING.md).
+# Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-transformers-suite`,
+# `make test-newest-triton`, `make fuzz`, `make fuzz-files`, `make faults`, `make sanitize`, `make wheels`, `make release`,
+# `make hub`, `make test-hub` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,8 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(PYTEST) $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
 .PHONY: train test test-fast test-kernels lint fuzz fuzz-files faults sanitize docs clean test-install \
-	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton wheels release hub test-hub
+	test-transformers test-oldest-transformers test-newest-transformers test-transformers-suite test-newest-triton \
+	wheels release hub test-hub
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
@@ -90,6 +92,11 @@ test-oldest-transformers: $(VENV)/.installed-test
 test-newest-transformers: $(VENV)/.installed-test
 	$(OVERLAY) $(VENV)/transformers-newest transformers
 	@$(call with,transformers-newest,transformers)
+
+# transformers' own GPT-2 tests: make test-transformers-suite SUITE=../transformers, a checkout of the installed release.
+test-transformers-suite: $(VENV)/.installed-test
+	$(PIP) parameterized datasets httpx
+	$(BIN)/python -m tests.transformers_suite --suite $(SUITE)
 
 # The folder for Hugging Face `kernels`, loaded by the newest release of that package.
 test-hub: $(VENV)/.installed-test

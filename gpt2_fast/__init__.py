@@ -25,5 +25,5 @@ _NAMES = {
     "data.tokenizer": ("get_tokenizer",),
     "hf_patch.swap": ("patch", "unpatch"),
 }
-__getattr__, __dir__, __all__ = exports(__name__, _NAMES, modules=moved.MOVED)
+__getattr__, __dir__, __all__ = exports(__name__, _NAMES, modules=[*moved.MOVED, "hf"])
 __all__ += ["__version__"]

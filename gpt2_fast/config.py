@@ -156,6 +156,15 @@ class GPT2Config:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def _refuse_assignment(self: GPT2Config, name: str, value: Any) -> None:
+    raise dataclasses.FrozenInstanceError(
+        f"GPT2Config.{name} cannot be set; dataclasses.replace(config, {name}={value!r}) makes a changed copy, and "
+        "what sets it, as transformers' Trainer does, takes gpt2_fast.hf.GPT2LMHeadModel"
+    )
+
+
+GPT2Config.__setattr__ = _refuse_assignment  # type: ignore[method-assign]
+
 _FIELDS: dict[str, None] = dict.fromkeys(field.name for field in dataclasses.fields(GPT2Config))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
+from gpt2_fast import compat
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.modules import bias_of, foreign, is_plain_linear, is_plain_table, is_sharded, part
@@ -247,19 +248,19 @@ class GPT2Model(nn.Module):
             raise ValueError(f"input_ids is on {input_ids.device} and the model on {self.ln_f.weight.device}; move one")
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(compat.Compatible):
     """GPT-2 with its language-modelling head, tied to the token embedding.
 
     State-dict names, shapes, initialisation and numerics are those of transformers' class of the same name.
 
     Args:
-        config: sizes and dropout, see `GPT2Config.from_preset`.
+        config: sizes and dropout, see `GPT2Config.from_preset`; transformers' GPT2Config is taken too.
         impl: "auto", or the implementation that every op which has it must use ("reference", "cpp", "triton").
     """
 
     def __init__(self, config: GPT2Config, impl: str = "auto"):
         super().__init__()
-        self.config = config
+        self.config = config = compat.config_of(config)
         self.transformer = GPT2Model(config, impl)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
         if config.tie_word_embeddings:
@@ -279,19 +280,21 @@ class GPT2LMHeadModel(nn.Module):
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        **options: Any,
     ) -> GPT2LMHeadModel:
         """The model of a folder or of a hub repository such as "gpt2", in eval mode as transformers has it.
 
         Args:
             name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
-            dtype: of the weights; None keeps what is stored.
-            device: None is the CPU.
+            dtype, device: of the weights; None keeps what is stored, and is the CPU.
             impl: see the class.
             revision, cache_dir, local_files_only: as huggingface_hub has them; HF_HUB_OFFLINE=1 is honoured.
+            **options: transformers' names, see `compat.placement`: torch_dtype, device_map of one device.
 
         Raises:
             FileNotFoundError, ValueError: one line, for what is missing, truncated or not a GPT-2.
         """
+        dtype, device = compat.placement(dtype, device, options)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16, float16 or float64")
         config, state = checkpoints.load_pretrained(
@@ -340,7 +343,7 @@ class GPT2LMHeadModel(nn.Module):
             del state["lm_head.weight"]
         checkpoints.save_pretrained(folder, state, self.config, dtype=dtype)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """input_ids int64 [B, T] and what follows them, int64 [B, T + new], as transformers' `generate` gives it.
 
         Args:
@@ -354,14 +357,6 @@ class GPT2LMHeadModel(nn.Module):
         """
         return generate_batch(self, input_ids, attention_mask, **options)
 
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keeps only the inputs of each block in training and computes the rest again in backward."""
-        self.transformer.gradient_checkpointing = enabled
-
-    def num_parameters(self) -> int:
-        """Parameters, the tied head counted once."""
-        return sum(p.numel() for p in self.parameters())
-
     def forward(
         self,
         input_ids: Tensor,
@@ -374,6 +369,7 @@ class GPT2LMHeadModel(nn.Module):
         document_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         dropout_key: Tensor | None = None,
+        **options: Any,
     ) -> CausalLMOutput:
         """Logits, and the loss where labels or targets are given.
 
@@ -392,9 +388,11 @@ class GPT2LMHeadModel(nn.Module):
                 accumulation.
             dropout_key: int64 [1] on the model's device, from which this call's dropout is made, see
                 `gpt2_fast.ops.runtime.philox`; None draws one from torch's generator. Without dropout it is not read.
+            **options: transformers' other arguments, see `compat.logits_to_keep`; most must ask for nothing.
         """
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
+        keep = compat.logits_to_keep(options, not (labels is None and targets is None)) if options else 0
         hidden = self.transformer(
             input_ids, attention_mask, position_ids, token_type_ids, document_ids, dropout_key=dropout_key
         )
@@ -404,6 +402,7 @@ class GPT2LMHeadModel(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         head = Head(self.lm_head, self.transformer.ops, is_sharded(self))
         if targets is None:
+            hidden = hidden[:, -keep:]  # -0 keeps all
             return CausalLMOutput(None, hidden, head, head.logits(hidden))
         loss = head.loss(hidden, targets, num_items_in_batch)
         return CausalLMOutput(loss, hidden, head, head.logits_beside_loss(hidden))

@@ -156,7 +156,7 @@ def test_generator_is_used(models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4; use transformers' generate, on its own model after gpt2_fast.patch"),
+        ({"num_beams": 4}, "num_beams=4; gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"),
         ({"logits_processor": []}, "does not do logits_processor="),
         ({"return_dict_in_generate": True}, "does not do return_dict_in_generate=True"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2 and do_sample False"),

@@ -243,8 +243,8 @@ def test_a_block_takes_its_cache_by_each_name_that_transformers_takes():
 def test_an_argument_that_a_block_does_not_know_goes_to_transformers(monkeypatch):
     """As past_key_values would under a new name: the result is transformers', not that of a call without it."""
     (unpatched, patched), tokens = pair(), ids()
-    monkeypatch.setattr(modules, "_STRANGE", {modules._CACHE})
-    monkeypatch.setattr(modules, "attend", None)
+    monkeypatch.setattr(modules, "STRANGE", {modules.CACHE})
+    monkeypatch.setattr(attention, "attend", None)
     expected, actual = (m.generate(tokens, max_new_tokens=4, do_sample=False) for m in (unpatched, patched))
     assert torch.equal(actual, expected)
 
@@ -280,7 +280,7 @@ def test_calls_that_stay_with_transformers():
         for name in ("logits", "hidden_states", "attentions"):
             if expected.get(name) is not None:
                 torch.testing.assert_close(actual[name], expected[name], rtol=2e-5, atol=2e-5)
-    assert attention.is_ours(patched.config)
+    assert patched.config._attn_implementation == "eager"
 
 
 def test_cross_attention_stays_with_transformers():
@@ -303,6 +303,11 @@ class PhiloxDropout(torch.nn.Module):
 
     def forward(self, x):
         return philox.Dropout(self.p, self.keys[self.block], self.site).rows(x)
+
+
+def _reference_attention_of(query, key, value):
+    qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
+    return attention_reference(qkv)
 
 
 def _reference_attention(module, query, key, value, attention_mask, **kwargs):
@@ -482,18 +487,116 @@ def test_explain():
     assert why["(the model)"] == "its loss_function is another"
 
 
-def test_set_attn_implementation_switches_attention_off_and_on():
-    unpatched, patched = pair()
+def test_the_config_stays_transformers():
+    """Its names are what users compare; another model made from it is transformers' own, attention and all."""
+    unpatched, patched = pair(attention="eager")
+    assert patched.config.to_dict() == unpatched.config.to_dict()
+    for name in ("sdpa", "eager"):
+        patched.set_attn_implementation(name)
+        assert patched.config._attn_implementation == name
+        assert modules.attention_taken(patched.transformer.h[0]) is None
+    patched.config.output_attentions = True
     tokens = ids()
-    patched.set_attn_implementation("eager")
-    reason = modules.attention_taken(patched.transformer.h[0])
-    assert reason == "its implementation is 'eager'"
+    weights = patched(tokens).attentions
+    unpatched.config.output_attentions = True
+    torch.testing.assert_close(weights, unpatched(tokens).attentions)
+    other = transformers.AutoModelForCausalLM.from_config(patched.config)
+    assert type(other) is transformers.GPT2LMHeadModel
+    assert all(row.runs == "transformers" for row in swap.explain(other))
+
+
+def test_somebody_elses_attention_runs_as_it_is():
+    """Registered by name, before or after patching: it and its mask are called, and the text is theirs."""
+    unpatched, patched = pair()
+    seen = []
+
+    def upside_down(module, query, key, value, attention_mask, **kwargs):
+        seen.append(module.layer_idx)
+        return -_reference_attention_of(query, key, value), None
+
+    AttentionInterface.register("upside_down", upside_down)
+    for model in (unpatched, patched):
+        model.config._attn_implementation = "upside_down"
+    tokens = ids()
     torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
-    gpt2_fast.patch(patched)
-    assert modules.attention_taken(patched.transformer.h[0]) is None
-    gpt2_fast.unpatch(patched)
-    assert patched.config._attn_implementation == "eager"
-    assert type(patched.transformer.h[0]) is modeling_gpt2.GPT2Block
+    assert seen == [0, 1] * 2
+    assert modules.attention_taken(patched.transformer.h[0]) == "its implementation is 'upside_down'"
+
+
+class Doubled(modeling_gpt2.GPT2Block):
+    """A block of somebody's own: what theirs gives, twice."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+
+class Named(modeling_gpt2.GPT2Model):
+    """A model of somebody's own, whose forward is transformers'."""
+
+    def name(self):
+        return "named"
+
+
+class Scaled(transformers.GPT2LMHeadModel):
+    """A head of somebody's own, with a model and a block of their own and a forward around transformers'."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = Named(config)
+        self.transformer.h[1] = Doubled(config, layer_idx=1)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if output.loss is not None:
+            output.loss = 3 * output.loss
+        return output
+
+
+@pytest.mark.parametrize("masked", ["no mask", "left"])
+def test_a_subclass_keeps_its_forward(masked):
+    """Their forward runs, `super().forward` is ours, and so is what they do not override."""
+    unpatched = Scaled(transformers.GPT2Config(**{**SIZES, **NO_DROPOUT})).eval()
+    patched, mask, tokens = gpt2_fast.patch(copy.deepcopy(unpatched)), MASKS[masked], ids()
+    assert isinstance(patched, Scaled)
+    assert patched.transformer.name() == "named"
+
+    def run(model):
+        output = model(tokens, attention_mask=mask, labels=tokens)
+        return {"loss": output.loss.to(model.dtype), "logits": visible(output.logits, mask)}
+
+    assert_exact(unpatched, patched, run)
+    texts = [m.generate(tokens, attention_mask=mask, max_new_tokens=5) for m in (unpatched, patched)]
+    assert torch.equal(*texts)
+    rows = {(row.module, row.part): row for row in swap.explain(patched)}
+    assert rows["transformer.ln_f", "LayerNorm"].why == "h.1: its forward is test_patch.Doubled.forward"
+    assert rows["transformer.h.0.attn", "attention"].why.startswith("transformers makes its mask")
+    assert rows["transformer.h.0.mlp", "ln_2, c_fc, GELU and c_proj as one"].runs == "mlp"
+    assert rows["transformer.h.1", "block"].why == "its forward is test_patch.Doubled.forward"
+    assert rows["(the model)", "head and loss"].why == "its forward is test_patch.Scaled.forward"
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert type(other) is type(patched)
+        assert_same_bits([other(tokens).logits], [patched(tokens).logits])
+    assert everything(gpt2_fast.unpatch(patched)) == everything(unpatched)
+
+
+def test_a_subclass_without_a_forward_of_its_own():
+    unpatched = Named(transformers.GPT2Config(**{**SIZES, **NO_DROPOUT})).eval()
+    patched, tokens = gpt2_fast.patch(copy.deepcopy(unpatched)), ids()
+    assert all(row.runs != "transformers" for row in swap.explain(patched))
+    assert_exact(unpatched, patched, lambda model: {"h": model(tokens, attention_mask=RIGHT)[0][RIGHT.bool()]})
+
+
+def test_a_class_that_takes_no_subclass():
+    class Final(modeling_gpt2.GPT2Model):
+        def __init_subclass__(cls, **_):
+            raise TypeError("Final is final")
+
+    model = Final(transformers.GPT2Config(**SIZES))
+    with pytest.raises(TypeError, match=r"Final takes no subclass: Final is final"):
+        gpt2_fast.patch(model)
+    assert type(model.h[0]) is modeling_gpt2.GPT2Block
 
 
 def test_doctor_explains(tmp_path, capsys):

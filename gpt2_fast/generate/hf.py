@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, Any] = {
     "output_logits": False, "output_attentions": False, "output_hidden_states": False,
     "return_dict_in_generate": False, "renormalize_logits": False, "remove_invalid_values": False,
 } | dict.fromkeys((
-    "inputs", "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache",
+    "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache",
     "cache_implementation", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
     "synced_gpus", "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "bad_words_ids", "force_words_ids",
     "constraints", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
@@ -68,16 +68,16 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
             raise TypeError(f"generate has no argument {name!r}")
         if value is not None and (_NEUTRAL[name] is None or value != _NEUTRAL[name]):
             raise ValueError(
-                f"generate does not do {name}={value!r}; use transformers' generate, on its own model after "
-                "gpt2_fast.patch(model)"
+                f"generate does not do {name}={value!r}; gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"
             )
 
 
 def generate_batch(
     model: Model,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     do_sample: bool = False,
@@ -120,6 +120,9 @@ def generate_batch(
         TypeError: an argument that nobody has.
     """
     _refuse_unsupported(others)
+    if (input_ids is None) == (inputs is None):
+        raise ValueError("input_ids and inputs, transformers' other name for it: pass one of the two")
+    input_ids = inputs if input_ids is None else input_ids
     _check_batch(model, input_ids, do_sample, num_return_sequences, temperature)
     config = model.config
     ends = as_ids(config.eos_token_id if eos_token_id == "config" else eos_token_id)

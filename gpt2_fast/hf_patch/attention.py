@@ -1,125 +1,97 @@
-"""The attention and the masks that `gpt2_fast.patch` registers with transformers' attention and mask interfaces.
+"""Attention of a patched block, and what its mask means.
 
-A model whose attention was "sdpa" becomes "gpt2_fast_sdpa": the name keeps what to put back, and what to call where
-this package's kernels do not apply (masks that are no padding, several tokens on top of a cache, cross-attention).
+The config keeps its implementation's name: a patched model decides by itself where its attention runs, and a config
+that is copied, saved or given to another model is plainly transformers'. What runs here stands in for "eager", "sdpa"
+and the others that transformers ships; an implementation that somebody else registered runs as it is.
 
-transformers builds a [B, 1, T, T] mask and adds it to the scores. Registered here is a mask that stays the bool
-[B, keys] that the caller gave (True is a token), or None where there is no padding: the kernels know what is causal.
-The same value can go through transformers' mask code twice, as `generate` with a static cache does.
+transformers builds a [B, 1, T, T] mask and adds it to the scores. A patched GPT2Model leaves that out where all its
+attention runs here: its blocks get the keyword OWN, which says that attention is causal and what else hides keys.
+
+    OWN = None              nothing else
+    OWN = int32 [B, T]      the segments of `ops.attention`, in a call without a past
+    OWN = bool [B, S]       True for tokens, padding on the left: one token on a cache of S - 1
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
-from gpt2_fast.ops.attention import HEAD_MAX, HEAD_MIN, attention, attention_decode, segments_from
-from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.attention import HEAD_MAX, HEAD_MIN, attention, attention_decode
 from gpt2_fast.ops.runtime.philox import Dropout
 
-PREFIX = "gpt2_fast_"
+OWN = "gpt2_fast_mask"
+_EAGER = modeling_gpt2.eager_attention_forward
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
-def original(name: str | None) -> str | None:
-    """transformers' own implementation behind a registered name; any other name as it is."""
-    return name[len(PREFIX) :] if name is not None and name.startswith(PREFIX) else name
+def kept(config) -> str | None:
+    """Why attention of this config stays on transformers' path; None where it may run here."""
+    name, size = config._attn_implementation or "eager", config.n_embd // config.n_head
+    function = modeling_gpt2.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
+    # "paged|sdpa" and the like are those of continuous batching, which keeps a cache of its own.
+    shipped = function is _EAGER or getattr(function, "__module__", "").startswith("transformers.")
+    if not shipped or "|" in name:
+        return f"its implementation is {name!r}"
+    if not getattr(config, "is_causal", True):
+        return "the config's is_causal is False"
+    return None if HEAD_MIN <= size <= HEAD_MAX else f"head size {size} is outside {HEAD_MIN} to {HEAD_MAX}"
 
 
-def is_ours(config) -> bool:
-    """Whether attention runs here: not after `set_attn_implementation`, nor within `transformers_attention`."""
-    return (config._attn_implementation or "").startswith(PREFIX)
+def none_is_causal(config) -> bool:
+    """Whether a block that is called with no mask means causal attention. Eager attention then hides nothing."""
+    return config._attn_implementation == "sdpa"
 
 
-def fits(head_dim: int) -> bool:
-    """Whether the kernels take this head size."""
-    return HEAD_MIN <= head_dim <= HEAD_MAX
-
-
-@contextmanager
-def transformers_attention(config) -> Iterator[None]:
-    """Within it, attention and masks are transformers' own: for a call that asks for attention weights."""
-    name = config._attn_implementation
-    config._attn_implementation = original(name)
-    try:
-        yield
-    finally:
-        config._attn_implementation = name
-
-
-def scaling(module, implementation: str) -> float:
-    """The factor of the scores. transformers 4 applies the config's options in eager attention alone."""
-    if hasattr(module, "scaling"):
-        return module.scaling
-    if implementation != "eager":
-        return module.head_dim**-0.5
-    scale = module.head_dim**-0.5 if module.scale_attn_weights else 1.0
-    return scale / (module.layer_idx + 1) if module.scale_attn_by_inverse_layer_idx else scale
-
-
-def _transformers_function(implementation: str) -> Callable:
-    eager = implementation == "eager"
-    return modeling_gpt2.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[implementation]
-
-
-def _segments(mask: Tensor | None) -> Tensor | None:
-    return segments_from(mask) if mask is not None and mask.dtype == torch.bool else mask
+def grows(past: Cache | None) -> bool:
+    """Whether a cache holds exactly what was seen: no static, sliding, quantised, offloaded or cross-attention one."""
+    if past is None:
+        return True
+    return (
+        type(past) is DynamicCache and not getattr(past, "offloading", False)
+        and all(type(layer) is DynamicLayer for layer in past.layers)
+    )  # fmt: skip
 
 
 def attend(
-    module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, implementation: str, dropout_p: float,
-    rng: Tensor | None = None, site: int = 0, qkv: Tensor | None = None, **kwargs,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Attention of `module`, a GPT2Attention, in the form transformers' interface wants.
+    module, qkv: Tensor, past: Cache | None, cache_options: tuple, mask: Tensor | None, dropout: Dropout
+) -> Tensor:
+    """Causal attention of `module`, a GPT2Attention: [B, T, H, D].
 
     Args:
-        query [B, H, T, D]; key, value [B, H, S, D].
-        mask: None; bool [B, S], True for tokens; int32 [B, T] segments (`segments_from`); or transformers' own.
-        implementation: transformers' own, for what is not taken over.
-        qkv: [B, T, 3, H, D], what query, key and value are views of; they are packed again without it.
-
-    Returns:
-        [B, T, H, D], and attention weights where transformers' function gives them.
+        qkv: [B, T, 3, H, D].
+        past: None, or a cache that `grows`, which takes the new keys and values with `cache_options`.
+        mask: OWN's value.
     """
-    T, S = query.shape[2], key.shape[2]
-    scale = scaling(module, implementation)
-    ours = not module.is_cross_attention and (mask is None or mask.ndim == 2) and fits(query.shape[3])
-    if ours and T == S:
-        if qkv is None:
-            qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
-        segments = _segments(mask)
-        return attention(qkv, scale=scale, segments=segments, dropout=Dropout(dropout_p, rng, site)), None
-    if ours and T == 1 and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
-        B = query.shape[0]
-        lengths = torch.full((B,), S, dtype=torch.int32, device=query.device)
-        starts = torch.zeros_like(lengths) if mask is None else mask.int().argmax(-1).to(torch.int32)
-        out = attention_decode(query[:, :, 0], key, value, starts=starts, lengths=lengths, scale=scale)
-        return out.unsqueeze(1), None
-    function = _transformers_function(implementation)
+    scale, T = scaling(module), qkv.shape[1]
+    if past is None:
+        return attention(qkv, scale=scale, segments=mask, dropout=dropout)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D)
+    key, value = past.update(key, value, module.layer_idx, *cache_options)
+    B, S = query.shape[0], key.shape[2]
+    if T == S:
+        return attention(qkv, scale=scale, segments=mask, dropout=dropout)
+    if T != 1:
+        raise RuntimeError(f"layer {module.layer_idx} holds {S - T} keys, and other layers none; use one cache a call")
+    lengths = torch.full((B,), S, dtype=torch.int32, device=query.device)
+    starts = torch.zeros_like(lengths) if mask is None else mask.int().argmax(-1).to(torch.int32)
+    return attention_decode(query[:, :, 0], key, value, starts=starts, lengths=lengths, scale=scale).unsqueeze(1)
+
+
+def scaling(module) -> float:
+    """The factor of the scores. transformers 4 applies the config's options in eager attention alone."""
     if hasattr(module, "scaling"):
-        kwargs["scaling"] = scale
-    return function(module, query, key, value, mask, dropout=dropout_p, **kwargs)
-
-
-def _attention_forward(
-    implementation, module, query, key, value, attention_mask, dropout=0.0, scaling=None, head_mask=None, **kwargs
-):
-    """What is registered: transformers' GPT2Attention.forward calls it where a block's own forward does not."""
-    rng = None
-    if head_mask is not None:
-        kwargs["head_mask"] = head_mask
-    elif dropout > 0.0:
-        rng = philox.new_key(query.device)
-    return attend(
-        module, query, key, value, attention_mask, implementation=implementation, dropout_p=dropout, rng=rng, **kwargs
-    )
+        return module.scaling
+    if module.config._attn_implementation not in (None, "eager"):
+        return module.head_dim**-0.5
+    scale = module.head_dim**-0.5 if module.scale_attn_weights else 1.0
+    return scale / (module.layer_idx + 1) if module.scale_attn_by_inverse_layer_idx else scale
 
 
 def padding(mask: Tensor | None) -> Tensor | None:
@@ -131,37 +103,17 @@ def padding(mask: Tensor | None) -> Tensor | None:
     return None if looks and bool(mask.all()) else mask
 
 
-def _is_left_padding(mask: Tensor) -> bool:
+def is_left_padding(mask: Tensor) -> bool:
     """Whether the visible keys of every row are one run that ends with the last: what decoding can express."""
     return bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all())
 
 
-def _mask(implementation: str, **kwargs):
-    """What is registered: the mask of one forward pass, for `attend`.
-
-    A single token on a cache that holds exactly what was seen, or no cache: the padding, [B, S]. Everything else,
-    static caches among it, gets the mask of `implementation`.
-    """
-    mask, S = kwargs["attention_mask"], kwargs["kv_length"]
-    T = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
-    simple = (
-        kwargs["mask_function"] is causal_mask_function and kwargs["allow_is_causal_skip"]
-        and kwargs.get("kv_offset", 0) == 0 and (mask is None or (mask.ndim == 2 and mask.shape[1] == S))
-    )  # fmt: skip
-    if simple and T == S:
-        return padding(mask)
-    grows = not isinstance(kwargs.get("q_offset"), Tensor)
-    if simple and T == 1 and grows and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        mask = padding(mask)
-        if mask is None or _is_left_padding(mask):
-            return mask
-    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**kwargs)
-
-
-def register(implementation: str) -> str:
-    """Registers attention and masks in front of transformers' `implementation`; the name for a config."""
-    name = PREFIX + implementation
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, functools.partial(_attention_forward, implementation))
-        AttentionMaskInterface.register(name, functools.partial(_mask, implementation))
-    return name
+def transformers_mask(config, h: Tensor, mask: Tensor | None, past: Cache | None, position_ids: Tensor | None):
+    """The mask that transformers' own GPT2Model gives its blocks, for those whose attention stays there."""
+    start = 0 if past is None else past.get_seq_length()
+    given = {
+        "config": config, "inputs_embeds": h, "input_embeds": h, "attention_mask": mask, "cache": past,
+        "past_key_values": past, "position_ids": position_ids,
+        "cache_position": torch.arange(start, start + h.shape[1], device=h.device),
+    }  # fmt: skip
+    return create_causal_mask(**{name: value for name, value in given.items() if name in _MASK_ARGUMENTS})

@@ -1,13 +1,13 @@
-"""What `gpt2_fast.patch` makes of transformers' GPT-2 modules: subclasses that override forward alone.
+"""transformers' GPT2Block, GPT2Model and GPT2LMHeadModel on this package's operations: what they do in forward.
 
-A patched module is the same object with the same parameters and names; only its class is another, as it is under
-torch's parametrizations. Whatever is called here as an operation is a module that is exactly transformers' or torch's
-own, without hooks: a LoRA layer, a quantized one or one that somebody listens to is called as the module it is.
+`classes` makes whole classes of them. A patched module is the same object with the same parameters and names; only its
+class is another, as it is under torch's parametrizations. Whatever is called here as an operation is a module that is
+exactly transformers' or torch's own, without hooks: a LoRA layer, a quantized one or one that somebody listens to is
+called as the module it is.
 
     h = h + dropout(c_proj(attention(ln_1(h))))        h = h + dropout(c_proj(gelu(c_fc(ln_2(h)))))
 
-A call that a forward does not take over goes to transformers' own, argument for argument. Signatures are read from
-there, so transformers 4.57 to 5.24 need no two versions of this file.
+A call that a forward does not take over (`calls`) goes to transformers' own, argument for argument.
 """
 
 from __future__ import annotations
@@ -18,17 +18,33 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import modeling_utils
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # transformers 4 asks each block for its attention weights
+    output_capturing = None
+
 from gpt2_fast import modules
-from gpt2_fast.hf_patch.attention import attend, is_ours, original, padding, transformers_attention
+from gpt2_fast.hf_patch import attention
+from gpt2_fast.hf_patch.attention import OWN, padding, transformers_mask
+from gpt2_fast.hf_patch.calls import (
+    BLOCK,
+    CACHE,
+    LM,
+    LOSS,
+    MODEL,
+    STRANGE,
+    documents,
+    is_plain_call,
+    resolve,
+    wants_loss,
+)  # fmt: skip
 from gpt2_fast.hf_patch.outputs import CausalLMOutput
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
@@ -43,6 +59,13 @@ TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
 
 
+def _records_attention() -> bool:
+    """Whether transformers 5 records attention weights in this call, by hooks on its attention modules."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and any("attentions" in key for key in collected)
+
+
 def _is_idle(hook: Callable, module: nn.Module) -> bool:
     """Whether a forward hook does nothing in a call that is taken over.
 
@@ -50,7 +73,7 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
     embeddings require the gradient that they require anyway where they are trained.
     """
     if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
-        return True
+        return not _records_attention()
     if getattr(hook, "__name__", "") not in ("make_inputs_require_grads", "make_inputs_require_grad"):
         return False
     return module.weight.requires_grad or not torch.is_grad_enabled()
@@ -59,11 +82,6 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
 def foreign(module: nn.Module, *kinds: type) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`."""
     return modules.foreign(module, *kinds, idle=_is_idle)
-
-
-def _arguments(function: Callable) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
@@ -99,40 +117,37 @@ def mlp_fused(block: nn.Module) -> str | None:
     return None
 
 
-class GPT2Block(modeling_gpt2.GPT2Block):
-    """A block on fused operations; its two halves fall back one by one."""
+class BlockForward:
+    """A block's forward on fused operations; its two halves fall back one by one."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_BLOCK, args, strict=False)) | kwargs
+        call = dict(zip(BLOCK, args, strict=False)) | kwargs
         cross = call.get("encoder_hidden_states") is not None or hasattr(self, "crossattention")
-        strange = any(call.get(name) is not None for name in _STRANGE)
-        if cross or strange or not isinstance(self, GPT2Block):
+        strange = any(call.get(name) is not None for name in STRANGE)
+        if cross or strange or not isinstance(self, BlockForward):
             return modeling_gpt2.GPT2Block.forward(self, *args, **kwargs)
         h = call.pop("hidden_states")
         drops = max(_rate(d) for d in (self.attn.attn_dropout, self.attn.resid_dropout, self.mlp.dropout)) > 0.0
         key = philox.new_key(h.device) if drops else None
-        a, p, weights = GPT2Block._attention(self, _layernorm(self.ln_1, h), call, key)
-        h = GPT2Block._mlp(self, a, h, p, key)
-        if "output_attentions" not in _BLOCK:  # transformers 5
+        a, p, weights = BlockForward._attention(self, _layernorm(self.ln_1, h), call, key)
+        h = BlockForward._mlp(self, a, h, p, key)
+        if "output_attentions" not in BLOCK:  # transformers 5
             return h
         return (h, weights) if call.get("output_attentions") else (h,)
 
     def _attention(self, y: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
         """c_proj(attention(y)), the dropout that is still to be applied to it, and weights if they were asked for."""
-        attn, past = self.attn, call.get(_CACHE)
-        if attention_taken(self) or isinstance(past, EncoderDecoderCache):
+        attn, past = self.attn, call.get(CACHE)
+        if OWN not in call and (attention_taken(self) or not _is_causal_call(self, call)):
             cross = ("encoder_hidden_states", "encoder_attention_mask")
             a, weights = attn(y, **{k: v for k, v in call.items() if k not in cross})
             return a, 0.0, weights
         B, T, _ = y.shape
         qkv = _project(attn.c_attn, y).view(B, T, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D)
-        if past is not None:
-            position = call.get("cache_position")
-            k, v = past.update(k, v, attn.layer_idx, *(() if position is None else ({"cache_position": position},)))
-        out_BTHD, _ = attend(
-            attn, q, k, v, call.get("attention_mask"), implementation=original(attn.config._attn_implementation),
-            dropout_p=_rate(attn.attn_dropout), rng=key, site=ATTENTION, qkv=qkv,
+        position = call.get("cache_position")
+        out_BTHD = attention.attend(
+            attn, qkv, past, () if position is None else ({"cache_position": position},), call.get(OWN),
+            Dropout(_rate(attn.attn_dropout), key, ATTENTION),
         )  # fmt: skip
         return _project(attn.c_proj, out_BTHD.reshape(B, T, -1)), _rate(attn.resid_dropout), None
 
@@ -159,13 +174,22 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         return h + mlp.dropout(m) if foreign(mlp.dropout, nn.Dropout) else _drop_add(m, h, _rate(mlp.dropout), key, ln)
 
 
+def _is_causal_call(block: nn.Module, call: dict) -> bool:
+    """Whether a block that was called without OWN is asked for causal attention, no key hidden, and nothing besides."""
+    past = call.get(CACHE)
+    known = {CACHE, "use_cache", "position_ids", "cache_position", "num_items_in_batch", "output_hidden_states"}
+    empty = past is None or (attention.grows(past) and past.get_seq_length() == 0)
+    plain = all(name in known or value is None or value is False for name, value in call.items())
+    return plain and empty and attention.none_is_causal(block.attn.config)
+
+
 def attention_taken(block: nn.Module) -> str | None:
     """Why a block's attention stays on transformers' path; None where it runs here."""
     attn = block.attn
     if hasattr(block, "crossattention"):
         return "the model has cross-attention"
-    if not is_ours(attn.config):
-        return f"its implementation is {attn.config._attn_implementation!r}"
+    if reason := attention.kept(attn.config):
+        return reason
     if reason := foreign(attn, modeling_gpt2.GPT2Attention):
         return f"it {reason}"
     return (reason := foreign(attn.resid_dropout, nn.Dropout)) and f"resid_dropout {reason}"
@@ -180,76 +204,100 @@ def embedding_taken(model: nn.Module) -> str | None:
         table = getattr(model, name)
         if table.padding_idx is not None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
             return f"{name} has options of nn.Embedding that the operation does not know"
-    if model.config.add_cross_attention or not is_ours(model.config) or not getattr(model.config, "is_causal", True):
-        return "attention stays on transformers' path"
     return None
 
 
-class GPT2Model(modeling_gpt2.GPT2Model):
-    """Embedding, blocks and ln_f of a call without a past; with one, transformers' loop over the patched blocks."""
+def own_forward(cls: type) -> Callable:
+    """The forward of `cls` as it was written: transformers 5.24 wraps it anew for every subclass of a block."""
+    forward = cls.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
+
+
+def forward_of(module: nn.Module, ours: type) -> str | None:
+    """Whose forward `module` runs, where that is not the one of `ours`, a class of this module."""
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if not isinstance(module, ours):
+        return f"it is {type(module).__module__}.{type(module).__qualname__}"
+    forward = own_forward(type(module))
+    return None if forward is ours.forward else f"its forward is {forward.__module__}.{forward.__qualname__}"
+
+
+def loop_taken(model: nn.Module) -> str | None:
+    """Why the loop over the blocks of this GPT2Model is transformers'; None where it is `ModelForward`'s."""
+    if model.config.add_cross_attention:
+        return "the model has cross-attention"
+    if not getattr(model.config, "is_causal", True):
+        return "the config's is_causal is False"
+    if getattr(model, "model_parallel", False):  # transformers 4: parallelize
+        return "it is spread over several devices"
+    for i, block in enumerate(model.h):
+        if reason := forward_of(block, BlockForward):
+            return f"h.{i}: {reason}"
+    return None
+
+
+class ModelForward:
+    """Embedding, blocks and ln_f of a GPT2Model; a call that it does not take goes to transformers' own loop."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_MODEL, args, strict=False)) | kwargs
-        theirs = modeling_gpt2.GPT2Model.forward
-        if not isinstance(self, GPT2Model):
-            return theirs(self, *args, **kwargs)
-        weights = call.get("output_attentions")
-        if (self.config.output_attentions if weights is None else weights) or call.get("head_mask") is not None:
-            with transformers_attention(self.config):
-                return theirs(self, *args, **kwargs)
-        if embedding_taken(self) or not _is_plain_call(self, call):
-            return theirs(self, *args, **kwargs)
-        return GPT2Model._from_ids(self, call)
+        call = dict(zip(MODEL, args, strict=False)) | kwargs
+        if not isinstance(self, ModelForward) or not is_plain_call(self, call) or loop_taken(self):
+            return modeling_gpt2.GPT2Model.forward(self, *args, **kwargs)
+        return ModelForward._run(self, call)
 
-    def _from_ids(self, call: dict) -> BaseModelOutputWithPastAndCrossAttentions:
-        shape = call["input_ids"].shape
-        ids = call["input_ids"].view(-1, shape[-1])
-        mask, positions, types = call.get("attention_mask"), call.get("position_ids"), call.get("token_type_ids")
-        self.warn_if_padding_and_no_attention_mask(ids, mask)
-        use_cache = _resolve(call, self.config, "use_cache") and not (self.gradient_checkpointing and self.training)
-        past = DynamicCache(config=self.config) if use_cache else None
-        segments = _documents(positions, ids) if mask is None and past is None else None
-        if mask is not None and (mask := padding(mask.view(ids.shape))) is not None:
-            segments = segments_from(mask)
-        p = _rate(self.drop)
-        h = embedding(
-            ids, self.wte.weight, self.wpe.weight, position_ids=positions,
-            token_type_ids=None if types is None else types.view(ids.shape),
-            dropout=philox.Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, EMBEDDING),
-        )  # fmt: skip
-        for block in self.h:
-            out = block(h, attention_mask=segments, use_cache=use_cache, **{_CACHE: past})
+    def _run(self, call: dict) -> BaseModelOutputWithPastAndCrossAttentions:
+        ids, embeds, mask, past = (call.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", CACHE))
+        *shape, T = ids.shape if embeds is None else embeds.shape[:-1]
+        if ids is not None:
+            self.warn_if_padding_and_no_attention_mask(ids, mask)
+        checkpoints = self.gradient_checkpointing and self.training
+        use_cache = bool(resolve(call, self.config, "use_cache")) and not checkpoints
+        if past is None and use_cache:
+            past = DynamicCache(config=self.config)
+        h = ModelForward._embed(self, call, T, 0 if past is None else past.get_seq_length())
+        options = {name: call[name] for name in ("cache_position",) if call.get(name) is not None}
+        options |= {CACHE: past, "use_cache": use_cache}
+        masks = ModelForward._masks(self, h, mask, past, call.get("position_ids"))
+        for block, masked in zip(self.h, masks, strict=True):
+            out = block(h, **masked, **options)
             h = out[0] if isinstance(out, tuple) else out
-        h = _layernorm(self.ln_f, h).view(*shape, -1)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, **{_CACHE: past})
+        h = _layernorm(self.ln_f, h).view(*shape, T, -1)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h, **{CACHE: past if use_cache else None})
 
+    def _embed(self, call: dict, T: int, start: int) -> Tensor:
+        """dropout(wte(ids) + wpe(positions) (+ wte(types))) [B, T, C]; `start` tokens are in the cache."""
+        ids, embeds, positions, types = (
+            call.get(k) for k in ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+        )
+        ids, types = (None if t is None else t.view(-1, T) for t in (ids, types))
+        if positions is None and (start or ids is None or embedding_taken(self)):
+            positions = torch.arange(start, start + T, device=self.wpe.weight.device)[None]
+        if ids is not None and embedding_taken(self) is None:
+            p = _rate(self.drop)
+            dropout = Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, EMBEDDING)
+            return embedding(
+                ids, self.wte.weight, self.wpe.weight, position_ids=positions, token_type_ids=types, dropout=dropout
+            )
+        h = (self.wte(ids) if embeds is None else embeds) + self.wpe(positions)
+        return self.drop(h if types is None else h + self.wte(types))
 
-def _resolve(call: dict, config, name: str):
-    value = call.get(name)
-    return getattr(config, name, None) if value is None else value
-
-
-def _documents(position_ids: Tensor | None, ids: Tensor) -> Tensor | None:
-    """The segments of sequences packed into rows, found as transformers finds them; None where there are none."""
-    if position_ids is None:
-        return None
-    documents = find_packed_sequence_indices(position_ids.expand(ids.shape[0], -1))
-    return None if documents is None else documents.to(torch.int32)
-
-
-def _is_plain_call(model: nn.Module, call: dict) -> bool:
-    """Token ids, at most with a padding mask, positions and types; no past and nothing to record."""
-    known = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache", "return_dict",
-             "num_items_in_batch", "cache_position"}  # fmt: skip
-    given = {name for name, value in call.items() if value is not None and value is not False}
-    ids, mask, positions = call.get("input_ids"), call.get("attention_mask"), call.get("position_ids")
-    if ids is None or not given <= known or _resolve(call, model.config, "output_hidden_states"):
-        return False
-    if call.get("cache_position") is not None or _resolve(call, model.config, "return_dict") is False:
-        return False
-    if mask is not None and (mask.ndim > 3 or mask.numel() != ids.numel()):
-        return False
-    return positions is None or positions.ndim == 2
+    def _masks(self, h: Tensor, mask: Tensor | None, past, positions: Tensor | None) -> list[dict]:
+        """Block by block, what hides keys: OWN where its attention runs here, elsewhere transformers' mask."""
+        mask = None if mask is None else mask.view(h.shape[0], -1)
+        seen = padding(mask)
+        if past is None or not past.get_seq_length():
+            if seen is not None:
+                seen = segments_from(seen)
+            elif mask is None and past is None:
+                seen = documents(positions, h)
+        masks, ours = [{OWN: seen}] * len(self.h), [attention_taken(block) is None for block in self.h]
+        if not all(ours):
+            theirs = {"attention_mask": transformers_mask(self.config, h, mask, past, positions)}
+            masks = [{OWN: seen} if is_ours else theirs for is_ours in ours]
+        return masks
 
 
 def loss_taken(model: nn.Module) -> str | None:
@@ -261,17 +309,14 @@ def loss_taken(model: nn.Module) -> str | None:
     return None if model.loss_function is ForCausalLMLoss else "its loss_function is another"
 
 
-_LOSS = {"labels", "num_items_in_batch", "ignore_index", "shift_labels"}
-
-
-class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
+class LMForward:
     """With labels: the loss by chunks of logits, and `.logits` when they are asked for."""
 
     def forward(self, *args, **kwargs):
-        call = dict(zip(_LM, args, strict=False)) | kwargs
-        if not isinstance(self, GPT2LMHeadModel) or not _wants_loss(self, call) or loss_taken(self):
+        call = dict(zip(LM, args, strict=False)) | kwargs
+        if not isinstance(self, LMForward) or not wants_loss(self, call) or loss_taken(self):
             return modeling_gpt2.GPT2LMHeadModel.forward(self, *args, **kwargs)
-        inputs = {name: value for name, value in call.items() if name not in _LOSS and name != "logits_to_keep"}
+        inputs = {name: value for name, value in call.items() if name not in LOSS and name != "logits_to_keep"}
         output = self.transformer(**inputs)
         hidden, head = output.last_hidden_state, self.lm_head.weight
         ignored, targets = call.get("ignore_index", -100), call.get("shift_labels")
@@ -284,36 +329,11 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         return CausalLMOutput.of(
             loss, self.lm_head, hidden, modules.is_sharded(self), hidden_states=output.hidden_states,
             attentions=output.attentions, cross_attentions=output.cross_attentions,
-            **{_CACHE: getattr(output, _CACHE)},
+            **{CACHE: getattr(output, CACHE)},
         )  # fmt: skip
 
 
-def _wants_loss(model: nn.Module, call: dict) -> bool:
-    """A call with labels, for an output with `.logits` as an attribute; torch.compile traces transformers' own."""
-    labels, ids = call.get("labels"), call.get("input_ids")
-    known = _LOSS | set(_MODEL) | {"output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"}
-    keep = call.get("logits_to_keep", 0)
-    return (
-        labels is not None and ids is not None and labels.shape == ids.shape and labels.dtype == torch.int64
-        and call.keys() <= known and isinstance(keep, int) and keep == 0
-        and bool(_resolve(call, model.config, "return_dict")) and not torch.compiler.is_compiling()
-    )  # fmt: skip
-
-
-_BLOCK = _arguments(modeling_gpt2.GPT2Block.forward)
-# transformers 5.24 calls past_key_values cache. What a block's forward does not know by name it leaves to transformers'
-# own, so that an argument with another name in a later release costs time and not the result.
-_CACHE = "cache" if "cache" in _BLOCK else "past_key_values"
-_STRANGE = ({"past_key_values", "cache", *_BLOCK} - {_CACHE}).difference(
-    ("hidden_states", "cache_position", "attention_mask", "head_mask", "encoder_hidden_states",
-     "encoder_attention_mask", "use_cache", "output_attentions")
-)  # fmt: skip
-_MODEL = _arguments(modeling_gpt2.GPT2Model.forward)
-_LM = _arguments(modeling_gpt2.GPT2LMHeadModel.forward)
-PATCHED = {cls.__bases__[0]: cls for cls in (GPT2Block, GPT2Model, GPT2LMHeadModel)}
-
-for _original, _patched in PATCHED.items():
-    # Trainer and generate read what a model takes from its signature, and transformers records outputs by class.
-    _patched.forward.__signature__ = inspect.signature(_original.forward)
-    if hasattr(modeling_utils, "_CAN_RECORD_REGISTRY") and hasattr(_original, "_can_record_outputs"):
-        dict.__setitem__(modeling_utils._CAN_RECORD_REGISTRY, str(_patched), _patched._can_record_outputs)
+for _forward, _original in ((BlockForward, modeling_gpt2.GPT2Block), (ModelForward, modeling_gpt2.GPT2Model),
+                            (LMForward, modeling_gpt2.GPT2LMHeadModel)):  # fmt: skip
+    # Trainer and generate read what a model takes from its signature.
+    _forward.forward.__signature__ = inspect.signature(_original.forward)

@@ -1,7 +1,7 @@
 """`gpt2_fast.patch`: an existing transformers GPT-2 on this package's operations, in place; `unpatch` puts it back.
 
-Parameters, names and objects stay: what changes is the class of GPT2Block, GPT2Model and GPT2LMHeadModel
-(`modules.py`) and the name of the config's attention implementation (`attention.py`).
+Parameters, names, objects and the config stay: what changes is the class of the model, its GPT2Model and its blocks
+(`classes.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"gpt2_fast.patch needs transformers; run: pip install transformers ({error})") from None
 
-from gpt2_fast.hf_patch import attention, modules
-from gpt2_fast.hf_patch.modules import PATCHED
+from gpt2_fast.hf_patch import classes, modules
 from gpt2_fast.modules import is_sharded
-
-ORIGINAL = {patched: original for original, patched in PATCHED.items()}
 
 
 class Row(NamedTuple):
@@ -35,8 +32,7 @@ def _bodies(model: nn.Module) -> dict[str, nn.Module]:
     """Every GPT2Model in `model`, patched or not, by name. Raises TypeError or ValueError where there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt2_fast.patch takes a transformers GPT-2 model, not {type(model).__name__}")
-    kinds = (modeling_gpt2.GPT2Model, PATCHED[modeling_gpt2.GPT2Model])
-    found = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, modeling_gpt2.GPT2Model)}
     if not found:
         raise ValueError(
             f"gpt2_fast.patch: {type(model).__module__}.{type(model).__name__} holds no transformers GPT2Model; pass a "
@@ -62,17 +58,12 @@ def _check_sharding(model: nn.Module) -> None:
             )
 
 
-def _configs(body: nn.Module) -> list:
-    """The config objects that a GPT2Model's forward reads; almost always one."""
-    configs = [body.config, *(block.attn.config for block in body.h)]
-    return list({id(config): config for config in configs}.values())
-
-
 def patch(model: nn.Module) -> nn.Module:
     """Routes a transformers GPT-2 through gpt2_fast's operations, in place; `unpatch` puts it back.
 
     Args:
-        model: GPT2Model, GPT2LMHeadModel, another GPT-2 head, or any module around them (PEFT, torch.compile).
+        model: GPT2Model, GPT2LMHeadModel, another GPT-2 head, your own subclass of one, or any module around them
+            (PEFT, torch.compile).
 
     Returns:
         `model` itself. `gpt2_fast.doctor.explain_patch(model)` says what runs where and why. Patching twice is
@@ -82,29 +73,20 @@ def patch(model: nn.Module) -> nn.Module:
         TypeError, ValueError: no GPT-2 of transformers in it, parameters on several devices, or `fully_shard` was
             called on it.
     """
-    bodies = _bodies(model)
+    _bodies(model)
     _check_placement(model)
     _check_sharding(model)
-    for module in model.modules():
-        if type(module) in PATCHED:
-            module.__class__ = PATCHED[type(module)]
-    for body in bodies.values():
-        for config in _configs(body):
-            name = attention.original(config._attn_implementation) or "eager"
-            if attention.fits(config.n_embd // config.n_head):
-                config._attn_implementation = attention.register(name)
+    classes.swap(model)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undoes `patch`; a model that is not patched stays as it is. Returns `model`."""
-    for body in _bodies(model).values():
-        for config in _configs(body):
-            if attention.is_ours(config):
-                config._attn_implementation = attention.original(config._attn_implementation)
-    for module in model.modules():
-        if type(module) in ORIGINAL:
-            module.__class__ = ORIGINAL[type(module)]
+    """Undoes `patch`; a model that is not patched stays as it is. Returns `model`.
+
+    Raises ValueError for a model of your own class made from one of `gpt2_fast.hf`: it was never another.
+    """
+    _bodies(model)
+    classes.swap_back(model)
     return model
 
 
@@ -112,14 +94,14 @@ def _row(module: str, part: str, op: str, reason: str | None) -> Row:
     return Row(module, part, "transformers" if reason else op, reason or "")
 
 
-def _block_rows(name: str, block: nn.Module, ours: bool) -> list[Row]:
-    if not ours or hasattr(block, "crossattention"):
-        why = "the model has cross-attention" if ours else f"it is {type(block).__module__}.{type(block).__qualname__}"
-        return [Row(name, "block", "transformers", why)]
-    size = block.attn.head_dim
+def _block_rows(name: str, block: nn.Module, loop: str | None) -> list[Row]:
+    """loop: why the loop over the blocks is not this package's."""
+    why = modules.forward_of(block, modules.BlockForward)
+    if why or hasattr(block, "crossattention"):
+        return [Row(name, "block", "transformers", why or "the model has cross-attention")]
     kept = modules.attention_taken(block)
-    if kept and not attention.fits(size):
-        kept = f"head size {size} is outside {attention.HEAD_MIN} to {attention.HEAD_MAX}"
+    if loop and kept is None:
+        kept = "transformers makes its mask; with sdpa, no padding and no past it makes none, and attention runs here"
     rows = [
         _row(f"{name}.ln_1", "LayerNorm", "add_layernorm", modules.foreign(block.ln_1, nn.LayerNorm)),
         _row(f"{name}.attn", "attention", "attention, attention_decode", kept),
@@ -134,20 +116,24 @@ def _block_rows(name: str, block: nn.Module, ours: bool) -> list[Row]:
     return rows
 
 
+def _why_not_patched(module: nn.Module, ours: type) -> str | None:
+    """Whose forward runs; None for this package's."""
+    return modules.forward_of(module, ours) if isinstance(module, ours) else "it is not patched"
+
+
 def explain(model: nn.Module) -> list[Row]:
     """What runs where in a patched (or not patched) model, module by module."""
     rows = []
     for name, body in _bodies(model).items():
         name = name or "(the model)"
-        ours = type(body) in ORIGINAL
-        reason = modules.embedding_taken(body) if ours else "it is not patched"
-        rows.append(_row(name, "wte, wpe and dropout", "embedding", reason))
+        loop = _why_not_patched(body, modules.ModelForward) or modules.loop_taken(body)
+        rows.append(_row(name, "wte, wpe and dropout", "embedding", loop or modules.embedding_taken(body)))
         for i, block in enumerate(body.h):
-            rows += _block_rows(f"{name}.h.{i}", block, type(block) in ORIGINAL)
+            rows += _block_rows(f"{name}.h.{i}", block, loop)
+        reason = loop or modules.foreign(body.ln_f, nn.LayerNorm)
         rows.append(_row(f"{name}.ln_f", "LayerNorm", "add_layernorm", reason))
-    heads = (*PATCHED, *ORIGINAL)
     for name, module in model.named_modules():
-        if type(module) in heads and isinstance(module, modeling_gpt2.GPT2LMHeadModel):
-            reason = modules.loss_taken(module) if type(module) in ORIGINAL else "it is not patched"
+        if isinstance(module, modeling_gpt2.GPT2LMHeadModel):
+            reason = _why_not_patched(module, modules.LMForward) or modules.loss_taken(module)
             rows.append(_row(f"{name or '(the model)'}", "head and loss", "linear_cross_entropy", reason))
     return rows

@@ -1,0 +1,171 @@
+"""gpt2_fast.hf: transformers' classes, patched when made; values, files, Auto classes, Trainer, pipeline, PEFT."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+
+from test_patch import HEADS, MASKS, NO_DROPOUT, OUTPUTS, SIZES, assert_exact, build, ids, visible  # noqa: E402
+from test_patch_ecosystem import tokenizer, train  # noqa: E402
+from transformers.models.gpt2 import modeling_gpt2  # noqa: E402
+
+import gpt2_fast  # noqa: E402
+from gpt2_fast import hf  # noqa: E402
+from gpt2_fast.hf_patch import swap  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+def pair(head="GPT2LMHeadModel", **options):
+    """(transformers' own, gpt2_fast.hf's) models of the same weights."""
+    theirs = build(head, **options)
+    ours = getattr(hf, head)(copy.deepcopy(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_class(head, tmp_path):
+    """Values and gradients, files both ways, copies, and nothing that is left to transformers."""
+    theirs, ours = pair(head)
+    assert isinstance(ours, getattr(transformers, head))
+    assert all(row.runs != "transformers" for row in swap.explain(ours))
+    tokens = ids()
+
+    def run(model):
+        output = model(tokens, attention_mask=MASKS["left"])
+        return {name: visible(output[name], MASKS["left"]) for name in OUTPUTS if output.get(name) is not None}
+
+    assert_exact(theirs, ours, run)
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [head]
+    again = getattr(transformers, head).from_pretrained(tmp_path).eval()
+    assert type(again.h[0] if head == "GPT2Model" else again.transformer.h[0]) is modeling_gpt2.GPT2Block
+    assert_same_bits(run(again).values(), run(theirs).values())
+    loaded = getattr(hf, head).from_pretrained(tmp_path).eval()
+    for other in (loaded, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(other) is type(ours)
+        assert all(row.runs != "transformers" for row in swap.explain(other))
+        assert_same_bits(run(other).values(), run(ours).values())
+    assert type(gpt2_fast.unpatch(ours)) is getattr(transformers, head)
+
+
+def test_every_name_that_transformers_has():
+    """The import line of a script is all that changes."""
+    for name in dir(transformers):
+        if name.startswith("GPT2"):
+            assert hasattr(hf, name), name
+            assert (getattr(hf, name) is getattr(transformers, name)) == (name not in hf.__all__)
+    assert {name for name in dir(modeling_gpt2) if name.startswith("GPT2For")} <= set(hf.__all__)
+    assert inspect.signature(hf.GPT2Model.forward) == inspect.signature(transformers.GPT2Model.forward)
+    with pytest.raises(AttributeError, match="module 'gpt2_fast.hf' has no attribute 'GPT2ForNothing'"):
+        hf.GPT2ForNothing  # noqa: B018
+
+
+def test_patch_gives_these_classes():
+    model = gpt2_fast.patch(build())
+    assert type(model) is hf.GPT2LMHeadModel
+    other = type(model)(model.config)
+    assert all(row.runs != "transformers" for row in swap.explain(other))
+
+
+AUTO = {"AutoModel": "GPT2Model", "AutoModelForCausalLM": "GPT2LMHeadModel",
+        "AutoModelForSequenceClassification": "GPT2ForSequenceClassification",
+        "AutoModelForTokenClassification": "GPT2ForTokenClassification",
+        "AutoModelForQuestionAnswering": "GPT2ForQuestionAnswering"}  # fmt: skip
+
+
+def test_register(tmp_path):
+    build().save_pretrained(tmp_path)
+    config = transformers.GPT2Config(**SIZES)
+    try:
+        hf.register()
+        hf.register()
+        for auto, head in AUTO.items():
+            assert type(getattr(transformers, auto).from_config(config)) is getattr(hf, head), auto
+        assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is hf.GPT2LMHeadModel
+        generate = transformers.pipeline("text-generation", model=str(tmp_path), tokenizer=tokenizer(), device="cpu")
+        assert type(generate.model) is hf.GPT2LMHeadModel
+    finally:
+        hf.unregister()
+    for auto, head in AUTO.items():
+        assert type(getattr(transformers, auto).from_config(config)) is getattr(transformers, head), auto
+
+
+class Mine(hf.GPT2LMHeadModel):
+    """A head of somebody's own, made from one of these."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias = torch.nn.Parameter(torch.ones(config.vocab_size))
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + self.bias
+        return output
+
+
+def test_a_class_of_somebodys_own(tmp_path):
+    model, tokens = Mine(transformers.GPT2Config(**{**SIZES, **NO_DROPOUT})).eval(), ids()
+    assert gpt2_fast.patch(model) is model
+    plain = transformers.GPT2LMHeadModel(model.config).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits + 1)
+    why = {row.module: row.why for row in swap.explain(model) if row.runs == "transformers"}
+    assert why == {"(the model)": "its forward is test_hf.Mine.forward"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Mine.from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
+    with pytest.raises(ValueError, match="test_hf.Mine is made from a class of gpt2_fast.hf and has no other"):
+        gpt2_fast.unpatch(model)
+
+
+def test_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    theirs, ours = pair()
+    losses, evaluation, _ = train(theirs, tmp_path / "theirs")
+    our_losses, our_evaluation, _ = train(ours, tmp_path / "ours")
+    assert len(losses) == 4
+    assert our_losses == pytest.approx(losses, rel=2e-5)
+    assert our_evaluation == pytest.approx(evaluation, rel=2e-5)
+
+
+def test_generate_pipeline_and_lora():
+    theirs, ours = pair()
+    tokens = ids()
+    assert torch.equal(*(m.generate(tokens, attention_mask=MASKS["left"], max_new_tokens=5) for m in (theirs, ours)))
+    texts = [
+        transformers.pipeline("text-generation", model=m, tokenizer=tokenizer(), device="cpu")(
+            ["w5 w6", "w7"], max_new_tokens=4, do_sample=False, batch_size=2
+        )
+        for m in (theirs, ours)
+    ]
+    assert texts[0] == texts[1]
+    peft = pytest.importorskip("peft")
+    gradients = []
+    for model in (theirs, ours):
+        torch.manual_seed(2)
+        config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert gradients[0][0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=5e-5, atol=5e-6)
+
+
+def test_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None\nimport gpt2_fast.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: gpt2_fast.hf needs transformers; run: pip install tr")

@@ -36,7 +36,7 @@ from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
-from gpt2_fast.train.processes import local_device, open_group
+from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.saving import Saver
 from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches, restore
@@ -74,6 +74,7 @@ class Run:
         self.config = config
         self.group = group = group or open_group(config)
         self.device = local_device(config.device)
+        check_dtype(config, self.device)
         if self.device.type == "cpu":
             retain_memory()
         self.out = out or Path(group.decide(lambda: str(folders.new_folder(config))))

@@ -1,5 +1,5 @@
 // AdamW (Loshchilov, Hutter 2019, arXiv:1711.05101) over every parameter in one pass, as torch.optim.AdamW:
-//   g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6))
+//   g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
 //   exp_avg    += (1 - beta1) * (g - exp_avg)
 //   exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g^2
 //   param       = param * (1 - lr * weight_decay)
@@ -103,11 +103,14 @@ static void update(const TensorRow& row, int64_t start, int64_t n, const Factors
   }
 }
 
-void adamw_update(addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr hyper, addr norm,
-                  double max_norm) {
+void adamw_update(addr table, int64_t tensors, int64_t chunks, int64_t chunk, addr hyper, addr norm, double max_norm,
+                  addr grad_scale, addr found_inf) {
   const TensorRow* rows = (const TensorRow*)table;
+  if (found_inf && *(const float*)found_inf != 0.0f) return;
+  if (grad_scale && norm && !(*(const float*)norm < INFINITY)) return;
   double coefficient = max_norm < 0.0 ? 1.0 : max_norm / ((double)*(const float*)norm + 1e-6);
   if (coefficient > 1.0) coefficient = 1.0;
+  if (grad_scale) coefficient /= (double)*(const float*)grad_scale;
   GPT2_PARALLEL_FOR(k, chunks) {
     const TensorRow& row = row_of(rows, tensors, k);
     int64_t start = (k - row.first_chunk) * chunk, n = row.numel - start < chunk ? row.numel - start : chunk;

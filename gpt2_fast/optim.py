@@ -9,12 +9,17 @@ change, so a step can be captured in a CUDA graph. State dicts go both ways betw
 DTensor parameters (`fully_shard`) are updated shard by shard, with the norm of the gradients of all ranks: see
 parallel/dtensor.py.
 
+A float16 loss is scaled: torch.amp.GradScaler leaves its scale, and what it found in the gradients, with the optimizer,
+or `step` is given a scale and finds the same in their norm. A step that has to be left out is, and the host waits for
+nothing.
+
 After `shard` several processes share a step: each adds up the gradients of its micro-batches, updates its part of the
 parameters and holds the state of that part alone. Their number changes no bit, see `gpt2_fast.parallel`.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.adamw import adamw
-from gpt2_fast.ops.adamw_contract import unsupported
+from gpt2_fast.ops.adamw_contract import check_flags, check_group, unsupported
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel.group import Group, check_world
@@ -47,13 +52,17 @@ class AdamW(torch.optim.Optimizer):
 
     Attributes:
         last_grad_norm: the norm of the last step's gradients before clipping, a float32 scalar on the device; None
-            before the first step and without clip_grad_norm.
+            before the first step and without clip_grad_norm. Of a scaled loss, it is divided by the scale.
+        last_found_inf: whether the last step, of a scaled loss, was left out for a gradient that is not finite: 1 or 0,
+            a float32 scalar on the device; None where no loss was scaled.
 
     Raises:
         ValueError: hyperparameters out of range, parameters on several devices, sparse gradients, amsgrad,
             differentiable, foreach and fused together.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler leaves scale and found_inf to `step`, and waits for nothing
 
     def __init__(
         self,
@@ -72,11 +81,12 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ):
-        _check_flags({"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused})
+        check_flags({"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused})
         if clip_grad_norm is not None and not clip_grad_norm > 0.0:
             raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
         self.clip_grad_norm, self.impl = clip_grad_norm, impl
         self.last_grad_norm: Tensor | None = None
+        self.last_found_inf: Tensor | None = None
         self._hyper: Tensor | None = None
         self._uploaded: list[list[float]] | None = None
         self._warned = False
@@ -88,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
         """What a copy or a pickle takes along, beside torch's own; a copy uploads its hyperparameters by itself."""
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; copy state_dict() instead of the optimizer")
-        own = ("clip_grad_norm", "impl", "last_grad_norm", "_warned", "_shards")
+        own = ("clip_grad_norm", "impl", "last_grad_norm", "last_found_inf", "_warned", "_shards")
         fresh = {"_hyper": None, "_uploaded": None}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **fresh}
 
@@ -96,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; add groups before shard()")
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        check_group(self.param_groups[-1])
         devices = {p.device for group in self.param_groups for p in group["params"]}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
@@ -263,16 +273,18 @@ class AdamW(torch.optim.Optimizer):
     # The three parts of a step after `shard`. In the first and the last, processes send: only `update` can be captured.
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Sums over the processes, and the norm."""
-        self.last_grad_norm = self._shards.reduce(self.clip_grad_norm is not None, self.impl)
+    def reduce(self, grad_scale: Tensor | None = None) -> None:
+        """Sums over the processes, and the norm. grad_scale: as of `step`."""
+        clips = self.clip_grad_norm is not None
+        self._shards.reduce(clips or grad_scale is not None, self.impl, grad_scale)
+        self.last_grad_norm = self._shards.norm.clone() if clips else None
 
     @torch.no_grad()
-    def update(self) -> None:
-        """AdamW of this process's part."""
+    def update(self, grad_scale: Tensor | None = None) -> None:
+        """AdamW of this process's part. grad_scale: as of `step`."""
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
-        self._shards.update(self._hyper, self.last_grad_norm, self.clip_grad_norm, self.impl)
+        self.last_found_inf = self._shards.update(self._hyper, self._max_norm(grad_scale), self.impl, grad_scale)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -280,38 +292,71 @@ class AdamW(torch.optim.Optimizer):
         self._shards.gather()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
         """One step with the gradients that are there; parameters without one are left alone.
 
         Args:
             closure: evaluates the model again and returns the loss, which is then returned; not after `shard`.
+            grad_scale: what the loss was multiplied by before backward, one float32 on the parameters' device. The step
+                divides by it, and is left out where a gradient is not finite (`last_found_inf`). A GradScaler gives
+                its own.
 
         After `shard`, it takes the gradients that were accumulated, of all processes; ValueError unless they are whole.
         """
         if self._shards is not None:
             if closure is not None:
                 raise ValueError("AdamW: a closure takes no part in a shared step; call accumulate() and step()")
+            if hasattr(self, "found_inf"):
+                raise ValueError(
+                    "AdamW: a GradScaler sees no gradients after shard(); call step(grad_scale=...) instead"
+                )
             if not torch.compiler.is_compiling():
                 self._shards.check_held([p for g in self.param_groups for p in g["params"]])
             self._shards.gradients.check_whole()
-            self.reduce()
-            self.update()
+            self.reduce(grad_scale)
+            self.update(grad_scale)
             self.gather()
             return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale, found_inf = self._scaling(grad_scale)
         collected = self._collect()
         if not collected:
             return loss
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
-        torch._foreach_add_([step for lists in collected.values() for step in lists.steps], 1.0)
-        norm = None if self.clip_grad_norm is None else self._norm(collected)
+        steps = [step for lists in collected.values() for step in lists.steps]
+        torch._foreach_add_(steps, 1.0)
+        scaling, max_norm = {"grad_scale": grad_scale, "found_inf": found_inf}, self._max_norm(grad_scale)
+        norm = None if max_norm is None else self._norm(collected)
+        if norm is not None and grad_scale is not None:
+            norm = norm / grad_scale
         for impl, lists in collected.items():
-            self.last_grad_norm = adamw(*lists, self._hyper, max_norm=self.clip_grad_norm, norm=norm, impl=impl)
+            taken = adamw(*lists, self._hyper, max_norm=max_norm, norm=norm, impl=impl, **scaling)
+        self.last_grad_norm = None if self.clip_grad_norm is None else taken
+        self.last_found_inf = room.found_inf(taken, **scaling)
+        if self.last_found_inf is not None:
+            torch._foreach_sub_(steps, self.last_found_inf)
         return loss
+
+    def _scaling(self, grad_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the gradients are divided by, and whether the step is to be left out, if that is known already."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None and found_inf is not None:
+            raise ValueError(
+                "AdamW: step() is given a grad_scale within GradScaler.step(), which gives its own; drop one"
+            )
+        params = (p for group in self.param_groups for p in group["params"])
+        if found_inf is not None and any(map(is_dtensor, params)):
+            # It may be of this rank's gradients alone. The norm is of all ranks', and they have to decide alike.
+            scale, found_inf = torch.ones((), device=found_inf.device) if scale is None else scale, None
+        return (scale, found_inf) if grad_scale is None else (grad_scale, None)
+
+    def _max_norm(self, grad_scale: Tensor | None) -> float | None:
+        """A scaled step takes the norm in any case, to see whether it is finite."""
+        return math.inf if self.clip_grad_norm is None and grad_scale is not None else self.clip_grad_norm
 
     @torch.no_grad()
     def receive_state(self) -> None:
@@ -335,7 +380,7 @@ class AdamW(torch.optim.Optimizer):
         parameter as it is now, so load the model first.
         """
         for group in state_dict["param_groups"]:
-            _check_group({**self.defaults, **group})
+            check_group({**self.defaults, **group})
         whole = self._shards is None
         super().load_state_dict(state_dict if whole else {**state_dict, "state": {}})
         for group in self.param_groups:
@@ -380,26 +425,3 @@ def _dtensor():
     from gpt2_fast.parallel import dtensor
 
     return dtensor
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    if isinstance(group["lr"], Tensor):
-        raise ValueError("AdamW: lr is a tensor; pass a number, which a captured step follows too")
-    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
-        if not value >= 0.0:
-            raise ValueError(f"AdamW: {name} is {value}; it must be at least 0")
-    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
-        raise ValueError(f"AdamW: betas are {(beta1, beta2)}; each must be at least 0 and below 1")
-    _check_flags(group)
-
-
-def _check_flags(flags: dict[str, Any]) -> None:
-    if flags.get("amsgrad"):
-        raise ValueError("AdamW: amsgrad is not implemented; use torch.optim.AdamW")
-    if flags.get("differentiable"):
-        raise ValueError(
-            "AdamW: differentiable is not implemented, a step is no part of a graph; use torch.optim.AdamW"
-        )
-    if flags.get("foreach") and flags.get("fused"):
-        raise ValueError("AdamW: foreach and fused are both True; pass one of them, as to torch.optim.AdamW")

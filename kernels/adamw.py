@@ -1,6 +1,6 @@
 """AdamW (Loshchilov, Hutter 2019, arXiv:1711.05101) over every parameter in one launch, as torch.optim.AdamW:
 
-    g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6))
+    g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
     exp_avg    += (1 - beta1) * (g - exp_avg)
     exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g^2
     param       = param * (1 - lr * weight_decay)
@@ -21,6 +21,8 @@ exact enough at any step; what is done to an element is float32.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton
@@ -154,12 +156,20 @@ def update_kernel(
     table_ptr,  # int64 [tensors, 10]
     chunk_rows_ptr,  # int32 [chunks]
     hyper_ptr,  # float64 [groups, 6]
-    norm_ptr,  # float32 [1] or None: no clipping
+    norm_ptr,  # float32 [1], divided by grad_scale already, or None: no clipping
     max_norm,
+    grad_scale_ptr,  # float32 [1], what gradients are divided by, or None
+    found_inf_ptr,  # float32 [1], nothing changes unless it is 0, or None: a norm that is not finite says so
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    if found_inf_ptr is not None:  # noqa: SIM102  # the outer condition is the compiler's
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    if grad_scale_ptr is not None and norm_ptr is not None:  # noqa: SIM102
+        if not (tl.load(norm_ptr) < float("inf")):
+            return
     chunk = tl.program_id(0)
     row_ptr = table_ptr + tl.load(chunk_rows_ptr + chunk).to(tl.int64) * COLUMNS
     step_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(tl.float32))
@@ -183,6 +193,8 @@ def update_kernel(
         coefficient = max_norm / (tl.load(norm_ptr) + 1e-6)
         # written so that a norm that is not a number clips to one that is not, as torch's clamp does
         sign *= tl.where(coefficient > 1.0, 1.0, coefficient)
+    if grad_scale_ptr is not None:
+        sign /= tl.load(grad_scale_ptr)
     if dtype == 0:
         _update_chunk(
             row_ptr, start, left, sign, decay, average, keep, add, step_size, root_scale, eps,
@@ -238,14 +250,18 @@ def step(
     max_norm: float,
     aligned: bool,
     chunk: int = CHUNK,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Updates every parameter of the table. One launch.
 
-    rows: `chunk_rows`. hyper: float64 [groups, 6]. norm: what `grad_norm` wrote, or None for no clipping to
-    max_norm. aligned: whether every address of the table is a multiple of 16.
+    rows: `chunk_rows`. hyper: float64 [groups, 6]. norm: what `grad_norm` wrote, divided by grad_scale, or None for
+    no clipping to max_norm. aligned: whether every address of the table is a multiple of 16. grad_scale, found_inf:
+    float32 [1] or None, see `gpt2_fast.ops.adamw`.
     """
     tensors, config = (table, rows, hyper, norm), _block("update", table.device, chunk)
-    launch(update_kernel, (rows.numel(),), *tensors, float(max_norm), CHUNK=chunk, ALIGNED=aligned, **config)
+    scaling = (grad_scale, found_inf)
+    launch(update_kernel, (rows.numel(),), *tensors, float(max_norm), *scaling, CHUNK=chunk, ALIGNED=aligned, **config)
 
 
 def _block(name: str, device: torch.device, chunk: int) -> dict[str, int]:
@@ -274,9 +290,14 @@ def _specs(arch: int, aligned: bool) -> list[AotSpec]:
     table, constexprs = {"table_ptr": "*i64", "chunk_rows_ptr": "*i32"}, {"CHUNK": CHUNK, "ALIGNED": aligned}
     label = "aligned" if aligned else "unaligned"
     specs, config = [], tuning.config("adamw", "update", arch)
-    for clip in (True, False):
-        types = {**table, "hyper_ptr": "*fp64", "max_norm": "fp32", **({"norm_ptr": "*fp32"} if clip else {})}
-        name = f"adamw update {label}{' clip' * clip}"
+    # Of a loss that is not scaled; of one with a scale of our own; of a GradScaler's, before and after its unscale_.
+    both, found = ("grad_scale", "found_inf"), ("found_inf",)
+    for clip, scaling in itertools.product((True, False), ((), ("grad_scale",), both, found)):
+        if scaling == ("grad_scale",) and not clip:  # a norm says what is found
+            continue
+        pointers = ("norm",) * clip + scaling
+        types = {**table, "hyper_ptr": "*fp64", "max_norm": "fp32", **{f"{name}_ptr": "*fp32" for name in pointers}}
+        name = " ".join(("adamw update", label, *("clip",) * clip, *scaling))
         specs.append(make_spec(update_kernel, name, types, constexprs, config, (arch,)))
     types, config = {**table, "partial_ptr": "*fp32"}, tuning.config("adamw", "norm", arch)
     name = f"adamw norm_partial {label}"

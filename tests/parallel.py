@@ -117,7 +117,7 @@ def table(steps: int, worlds: list[int]) -> None:
         cwd = Path(folder)
         (cwd / "corpus.txt").write_text(TEXT)
         print("| dtype | W | weights | averages | log | seconds |\n| --- | --- | --- | --- | --- | --- |")
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "float16"):
             for world in worlds:
                 out, begun = cwd / f"{dtype}-{world}", time.monotonic()
                 done = run(

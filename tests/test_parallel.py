@@ -189,7 +189,7 @@ def test_a_process_that_hangs_ends_by_the_limit(place, launch):
         (3, {"grad_accum": 6}, "can be 1 or 2"),
         (2, {"grad_accum": 1}, "can be 1"),
         (2, {"init_from": "/nowhere"}, "/nowhere"),
-        (2, {"dtype": "float8"}, "choose float32 or bfloat16"),
+        (2, {"dtype": "float8"}, "choose float32, bfloat16, float16"),
     ],
     ids=str,
 )

@@ -425,8 +425,9 @@ def test_what_is_read_is_of_its_own_step():
         norm.fill_(10 + step)
         places.append(readout.queue(loss, norm))
         if step:
-            assert readout.read(places[-2]) == (step - 1, 9 + step)
-    assert readout.read(readout.queue(loss, None)) == (4, None)
+            assert readout.read(places[-2]) == (step - 1, 9 + step, None, False)
+    assert readout.read(readout.queue(loss, None)) == (4, None, None, False)
+    assert readout.read(readout.queue(loss, None, torch.tensor(8.0), torch.tensor(1.0))) == (4, None, 8.0, True)
 
 
 def test_batches_come_in_order_and_errors_where_they_belong():

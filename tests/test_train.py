@@ -187,7 +187,7 @@ def test_learning_rate_schedule():
         (["--device", "tpu0"], "choose auto, cpu, cuda"),
         (["--context", "5000"], "nano has 256 positions; lower --context"),
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
-        (["--dtype", "float8"], "choose float32 or bfloat16"),
+        (["--dtype", "float8"], "choose float32, bfloat16, float16"),
         (["--impl", "magic"], "impl is 'magic'"),
         (["--data", "/nowhere.txt"], "/nowhere.txt does not exist"),
         (["--out", "/proc/run"], "choose another --out"),

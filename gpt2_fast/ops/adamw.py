@@ -1,10 +1,13 @@
 """One AdamW step over every parameter at once: gradient norm, clipping, decay, update, rounded copy.
 
-    g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6)),   norm over all gradients together
+    g = coefficient * grad,   coefficient = min(1, max_norm / (norm + 1e-6)) / grad_scale
     exp_avg    += (1 - beta1) * (g - exp_avg)
     exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g^2
     param       = param * (1 - lr * weight_decay)
                 - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+
+The norm is of all gradients together, divided by grad_scale, what the loss was multiplied by (1 if nothing is said).
+A step that loss scaling has to leave out changes nothing, and nobody waits for the device to know it.
 
 This is torch.optim.AdamW after torch.nn.utils.clip_grad_norm_ (Loshchilov, Hutter 2019, arXiv:1711.05101). The
 kernels reach the tensors through a table of addresses, so gradients that autograd allocated anew are no matter:
@@ -22,13 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw_contract import OP, check, refuse_overlap, refuse_what_kernels_cannot, with_masters
+from gpt2_fast.ops.adamw_contract import OP, check, refuse_overlap, refuse_what_kernels_cannot
+from gpt2_fast.ops.adamw_table import ALIGNMENT, CHUNK, Row, chunk_rows, device_table, table_rows
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, LOW_PRECISION, address
 from gpt2_fast.ops.runtime.library import register
-
-CHUNK = 8192  # elements of one tensor, what is summed alone and what one GPU program updates
-ALIGNMENT = 16  # bytes that a GPU loads at once
 
 
 class Lists(NamedTuple):
@@ -73,17 +74,25 @@ def adamw_reference(
     *,
     max_norm: float | None = None,
     norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor | None:
     """What is correct: see `adamw`. Any device, floating dtype and strides."""
-    masters = iter(masters)
     if max_norm is not None:
-        norm = grad_norm_reference(grads) if norm is None else norm.reshape(())
+        norm = _unscaled(grad_norm_reference(grads), grad_scale) if norm is None else norm.reshape(())
+    if (skipped := _skipped(norm, grad_scale, found_inf)) is not None:
+        changed = [*exp_avgs, *exp_avg_sqs, *masters, *params]
+        before = [t.clone() for t in changed]
+    masters, coefficient = iter(masters), None
+    if max_norm is not None:
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if grad_scale is not None:
+        coefficient = (1.0 if coefficient is None else coefficient) / grad_scale.reshape(())
     for p, grad, m, v, step, group in zip(params, grads, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
         lr, beta1, beta2, eps, weight_decay, maximize = hyper[group].unbind()
         weight = next(masters) if p.dtype in LOW_PRECISION else p
         g = grad.to(m.dtype) * torch.where(maximize != 0, -1.0, 1.0)
-        g = g if max_norm is None else g * coefficient
+        g = g if coefficient is None else g * coefficient
         m.add_((g - m) * (1.0 - beta1))
         v.mul_(beta2).add_(g * g * (1.0 - beta2))
         count = step.double().reshape(())
@@ -91,119 +100,59 @@ def adamw_reference(
         weight.mul_(1.0 - lr * weight_decay).sub_(m / (root + eps) * (lr / (1.0 - beta1**count)))
         if weight is not p:
             p.copy_(weight)
+    if skipped is not None:
+        for t, old in zip(changed, before, strict=True):
+            t.copy_(torch.where(skipped, old, t))
     return norm if max_norm is not None else None
 
 
-class Row(NamedTuple):
-    """What the kernels read of one parameter: a row of the table of csrc/adamw.h and kernels/adamw.py."""
-
-    param: int  # addresses
-    grad: int
-    exp_avg: int
-    exp_avg_sq: int
-    master: int  # 0: none
-    step: int
-    numel: int
-    group: int
-    dtype: int  # of param and grad
-    first_chunk: int  # chunks of the rows before
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.numel // CHUNK)
+def _unscaled(norm: Tensor, grad_scale: Tensor | None) -> Tensor:
+    return norm if grad_scale is None else norm / grad_scale.reshape(())
 
 
-def _rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups) -> tuple[Row, ...]:
-    """The table; empty tensors have no row."""
-    rows, first_chunk = [], 0
-    for p, master, g, m, v, step, group in with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups):
-        if p.numel():
-            tensors = (p, g, m, v, master, step)
-            rows.append(Row(*map(address, tensors), p.numel(), group, DTYPE_CODES[p.dtype], first_chunk))
-            first_chunk += rows[-1].chunks
-    return tuple(rows)
+def _skipped(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+    """Whether nothing may change, a bool scalar on the device; None where no loss was scaled."""
+    found = [] if found_inf is None else [found_inf.reshape(()) != 0]
+    if grad_scale is not None and norm is not None:
+        found.append(~norm.isfinite())
+    return functools.reduce(torch.logical_or, found) if found else None
 
 
-def _step_cpp(rows, hyper, norm, max_norm):
+def found_inf(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+    """Whether a step with these changed nothing, 1 or 0, a float32 scalar on the device; None where no loss was scaled.
+
+    norm: what `adamw` returned.
+    """
+    skipped = _skipped(norm, grad_scale, found_inf)
+    return None if skipped is None else skipped.float()
+
+
+def _step_cpp(rows, hyper, norm, max_norm, grad_scale, found_inf):
     table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": len(rows), "chunk": CHUNK}
     table["chunks"] = rows[-1].first_chunk + rows[-1].chunks
     if max_norm is not None and norm is None:
         norm = torch.empty(())
         cpp.adamw_grad_norm(**table, partial=torch.empty(table["chunks"], dtype=torch.float64), norm=norm)
-    cpp.adamw_update(**table, hyper=hyper, norm=norm, max_norm=-1.0 if max_norm is None else max_norm)
+        norm = _unscaled(norm, grad_scale)
+    limit = -1.0 if max_norm is None else max_norm
+    cpp.adamw_update(**table, hyper=hyper, norm=norm, max_norm=limit, grad_scale=grad_scale, found_inf=found_inf)
     return norm
 
 
-class _Pinned:
-    """Pinned memory from which CUDA graphs copy their tables at every replay: all that this file keeps in a process.
-
-    While a graph is captured none can be allocated, so steps that are not captured put some aside.
-    """
-
-    SPARES = 8  # captures in a row, of one number of rows
-
-    def __init__(self):
-        self.spare: dict[tuple[torch.device, int], list[Tensor]] = {}
-        self.captured: list[Tensor] = []  # kept for good: a graph may be replayed at any time
-
-    def put_aside(self, table: Tensor, device: torch.device) -> None:
-        spare = self.spare.setdefault((device, len(table)), [])
-        while len(spare) < self.SPARES:
-            spare.append(table.pin_memory())
-
-    def capture(self, table: Tensor, device: torch.device) -> Tensor:
-        """The table on the device, where a graph's replay copies it to."""
-        spare = self.spare.get((device, len(table)))
-        if not spare:
-            raise RuntimeError(
-                f"{OP}: a CUDA graph's step over {len(table)} parameters needs pinned memory, and none is put aside; "
-                "take one step with these parameters outside of the capture first"
-            )
-        self.captured.append(spare.pop().copy_(table))
-        return self.captured[-1].to(device, non_blocking=True)
-
-
-_pinned = _Pinned()
-
-
-def _device_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
-    """The table on a GPU, without a host sync."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _pinned.capture(torch.tensor(rows, dtype=torch.int64), device)  # of this graph alone
-    return _eager_table(rows, device)
-
-
-@functools.lru_cache(maxsize=8)
-def _eager_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
-    """The same addresses give the same tensor."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda":
-        return table
-    _pinned.put_aside(table, device)
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _chunk_rows(numels: tuple[int, ...], device: torch.device) -> Tensor:
+def _step_triton(rows, hyper, norm, max_norm, grad_scale, found_inf):
     from gpt2_fast.kernels import adamw as kernel
 
-    return kernel.chunk_rows(list(numels), device, CHUNK)
-
-
-def _step_triton(rows, hyper, norm, max_norm):
-    from gpt2_fast.kernels import adamw as kernel
-
-    table = _device_table(rows, hyper.device)
-    chunk_rows = _chunk_rows(tuple(row.numel for row in rows), hyper.device)
+    table = device_table(rows, hyper.device)
+    chunks = chunk_rows(tuple(row.numel for row in rows), hyper.device)
     # A step is one number and is loaded alone; what is streamed must be aligned for wide loads.
     streamed = ((row.param, row.grad, row.exp_avg, row.exp_avg_sq, row.master) for row in rows)
     aligned = all(address % ALIGNMENT == 0 for addresses in streamed for address in addresses)
     if max_norm is not None and norm is None:
         norm = hyper.new_empty(1, dtype=torch.float32)
-        kernel.grad_norm(table, chunk_rows, norm, aligned, CHUNK)
-        norm = norm.reshape(())
-    limit = 0.0 if max_norm is None else max_norm
-    kernel.step(table, chunk_rows, hyper, None if max_norm is None else norm, limit, aligned, CHUNK)
+        kernel.grad_norm(table, chunks, norm, aligned, CHUNK)
+        norm = _unscaled(norm.reshape(()), grad_scale)
+    limit, clip_to = 0.0 if max_norm is None else max_norm, None if max_norm is None else norm
+    kernel.step(table, chunks, hyper, clip_to, limit, aligned, CHUNK, grad_scale, found_inf)
     return norm
 
 
@@ -229,7 +178,7 @@ def _chunk_squares_triton(rows, device):
     from gpt2_fast.kernels import adamw as kernel
 
     aligned = rows[0].grad % ALIGNMENT == 0
-    return kernel.partial_norms(_device_table(rows, device), _chunk_rows((rows[0].numel,), device), aligned).double()
+    return kernel.partial_norms(device_table(rows, device), chunk_rows((rows[0].numel,), device), aligned).double()
 
 
 _CHUNK_SQUARES = {"cpp": _chunk_squares_cpp, "triton": _chunk_squares_triton}
@@ -261,26 +210,31 @@ def chunk_squares(flat: Tensor, impl: str = "auto") -> Tensor:
 _STEP = {"cpp": _step_cpp, "triton": _step_triton}
 
 
-def _run(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
+def _run(
+    params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, grad_scale, found_inf, impl
+):
     grads = [g.contiguous() for g in grads]
     refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps)
-    rows = _rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
+    rows = table_rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
     given = None if norm is None else norm.to(torch.float32, copy=True).reshape(())
     if rows:
-        norm = _STEP[impl](rows, hyper.contiguous(), given, max_norm)
+        norm = _STEP[impl](rows, hyper.contiguous(), given, max_norm, grad_scale, found_inf)
     else:
         norm = hyper.new_zeros((), dtype=torch.float32) if given is None else given
     return hyper.new_empty(0, dtype=torch.float32) if max_norm is None else norm
 
 
-def _fake(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, impl):
+def _fake(
+    params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, grad_scale, found_inf, impl
+):
     return hyper.new_empty(0 if max_norm is None else (), dtype=torch.float32)
 
 
 # norm: given, or made here when max_norm is not None. Returns it, or an empty tensor where there is no clipping.
 _operator = register(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters,"
-    " Tensor[] steps, int[] groups, Tensor hyper, Tensor? norm, float? max_norm, str impl) -> Tensor",
+    " Tensor[] steps, int[] groups, Tensor hyper, Tensor? norm, float? max_norm, Tensor? grad_scale,"
+    " Tensor? found_inf, str impl) -> Tensor",
     _run,
     _fake,
 )
@@ -299,6 +253,8 @@ def adamw(
     *,
     max_norm: float | None = None,
     norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
     """Updates params, exp_avgs, exp_avg_sqs and masters in place.
@@ -312,17 +268,22 @@ def adamw(
         hyper: float64 [groups, 6] on the device, columns `adamw_contract.HYPERPARAMETERS`.
         max_norm: gradients are scaled to this 2-norm, all of them together, where they exceed it. None: no norm is
             computed; inf: it is, and nothing is scaled.
-        norm: the norm to clip by, where other gradients count too; by default that of `grads`.
+        norm: the norm to clip by, where other gradients count too, divided by grad_scale; by default that of `grads`.
+        grad_scale: what the loss was multiplied by, one float32 on the device: gradients are divided by it. Where a
+            norm is taken, a step whose norm is not finite changes nothing.
+        found_inf: one float32 on the device; unless it is 0, nothing changes (as of torch.amp.GradScaler).
         impl: see `gpt2_fast.ops.runtime.dispatch`.
 
     Returns:
-        The norm before clipping, a float32 scalar on the device; None when max_norm is None. `grads` are unchanged.
+        The norm before clipping, divided by grad_scale, a float32 scalar on the device; None when max_norm is None.
+        `grads` are unchanged, and `steps` in any case.
 
     Raises:
         ValueError: lists, shapes, dtypes, devices or strides that do not fit; tensors that share memory.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm)
+    numbers = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
+    check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, numbers, max_norm)
     if not params:
         norm = hyper.new_zeros(()) if norm is None else norm
         return None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
@@ -331,9 +292,9 @@ def adamw(
     if name == "reference":
         if not torch.compiler.is_compiling():
             refuse_overlap(*lists[:-1])
-        return adamw_reference(*lists, hyper, max_norm=max_norm, norm=norm)
+        return adamw_reference(*lists, hyper, max_norm=max_norm, **numbers)
     refuse_what_kernels_cannot(name, params, masters, exp_avgs, exp_avg_sqs)
-    result = _operator(*map(list, lists), hyper, norm, max_norm, name)
+    result = _operator(*map(list, lists), hyper, norm, max_norm, grad_scale, found_inf, name)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params)  # a backward that still needs the old values then says so
     return None if max_norm is None else result

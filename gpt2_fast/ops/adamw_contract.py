@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,11 @@ def unsupported(param: Tensor) -> str | None:
     return None
 
 
-def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm) -> None:
-    """Raises TypeError or ValueError, one line that names the tensor, unless the arguments of `adamw` fit together."""
+def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, numbers, max_norm) -> None:
+    """Raises TypeError or ValueError, one line that names the tensor, unless the arguments of `adamw` fit together.
+
+    numbers: name -> tensor of one number or None.
+    """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
     for name, values in lists.items():
         if len(values) != len(params):
@@ -82,8 +86,9 @@ def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, n
         for i, t in enumerate(values):
             check_dense(OP, f"{name} {i}", t)
     check_dense(OP, "hyper", hyper)
-    if norm is not None:
-        check_dense(OP, "norm", norm)
+    for name, t in numbers.items():
+        if t is not None:
+            check_dense(OP, name, t)
     if not isinstance(max_norm, (float, int, type(None))):
         raise TypeError(f"{OP}: max_norm is a {type(max_norm).__name__}; it must be a number or None")
     low = sum(p.dtype in LOW_PRECISION for p in params)
@@ -93,9 +98,11 @@ def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, n
         raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"{OP}: max_norm is {max_norm}; it must be at least 0, or None")
-    if norm is not None and (norm.numel() != 1 or norm.dtype not in FLOATS or norm.device != hyper.device):
-        where = f"{norm.dtype} {tuple(norm.shape)} on {norm.device}"
-        raise ValueError(f"{OP}: norm is {where}; it must be one floating number on {hyper.device}")
+    for name, t in numbers.items():
+        dtypes = FLOATS if name == "norm" else (torch.float32,)  # which the kernels read where it lies
+        if t is not None and (t.numel() != 1 or t.dtype not in dtypes or t.device != hyper.device):
+            where, kind = f"{t.dtype} {tuple(t.shape)} on {t.device}", "floating" if name == "norm" else "float32"
+            raise ValueError(f"{OP}: {name} is {where}; it must be one {kind} number on {hyper.device}")
     each = with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
     for i, (p, master, g, m, v, step, group) in enumerate(each):
         if p.device != hyper.device or p.dtype not in FLOATS:
@@ -128,3 +135,28 @@ def refuse_what_kernels_cannot(impl, params, masters, exp_avgs, exp_avg_sqs) -> 
                 reason = reason or f"its {name} is {t.dtype} with strides {tuple(t.stride())}, not contiguous float32"
         if reason is not None:
             raise ValueError(f"{OP}: impl={impl!r} cannot update param {i}: {reason}; use impl='reference'")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for hyperparameters of a param_group that AdamW does not take."""
+    beta1, beta2 = group["betas"]
+    if isinstance(group["lr"], Tensor):
+        raise ValueError("AdamW: lr is a tensor; pass a number, which a captured step follows too")
+    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if not value >= 0.0:
+            raise ValueError(f"AdamW: {name} is {value}; it must be at least 0")
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"AdamW: betas are {(beta1, beta2)}; each must be at least 0 and below 1")
+    check_flags(group)
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    """Raises ValueError for what torch.optim.AdamW can and this one cannot."""
+    if flags.get("amsgrad"):
+        raise ValueError("AdamW: amsgrad is not implemented; use torch.optim.AdamW")
+    if flags.get("differentiable"):
+        raise ValueError(
+            "AdamW: differentiable is not implemented, a step is no part of a graph; use torch.optim.AdamW"
+        )
+    if flags.get("foreach") and flags.get("fused"):
+        raise ValueError("AdamW: foreach and fused are both True; pass one of them, as to torch.optim.AdamW")

@@ -141,13 +141,16 @@ def _scale(a) -> Tensor:
     return 1.0 / kept.reshape(1)
 
 
-def _gain(scale: Tensor) -> Tensor:
+def _gain(a, scale: Tensor) -> Tensor:
     """Power of two by which float16's gradients are kept larger until the upstream gradient is known, float32 [1].
 
     A mean over many rows would make them vanish below float16's smallest numbers, which the scaled loss of
-    torch.amp.GradScaler is there to prevent. At most 128, and no more than undoes the mean.
+    torch.amp.GradScaler is there to prevent. A row gets no more than undoes the mean, and all rows together 128: where
+    num_items counts other micro-batches too, that is more.
     """
-    return torch.exp2(torch.log2((1.0 / scale).clamp(1.0, 128.0)).floor())
+    share = 1.0 if a.num_items is None else scale * a.N  # of the mean, these rows together
+    most = torch.minimum(1.0 / scale, 128.0 / share * torch.ones_like(scale))
+    return torch.exp2(torch.log2(most.clamp(min=1.0)).floor())
 
 
 def _outputs(a):
@@ -178,7 +181,7 @@ def _forward(a, out):
         return
     scale = out.scale = _scale(a)
     if a.x.dtype == torch.float16:
-        out.gain = _gain(scale)
+        out.gain = _gain(a, scale)
         out.scale = scale * out.gain
     losses, out.dx_ahead, out.dweight_ahead = _by_chunks(a, out.scale, a.needs["x"], a.needs["weight"])
     # In float64, whose order of addition is lost in the last rounding.

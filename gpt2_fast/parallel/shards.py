@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares
+from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf
 from gpt2_fast.ops.adamw_contract import unsupported
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel import tree
@@ -39,6 +39,7 @@ class Shards:
         states: for each parameter, its step count and, of averages and master, what lies in this shard: with the
             parameter's shape where that is all of it, else [n].
         weights: [layout.length], all parameters.
+        norm: of the last step's gradients, float32 []; the same tensor every time, which a CUDA graph reads.
 
     Raises:
         ValueError: processes with other weights.
@@ -75,6 +76,7 @@ class Shards:
         group.same(_digest(self.weights), "the processes begin with other weights; give all of them the same options")
         self.gradients = GradientSum(params, self.layout, micro_batches // group.world, group)
         self._gradient: Tensor | None = None
+        self.norm = torch.zeros((), device=first.device)
 
     def accumulate(self) -> None:
         """Adds the gradients that are there, of one micro-batch, and frees them."""
@@ -107,17 +109,22 @@ class Shards:
                     "each backward"
                 )
 
-    def reduce(self, with_norm: bool, impl: str) -> Tensor | None:
-        """Brings the sum of its shard to each process. Returns the norm of all gradients, float32 []; None without."""
+    def reduce(self, with_norm: bool, impl: str, grad_scale: Tensor | None) -> None:
+        """Brings the sum of its shard to each process, and to `norm` that of all gradients, divided by grad_scale."""
         self._gradient = self.gradients.reduce()
         if not with_norm:
-            return None
+            return
         squares = self._group.gather(chunk_squares(self._gradient, impl))
-        return tree.balanced(squares[: self.layout.chunks]).sqrt().float()
+        norm = tree.balanced(squares[: self.layout.chunks]).sqrt().float()
+        self.norm.copy_(norm if grad_scale is None else norm / grad_scale)
 
-    def update(self, hyper: Tensor, norm: Tensor | None, max_norm: float | None, impl: str) -> None:
-        """One AdamW step of this shard."""
-        torch._foreach_add_([state["step"] for state in self.states], 1.0)
+    def update(
+        self, hyper: Tensor, max_norm: float | None, impl: str, grad_scale: Tensor | None = None
+    ) -> Tensor | None:
+        """One AdamW step of this shard, with `norm`. Returns whether it was left out, see `AdamW.last_found_inf`."""
+        steps = [state["step"] for state in self.states]
+        torch._foreach_add_(steps, 1.0)
+        norm = None if max_norm is None else self.norm
         # Gradients are float32, so a low-precision weight's master is updated as a float32 weight is, and then rounded.
         wide, lists = self._held["master"] if self._low else self._own, Lists.empty()
         for index, start, stop, at in self._pieces:
@@ -125,11 +132,14 @@ class Shards:
             averages = {key: self._held[key][part] for key in ("exp_avg", "exp_avg_sq")}
             step = self.states[index]["step"]
             lists.append(wide[part], self._gradient[part], self._groups[index], step=step, **averages)
-        adamw(*lists, hyper, max_norm=max_norm, norm=norm, impl=impl)
+        adamw(*lists, hyper, max_norm=max_norm, norm=norm, grad_scale=grad_scale, impl=impl)
+        if (skipped := found_inf(norm, grad_scale, None)) is not None:
+            torch._foreach_sub_(steps, skipped)
         if self._low:
             self._own.copy_(wide)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(self._params)
+        return skipped
 
     def gather(self) -> None:
         """Brings the updated weights of every shard to every process."""

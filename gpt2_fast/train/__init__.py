@@ -1,19 +1,20 @@
 """What `gpt2-fast train` runs.
 
-start      how a run begins: anew, or from what a folder holds
-loop       a run: its data, validation, samples and saving
-folder     a run's folder: its lock, its options, where it goes on from
-step       the model and optimizer of a run, and one step of it
-processes  the device of each process of a run, and what all must have alike
-ahead      batches made ahead by a thread
-readout    losses and norms read without waiting for a device
-saving     checkpoints written beside the steps
-log        metrics.jsonl
-stop       signals that ask a run to save and leave
-verify     a step computed twice and compared to the bit
-memory     what a run takes of memory, by arithmetic, and whether it fits
-dry_run    what `--dry-run` prints
-config     the options, with no torch: the command line reads them
+start       how a run begins: anew, or from what a folder holds
+loop        a run: its data, validation, samples and saving
+folder      a run's folder: its lock, its options, where it goes on from
+step        the model and optimizer of a run, and one step of it
+loss_scale  what a float16 loss is multiplied by, and how that moves
+processes   the device of each process of a run, and what all must have alike
+ahead       batches made ahead by a thread
+readout     losses and norms read without waiting for a device
+saving      checkpoints written beside the steps
+log         metrics.jsonl
+stop        signals that ask a run to save and leave
+verify      a step computed twice and compared to the bit
+memory      what a run takes of memory, by arithmetic, and whether it fits
+dry_run     what `--dry-run` prints
+config      the options, with no torch: the command line reads them
 """
 
 from __future__ import annotations

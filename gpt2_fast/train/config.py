@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = ("random", "epoch")
 
 
@@ -60,7 +60,7 @@ class TrainConfig:
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
         if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype is {self.dtype!r}; choose {' or '.join(DTYPES)}")
+            raise ValueError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
         if self.order not in ORDERS:
             raise ValueError(f"--order is {self.order!r}; choose {' or '.join(ORDERS)}")
         if self.compile_graph and self.recompute:

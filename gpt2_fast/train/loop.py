@@ -36,6 +36,7 @@ from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
+from gpt2_fast.train.loss_scale import LEAST
 from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.saving import Saver
@@ -99,6 +100,9 @@ class Run:
             self._restore(state)
         self.validated = dict(group.decide(self._recorded))
         self.run_step = Step(self.model, self.optimizer, config, self.context, group)
+        self.loss_scale = self.run_step.loss_scale
+        if self.loss_scale is not None and state is not None and "loss_scale" in state.extra:
+            self.loss_scale.load_state_dict(state.extra["loss_scale"])
         self.readout, self.pending = Readout(self.device), None
         self.verifier = Verifier(self._state)
         self.saver, self.stop = Saver(self._write), Stop()
@@ -169,7 +173,7 @@ class Run:
         named = {name: p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             named |= {f"{name}'s {key}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        return named
+        return named if self.loss_scale is None else named | self.loss_scale.tensors()
 
     def save(self, best: bool = False, beside: bool = False) -> None:
         """A checkpoint of this step. beside: return when it is copied, and write it while steps go on.
@@ -192,6 +196,7 @@ class Run:
                 "extra": {
                     "train_config": dataclasses.asdict(self.config), "environment": self.environment,
                     "data": self.fingerprint, "best": self.best,
+                    **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}),
                 },
                 "best": best,
             },
@@ -317,7 +322,8 @@ class Run:
                     loss = self._take(next(batches))
                     self._report(bar)  # of the step before: its loss is there by now, so nothing waits
                     self.step += 1
-                    place = self.readout.queue(loss, self.optimizer.last_grad_norm)
+                    scaling = () if self.loss_scale is None else (self.loss_scale.scale, self.optimizer.last_found_inf)
+                    place = self.readout.queue(loss, self.optimizer.last_grad_norm, *scaling)
                     self.pending = Pending(self.step, place, time.perf_counter() - started)
                     bar.update()
                     self._periodically(bar)
@@ -352,18 +358,25 @@ class Run:
         if self.pending is None:
             return
         (step, place, seconds), self.pending = self.pending, None
-        loss, grad_norm = self.readout.read(place)
+        loss, grad_norm, loss_scale, skipped = self.readout.read(place)
         lr = self.config.learning_rate(step - 1)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
             )
+        if loss_scale is not None and loss_scale < LEAST:
+            raise FloatingPointError(
+                f"gradients are beyond float16 at every loss scale (down to {loss_scale:g} at step {step}); lower --lr "
+                f"(it was {lr:.2e}) or use --dtype float32"
+            )
         if not self.group.first:
             return
         rate = self.tokens_per_step / seconds
         bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
-        norm = {} if grad_norm is None else {"grad_norm": round(grad_norm, 5)}
-        self.log.write(step=step, loss=loss, lr=lr, **norm, tokens_per_second=round(rate, 1))
+        extra = {} if grad_norm is None or skipped else {"grad_norm": round(grad_norm, 5)}
+        if loss_scale is not None:
+            extra |= {"loss_scale": loss_scale, "skipped": skipped}
+        self.log.write(step=step, loss=loss, lr=lr, **extra, tokens_per_second=round(rate, 1))
 
     def _validate_for_best(self) -> float:
         loss = self.validate()

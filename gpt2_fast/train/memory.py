@@ -28,7 +28,7 @@ from gpt2_fast.train.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the libraries keep for themselves: packed operands of products, code that is loaded at first use. On a GPU also
 # cuBLAS's workspace and what the allocator cannot fill.
 LIBRARIES = {"cpu": 40 << 20, "cuda": 512 << 20}
@@ -133,12 +133,12 @@ def predict(
 
 
 def _product_itemsize(dtype: str, device_type: str) -> int:
-    """Bytes of a number where matrices of it are multiplied: 4 where a CPU widens bfloat16."""
+    """Bytes of a number where matrices of it are multiplied: 4 where a CPU widens bfloat16, as it does float16."""
     if dtype == "float32" or device_type != "cpu":
         return ITEMSIZE[dtype]
     from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 
-    return 2 if cpu_policy().native_bfloat16 else 4
+    return 2 if dtype == "bfloat16" and cpu_policy().native_bfloat16 else 4
 
 
 def predict_run(config: TrainConfig, model_config: GPT2Config, device_type: str, world: int = 1) -> Memory:
@@ -199,7 +199,7 @@ def _advice(config: TrainConfig, model_config: GPT2Config, device_type: str, fre
 
     context = config.context or model_config.n_positions
     recomputes = {} if config.recompute or config.compile_graph else {"recompute": True}
-    narrows = {} if config.dtype == "bfloat16" else {"dtype": "bfloat16"}
+    narrows = {} if ITEMSIZE[config.dtype] == 2 else {"dtype": "bfloat16"}
     alone = [{"batch_size": largest}] if (largest := _largest(config.batch_size, lambda n: fits(batch_size=n))) else []
     alone += [change for change in (recomputes, narrows) if change and fits(**change)]
     if alone:

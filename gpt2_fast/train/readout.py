@@ -18,6 +18,8 @@ from gpt2_fast.ops import embedding
 class Reading(NamedTuple):
     loss: float
     grad_norm: float | None
+    loss_scale: float | None = None  # for the next step; None where the loss is not scaled
+    skipped: bool = False  # for a gradient beyond float16
 
 
 class Readout:
@@ -30,20 +32,27 @@ class Readout:
 
     def __init__(self, device: torch.device):
         self.device, self._cuda = device, device.type == "cuda"
-        self._values = [torch.zeros(2, pin_memory=self._cuda) for _ in range(self.PLACES)]
+        self._values = [torch.zeros(4, pin_memory=self._cuda) for _ in range(self.PLACES)]
         self._faults = [torch.zeros(embedding.FAULT_WORDS, dtype=torch.int64, pin_memory=self._cuda)
                         for _ in range(self.PLACES)]  # fmt: skip
         self._events = [torch.cuda.Event() if self._cuda else None for _ in range(self.PLACES)]
-        self._with_norm = [False] * self.PLACES
+        self._there = [[False] * 4 for _ in range(self.PLACES)]
         self._next = 0
 
-    def queue(self, loss: Tensor, grad_norm: Tensor | None) -> int:
+    def queue(
+        self,
+        loss: Tensor,
+        grad_norm: Tensor | None,
+        loss_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> int:
         """Copies behind what the device does now. Returns the place to `read`."""
         place, self._next = self._next, (self._next + 1) % self.PLACES
-        self._values[place][0].copy_(loss, non_blocking=True)
-        self._with_norm[place] = grad_norm is not None
-        if grad_norm is not None:
-            self._values[place][1].copy_(grad_norm, non_blocking=True)
+        numbers = (loss, grad_norm, loss_scale, found_inf)
+        self._there[place] = [number is not None for number in numbers]
+        for at, number in enumerate(numbers):
+            if number is not None:
+                self._values[place][at].copy_(number, non_blocking=True)
         fault = embedding.FAULTS.get(self.device)
         if fault is not None:
             self._faults[place].copy_(fault, non_blocking=True)
@@ -57,5 +66,6 @@ class Readout:
             self._events[place].synchronize()
         if self._faults[place][0]:
             embedding.check_ids()  # names the id, and clears the record
-        loss, norm = self._values[place].tolist()
-        return Reading(loss, norm if self._with_norm[place] else None)
+        numbers = zip(self._values[place].tolist(), self._there[place], strict=True)
+        loss, norm, scale, found = (number if there else None for number, there in numbers)
+        return Reading(loss, norm, scale, bool(found))

@@ -20,6 +20,7 @@ from gpt2_fast.optim import AdamW
 from gpt2_fast.parallel import tree
 from gpt2_fast.parallel.group import Group
 from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.loss_scale import LossScale
 from gpt2_fast.train.memory import check_fits
 
 
@@ -141,6 +142,7 @@ class Step:
         drops = max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
         self.keys = torch.zeros(shape[0], dtype=torch.int64, device=device) if drops else None
         self.losses = torch.zeros(shape[0], device=device)
+        self.loss_scale = LossScale(device) if config.dtype == "float16" else None
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._runs = 0
         self._graphed = config.compile_graph
@@ -153,15 +155,28 @@ class Step:
         for i, (x, y) in enumerate(zip(self.inputs, self.targets, strict=True)):
             key = None if self.keys is None else self.keys[i : i + 1]
             loss = self.model(x, targets=y, num_items_in_batch=n_items, dropout_key=key).loss
-            loss.backward()
+            (loss if self.loss_scale is None else self.loss_scale.scaled(loss)).backward()
             self.losses[i].copy_(loss.detach())
             if shared:
                 self.optimizer.accumulate()
 
+    @property
+    def _grad_scale(self) -> Tensor | None:
+        return None if self.loss_scale is None else self.loss_scale.scale
+
+    def _move_scale(self) -> None:
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.optimizer.last_found_inf)
+
     def _compute(self) -> None:
         self._micro_batches()
-        self.optimizer.step()
+        self.optimizer.step(grad_scale=self._grad_scale)
+        self._move_scale()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self) -> None:
+        self.optimizer.update(self._grad_scale)
+        self._move_scale()
 
     def _replay(self) -> None:
         """One graph where a process is alone. Else one in front of what the processes send and one behind.
@@ -170,7 +185,7 @@ class Step:
         """
         optimizer, alone = self.optimizer, self.group.world == 1
         if not self._graphs:
-            for part in (self._compute,) if alone else (self._micro_batches, optimizer.update):
+            for part in (self._compute,) if alone else (self._micro_batches, self._update):
                 self._graphs.append(torch.cuda.CUDAGraph())
                 with torch.cuda.graph(self._graphs[-1]):
                     part()
@@ -179,7 +194,7 @@ class Step:
         optimizer.upload_hyperparameters()
         self._graphs[0].replay()
         if not alone:
-            optimizer.reduce()
+            optimizer.reduce(self._grad_scale)
             self._graphs[1].replay()
             optimizer.gather()
 

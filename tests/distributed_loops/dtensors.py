@@ -135,3 +135,29 @@ def state_by_torch_distributed_checkpoint():
         o.step()
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return {"weight": max(farthest(a, b) for a, b in pairs)}
+
+
+@case("own")
+def a_grad_scaler():
+    """An overflow on one rank alone is left out by both, and the others' steps are one process's."""
+    mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(3)
+    shapes, places = [(7, 5), (1, 4), (5,)], [[Shard(0)], [Shard(0)], [Replicate()]]
+    values = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(6)]
+    values[3][0][6, 4] = torch.inf  # of the second rank's rows
+    sides, scalers = [], [torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in range(2)]
+    for spread in (False, True):
+        put = (lambda v, at: distribute_tensor(v.clone(), mesh, at)) if spread else (lambda v, at: v.clone())
+        params = [nn.Parameter(put(v, at)) for v, at in zip(values[0], places, strict=True)]
+        optimizer, scaler, scales = optimizer_of(nn.ParameterList(params)), scalers[spread], []
+        scaler.scale(torch.ones(()))
+        for grads in values[1:]:
+            for p, g, at in zip(params, grads, places, strict=True):
+                p.grad = put(g * scaler.get_scale(), at)
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        sides.append((params, scales, [optimizer.state[p]["step"].item() for p in params]))
+    (ours, scales, counts), (theirs, spread_scales, spread_counts) = sides
+    assert scales == spread_scales == [8.0, 16.0, 8.0, 8.0, 16.0], (scales, spread_scales)
+    assert counts == spread_counts == [4.0] * 3, (counts, spread_counts)
+    return {"weight": max(farthest(p, q) for p, q in zip(ours, theirs, strict=True))}

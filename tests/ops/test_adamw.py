@@ -8,6 +8,7 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits
 
 from gpt2_fast.ops import adamw as room
+from gpt2_fast.ops import adamw_table
 from gpt2_fast.ops.adamw import adamw, adamw_reference, grad_norm_reference, samples
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION, ImplementationUnavailable
 
@@ -146,7 +147,7 @@ def test_saved_values_are_seen_to_have_changed():
 def test_operator_contract():
     for dtype in (torch.float32, torch.bfloat16):
         *lists, hyper, options = list(samples("cpu", dtype))[1]
-        arguments = (*_clones(lists), hyper, None, options["max_norm"], "cpp")
+        arguments = (*_clones(lists), hyper, None, options["max_norm"], None, None, "cpp")
         torch.library.opcheck(room._operator, arguments)
 
 
@@ -276,17 +277,17 @@ def test_captures_in_a_row(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # what a replay reads
     rows = [tuple(tuple(range(i, i + 10)) for i in (first, first + 100)) for first in (0, 1000, 2000)]
     device = _Device()
-    room._device_table(rows[0], device)
+    adamw_table.device_table(rows[0], device)
     capturing = True
-    tables = [room._device_table(r, device) for r in (rows[1], rows[2], rows[1])]
+    tables = [adamw_table.device_table(r, device) for r in (rows[1], rows[2], rows[1])]
     assert len({t.data_ptr() for t in tables}) == 3
     assert [t.tolist() for t in tables] == [[list(row) for row in r] for r in (rows[1], rows[2], rows[1])]
     with pytest.raises(
         RuntimeError, match="over 1 parameters needs pinned memory.*take one step with these parameters"
     ):
-        room._device_table(rows[0][:1], device)
+        adamw_table.device_table(rows[0][:1], device)
     capturing = False
-    eager = room._device_table(rows[1], device)
+    eager = adamw_table.device_table(rows[1], device)
     assert eager.data_ptr() not in {t.data_ptr() for t in tables}
 
 

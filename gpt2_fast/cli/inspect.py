@@ -1,0 +1,72 @@
+"""`gpt2-fast inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from gpt2_fast.cli.shared import check_published
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "inspect", help="what a model is made of, in tables and pictures",
+        description="Prints tensors, parameters, memory and FLOPs of a model, or draws one picture of its weights.",
+    )  # fmt: skip
+    parser.add_argument(
+        "model", metavar="MODEL", help="preset (no weights needed), checkpoint folder or hub repository"
+    )
+    picture = parser.add_mutually_exclusive_group()
+    picture.add_argument("--weights", metavar="NAME", help="draw a tensor, its first 300 rows and columns")
+    picture.add_argument("--attention", metavar="TEXT", help="draw what each token of a text attends to")
+    picture.add_argument("--positions", action="store_true", help="draw the position embedding")
+    picture.add_argument("--histograms", action="store_true", help="draw histograms of every layer's matrices")
+    parser.add_argument("--layer", type=int, default=0, metavar="N", help="with --attention (default 0)")
+    parser.add_argument("--head", type=int, default=0, metavar="N", help="with --attention (default 0)")
+    parser.add_argument("--out", metavar="FILE.png", help="of the picture (default: its kind, in this folder)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from gpt2_fast.checkpoint import load_pretrained
+    from gpt2_fast.config import PRESETS, GPT2Config
+    from gpt2_fast.report import inspect
+
+    kinds = ("weights", "attention", "positions", "histograms")
+    kind = next((k for k in kinds if getattr(arguments, k) not in (None, False)), None)
+    if kind is None:
+        if arguments.model in PRESETS and not os.path.isdir(arguments.model):
+            config, weights = GPT2Config.from_preset(arguments.model), None
+        else:
+            config, weights = load_pretrained(arguments.model)
+        print(inspect.report(config, weights, arguments.model))
+        return 0
+    from gpt2_fast.report.figures import save_figure
+
+    check_published(arguments.model)
+    out = arguments.out or f"{kind}.png"
+    save_figure(_picture(kind, arguments, *load_pretrained(arguments.model)), out)
+    print(out)
+    return 0
+
+
+def _picture(kind: str, arguments: argparse.Namespace, config, weights):
+    """The matplotlib Figure of one kind of picture."""
+    from gpt2_fast.data.tokenizer import get_tokenizer
+    from gpt2_fast.report import inspect, model_figures
+
+    if kind == "weights":
+        if arguments.weights not in weights:
+            raise ValueError(f"the model has no tensor {arguments.weights!r}; gpt2-fast inspect MODEL lists them")
+        return model_figures.weight_figure(weights[arguments.weights], arguments.weights)
+    if kind == "positions":
+        return model_figures.positions_figure(weights["transformer.wpe.weight"])
+    if kind == "histograms":
+        return model_figures.histograms_figure(weights, config.n_layer)
+    if not 0 <= arguments.head < config.n_head:
+        raise ValueError(f"head is {arguments.head}; the model has heads 0 to {config.n_head - 1}")
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode(arguments.attention)
+    pattern = inspect.attention_pattern(config, weights, ids, arguments.layer)[arguments.head]
+    title = f"Attention, layer {arguments.layer}, head {arguments.head}"
+    return model_figures.attention_figure(pattern, inspect.token_labels(tokenizer, ids), title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.processes import check_dtype
 
+ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
 T4 = ("Tesla T4", 7, 5)
 V100 = ("Tesla V100", 7, 0)
@@ -120,7 +122,7 @@ def test_what_a_card_cannot_run_is_the_reference_with_one_line_or_raises_by_name
 def test_what_a_t4_runs(insert):
     insert(T4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="gpt2_fast: ")
         for dtype in (torch.float16, torch.float32):
             assert dispatch.choose("attention", "auto", CUDA, dtype) == "triton"
         for dtype in dispatch.KERNEL_DTYPES:  # embedding.cu rounds to bfloat16 in integer code there
@@ -180,6 +182,14 @@ def test_doctor_says_which_row_a_card_takes_and_whether_it_has_run(card, line, i
     assert re.search(r"^  attention +(triton|reference)$", printed, re.MULTILINE)
     if len(card) > 3:
         assert "not cuda: cuda kernels are for NVIDIA's cards" in printed
+
+
+def test_the_documents_have_the_table_of_the_code():
+    lines = (ROOT / "docs/install.md").read_text().splitlines()
+    for arch, row in cards.ARCHS.items():
+        (line,) = [line for line in lines if line.startswith(f"| {row.cards} | {cards.label(arch)} |")]
+        assert line.endswith("| never |") == (not row.ran)
+        assert ("bfloat16" in line or "float32 and float16" not in line) == row.bfloat16
 
 
 @pytest.mark.parametrize("given", ["70", "sm_91", "gfx1100", "90,x"])

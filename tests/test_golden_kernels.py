@@ -87,7 +87,7 @@ from gpt2_fast.kernels import aot
 sys.path.insert(0, sys.argv[1])
 import one, moved, renamed, other
 kernels = (one.double, moved.double, renamed.twice, other.double)
-for arch in aot.ARCHS:
+for arch in (80, 90, "gfx942"):
     specs = (aot.make_spec(kernel, "k", {"x_ptr": "*fp32", "N": "i32"}, {"BLOCK": 256}, {}) for kernel in kernels)
     print(*(aot.code_hash(aot.compile_spec(spec, arch).binary) for spec in specs))
 """
@@ -101,7 +101,7 @@ def test_a_kernel_that_moves_keeps_its_hash_and_one_that_changes_does_not(tmp_pa
     done = _python("-c", HASHES, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == len(aot.ARCHS)
+    assert len(lines) == 3
     for one, moved, renamed, other in lines:
         assert one == moved == renamed != other
 

@@ -52,7 +52,7 @@ PARTIAL = {
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 LIMITED_API = "-DPy_LIMITED_API=0x030A0000" if STABLE_ABI else ""
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
-CUDA_ARCHS = ["80", "90", "100"]
+CUDA_ARCHS = ["75", "80", "90", "100", "120"]  # sm_80's code runs on sm_86 and sm_89 as it is
 SOURCES = runpy.run_path(str(ROOT / "gpt2_fast" / "sources.py"))
 
 
@@ -86,14 +86,15 @@ def isa_flags(stem: str, isa: str) -> str | None:
 
 
 def nvcc_flags(nvcc: str) -> str:
-    """Machine code for those of CUDA_ARCHS that this nvcc knows, and PTX of the first for every later GPU.
+    """Machine code for those of CUDA_ARCHS that this nvcc knows, and PTX of sm_80 for every later GPU.
 
-    All of it from that PTX, as the source has no code for one GPU alone: half the time of a pass for each.
+    All of it from that PTX, as the source has code of its own for sm_75 alone: half the time of a pass for each.
     """
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    archs = [a for a in CUDA_ARCHS if f"compute_{a}" in known] or CUDA_ARCHS[:1]
-    code = ",".join([*(f"sm_{a}" for a in archs), f"compute_{archs[0]}"])
-    return f"-std=c++17 -O3 --threads 0 --fatbin '-gencode=arch=compute_{archs[0]},code=[{code}]'"
+    archs = [a for a in CUDA_ARCHS if f"compute_{a}" in known or a == "80"]
+    code = ",".join([*(f"sm_{a}" for a in archs if a != "75"), "compute_80"])
+    oldest = "-gencode=arch=compute_75,code=sm_75 " if "75" in archs else ""
+    return f"-std=c++17 -O3 --threads 0 --fatbin {oldest}'-gencode=arch=compute_80,code=[{code}]'"
 
 
 def compiler() -> str:

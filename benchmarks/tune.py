@@ -73,7 +73,7 @@ def compile_candidate(job: tuple[str, int, int, dict[str, int], tuple[int, ...]]
     """The worst of what the machine code of the given specs needs with one candidate; or why it does not compile."""
     op, index, arch, candidate, specs = job
     os.environ.pop("TRITON_INTERPRET", None)
-    from gpt2_fast.kernels import aot, tuning
+    from gpt2_fast.kernels import aot, cards, tuning
 
     with tuning.trial(op, index, candidate):
         listed = importlib.import_module(f"gpt2_fast.kernels.{op}").aot_specs()
@@ -82,7 +82,7 @@ def compile_candidate(job: tuple[str, int, int, dict[str, int], tuple[int, ...]]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     worst = {key: max(r[key] for r in reports) for key in ("registers", "spilled_bytes", "shared_bytes")}
-    worst["problems"] = aot.problems({**worst, "shared_limit": aot.SHARED_LIMIT[86 if arch == 80 else arch]})
+    worst["problems"] = aot.problems({**worst, "shared_limit": cards.ARCHS[86 if arch == 80 else arch].shared})
     worst["mma"] = set.intersection(*(set(r["mma"]) for r in reports))
     return worst
 
@@ -169,11 +169,12 @@ def _gpu_target(op: str, row: dict):
 
 
 def _rows_to_tune(ops: Sequence[str], arch: int, kernel: str | None) -> Iterator[tuple[str, int]]:
-    from gpt2_fast.kernels import tuning
+    from gpt2_fast.kernels import cards, tuning
 
     for op in ops:
         for index, row in enumerate(tuning.rows(op)):
-            if row.get("arch", arch) == arch and kernel in (None, row["kernel"]) and affected(op, index, arch):
+            read = row.get("arch", arch) in cards.lineage(arch)
+            if read and kernel in (None, row["kernel"]) and affected(op, index, arch):
                 yield op, index
 
 
@@ -206,22 +207,22 @@ def main(argv: list[str]) -> int:
     """Prints each row's candidates, best first, and with --write puts the first into the table."""
     import torch
     import triton
-    from gpt2_fast.kernels import aot, tuning
+    from gpt2_fast.kernels import aot, cards, tuning
 
     options = _arguments(argv, sorted(path.stem for path in tuning.FOLDER.glob("*.json")))
     timed = options.arch is None and torch.cuda.is_available()
     arch = aot.config_arch(torch.device("cuda")) if timed else options.arch or 90
-    by = f"do_bench, {torch.cuda.get_device_name()}" if timed else f"ranked machine code, sm_{arch}"
+    by = f"do_bench, {torch.cuda.get_device_name()}" if timed else f"ranked machine code, {cards.label(arch)}"
     wanted = list(_rows_to_tune(options.ops, arch, options.kernel))
     if not wanted:
-        sys.exit(f"no kernel {options.kernel!r} in {', '.join(options.ops)} for sm_{arch}")
+        sys.exit(f"no kernel {options.kernel!r} in {', '.join(options.ops)} for {cards.label(arch)}")
     chosen: dict[tuple[str, int], dict] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for op, index in wanted:
             row = tuning.rows(op)[index]
             ranked = by_time(op, index, options.candidates) if timed else by_machine_code(
                 op, index, arch, pool, options.candidates)  # fmt: skip
-            title = " ".join([op, row["kernel"], f"sm_{arch}", str(row.get("shape", ""))]).strip()
+            title = " ".join([op, row["kernel"], cards.label(arch), str(row.get("shape", ""))]).strip()
             lines = [_cells(c, r, c == row["config"], arch) for _, c, r in ranked[: options.show]]
             print(text_table((title, "registers", "spilled", "shared", "warps", "says"), lines) + "\n", flush=True)
             if not isinstance(ranked[0][2], str):
@@ -232,7 +233,8 @@ def main(argv: list[str]) -> int:
 
 
 def _write(chosen: dict[tuple[str, int], dict], arch: int, by: str) -> None:
-    """Puts the choices into the tables; a row for all architectures becomes a row of its own for this one."""
+    """Puts the choices into the tables; a row for all architectures, or of one whose rows this one takes, is joined by
+    one for this one."""
     from gpt2_fast.kernels import tuning
 
     for op in dict.fromkeys(op for op, _ in chosen):
@@ -240,7 +242,7 @@ def _write(chosen: dict[tuple[str, int], dict], arch: int, by: str) -> None:
         for index, row in enumerate(tuning.rows(op)):
             best = chosen.get((op, index))
             changed = best is not None and best != row["config"]
-            if not changed or "arch" not in row:
+            if not changed or row.get("arch") != arch:
                 table.append(row)
             if changed:
                 table.append({**row, "arch": arch, "config": best, "by": by})

@@ -25,12 +25,19 @@ static __device__ __forceinline__ uint16_t half_of_float(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
 }
+#endif
+
+// To nearest even; a NaN gives the NaN that the instruction gives.
 static __device__ __forceinline__ uint16_t bfloat_of_float(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
-}
+#else
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 #endif
+}
 
 static __device__ __forceinline__ float to_float(float x) { return x; }
 static __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, AotSpec, config_arch, make_spec
+from .aot import ARCHS, AotSpec, config_arch, forms_for, make_spec
 from .bias import reduce_partials
 from .interpreter import cast
 from .launch import launch
@@ -273,9 +273,9 @@ def backward(
 def aot_specs() -> list[AotSpec]:
     """Every tile shape of GPT-2's widths (768 and 1024 share one, 1280 and 1600 another), every dtype and
     autocast's mix of a bfloat16 row with a float32 stream, with and without dropout and residual."""
-    specs = []
+    pairs, specs = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")), []
     for channels, arch in itertools.product((768, 1600), ARCHS):
-        for row, stream in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
+        for row, stream in forms_for(arch, pairs):
             for dropout in (False, True):
                 specs += _specs(channels, arch, row, stream, dropout)
             specs += _specs_alone(channels, arch, row, stream)

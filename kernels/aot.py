@@ -1,9 +1,9 @@
 """Ahead-of-time compilation of the Triton kernels, with no GPU at hand.
 
 Every kernel file lists the configurations it ships as `aot_specs() -> list[AotSpec]`. `compile_spec` builds
-one of them for a compute capability and `inspect` reads from the machine code what a review needs: registers,
-spills, shared memory and the tensor-core instructions. The tools it calls (cuobjdump, nvdisasm) come with the
-Triton wheel.
+one of them for an architecture of cards.py and `inspect` reads from the machine code what a review needs: registers,
+spills, shared memory and the tensor-core instructions. The tools it calls for NVIDIA's (cuobjdump, nvdisasm) come with
+the Triton wheel; AMD's assembly says it in words.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-ARCHS = (80, 90, 100)
+from . import cards
+from .cards import INTERPRETER
 
-# Shared memory one block may opt in to, bytes (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHS = tuple(cards.ARCHS)
 
 TRITON_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 # Every launch passes these, so that what runs is what was compiled here: Triton changes the default in 3.10.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
-INTERPRETER = 0  # config_arch of a CPU tensor
-
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 _WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\b")
 _EXECUTABLE = 4  # SHF_EXECINSTR, a section's flag (System V ABI, "Sections")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+_AMD_METADATA = re.compile(r"^\s*\.(\w+_(?:count|size)):\s*(\d+)$", re.MULTILINE)
+_AMD_MMA = re.compile(r"^\s*(v_s?mfma_\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class AotSpec:
     signature: run-time argument -> Triton type ("*bf16", "i32", "fp32"), without the constexprs.
     constexprs: the constexpr arguments; a pointer that is absent is given here as None.
     attrs: names of the arguments known to be multiples of 16 (pointers: bytes; integers: the value).
-    archs: the compute capabilities this configuration ships for.
+    archs: the architectures (of cards.py) this configuration ships for.
     maxnreg: most registers a thread; None leaves it to ptxas, whose own aim may be a few too low.
     """
 
@@ -65,17 +66,17 @@ class AotSpec:
     num_warps: int = 4
     num_stages: int = 3
     attrs: tuple[str, ...] = ()
-    archs: tuple[int, ...] = ARCHS
+    archs: tuple[cards.Name, ...] = ARCHS
     maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The machine code of one AotSpec for one compute capability."""
+    """The machine code of one AotSpec for one architecture: a cubin, or AMD's code object."""
 
     spec: AotSpec
-    arch: int
-    cubin: bytes
+    arch: cards.Name
+    binary: bytes
     shared_bytes: int
     asm: dict[str, Any]
 
@@ -86,7 +87,7 @@ def make_spec(
     types: dict[str, str],
     constexprs: dict[str, Any],
     config: dict[str, int],
-    archs: tuple[int, ...] = ARCHS,
+    archs: tuple[cards.Name, ...] = ARCHS,
     unaligned: tuple[str, ...] = (),
 ) -> AotSpec:
     """An AotSpec whose pointers and integers are multiples of 16, but for those named in `unaligned`.
@@ -102,8 +103,16 @@ def make_spec(
     return AotSpec(kernel, name, types, constexprs, attrs=attrs, archs=archs, **options)
 
 
-def compile_spec(spec: AotSpec, arch: int) -> Compiled:
-    """Compiles `spec` for compute capability `arch` (80, 90, 100).
+def forms_for(arch: cards.Name, forms: Iterable[Any]) -> list[Any]:
+    """What a kernel ships for, dtypes or tuples with them, on one architecture: float16 where it has no bfloat16."""
+    if cards.ARCHS[arch].bfloat16:
+        return list(forms)
+    half = lambda form: tuple(map(half, form)) if isinstance(form, tuple) else "fp16" if form == "bf16" else form
+    return list(dict.fromkeys(map(half, forms)))
+
+
+def compile_spec(spec: AotSpec, arch: cards.Name) -> Compiled:
+    """Compiles `spec` for an architecture of cards.py.
 
     Raises RuntimeError under TRITON_INTERPRET=1 (there is then no kernel to compile) and ValueError when the
     spec does not name every argument of its kernel exactly once.
@@ -116,25 +125,31 @@ def compile_spec(spec: AotSpec, arch: int) -> Compiled:
         odd = sorted(set(given) ^ set(kernel.arg_names)) or "an argument given twice"
         raise ValueError(f"{spec.name}: the spec and the kernel's arguments differ: {odd}")
     signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
+    amd = isinstance(arch, str)
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.attrs}
+    for index, name in enumerate(kernel.arg_names):
+        if amd and signature[name].startswith("*"):  # as a launch says of a tensor of less than 2 GiB
+            attrs.setdefault((index,), []).append(["tt.pointer_range", 32])
     source = ASTSource(fn=kernel, signature=signature, constexprs=spec.constexprs, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg, **LAUNCH_OPTIONS}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Compiled(spec, arch, built.asm["cubin"], built.metadata.shared, built.asm)
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
+    built = triton.compile(source, target=target, options=options)
+    return Compiled(spec, arch, built.asm["hsaco" if amd else "cubin"], built.metadata.shared, built.asm)
 
 
-def config_arch(device: torch.device) -> int:
-    """Which entry of a CONFIGS dict a device uses: 80, 90, 100, or INTERPRETER for the CPU.
+def config_arch(device: torch.device) -> cards.Name:
+    """Whose rows of a table of configurations a device takes: a key of `cards.ARCHS`, or INTERPRETER for the CPU.
 
-    Other capabilities take the configuration of sm_80, which asks for the least shared memory.
+    Raises RuntimeError, one line, for a card that is not supported.
     """
-    return INTERPRETER if device.type == "cpu" else _cuda_arch(device.index)
+    return INTERPRETER if device.type == "cpu" else _card_arch(device.index)
 
 
 @functools.lru_cache
-def _cuda_arch(index: int | None) -> int:
-    major, _ = torch.cuda.get_device_capability(index)
-    return {9: 90, 10: 100}.get(major, 80)
+def _card_arch(index: int | None) -> cards.Name:
+    if reason := cards.refusal(index):
+        raise RuntimeError(reason)
+    return cards.of_device(index)[0]
 
 
 def find_tool(name: str) -> str:
@@ -150,12 +165,22 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
     """Reads the machine code of `compiled`.
 
     Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a
-    block), shared_limit (None for an unknown capability), mma: {tensor-core opcode: count in the code}, waits: how
+    block), shared_limit, mma: {tensor-core opcode: count in the code}, waits: how
     often the code waits for sm_90's products (as many waits as products: they run one at a time), and sha256, the
     `code_hash`.
     """
+    read = _read_amd if isinstance(compiled.arch, str) else _read_nvidia
+    return {
+        **read(compiled),
+        "shared_bytes": compiled.shared_bytes,
+        "shared_limit": cards.ARCHS[compiled.arch].shared,
+        "sha256": code_hash(compiled.binary),
+    }
+
+
+def _read_nvidia(compiled: Compiled) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.cubin)
+        file.write(compiled.binary)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         # ptxas makes no tensor-core instruction where the PTX has none, and most kernels have none
@@ -167,16 +192,30 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
     return {
         "registers": int(resources[1]),
         "spilled_bytes": int(resources[2]),
-        "shared_bytes": compiled.shared_bytes,
-        "shared_limit": SHARED_LIMIT.get(compiled.arch),
         "mma": dict(mma),
         "waits": len(_WAIT.findall(code)),
-        "sha256": code_hash(compiled.cubin),
     }
 
 
+def _read_amd(compiled: Compiled) -> dict[str, Any]:
+    """From the assembly and the metadata at its end (LLVM, "User Guide for AMDGPU Backend", "Code Object V5 Metadata").
+
+    Vector registers that spill, 4 bytes a lane, go to scratch memory, which is the private segment. Scalar ones go into
+    lanes of vector registers: that costs an instruction and no memory, and is not counted.
+    """
+    code = compiled.asm["amdgcn"]
+    of = {name: int(value) for name, value in _AMD_METADATA.findall(code)}
+    missing = {"vgpr_count", "vgpr_spill_count", "private_segment_fixed_size"} - of.keys()
+    if missing:
+        raise RuntimeError(f"{compiled.spec.name}: AMD's metadata has no .{sorted(missing)[0]}")
+    spilled = max(of["private_segment_fixed_size"], 4 * of["vgpr_spill_count"])
+    mma = collections.Counter(_AMD_MMA.findall(code))
+    return {"registers": of["vgpr_count"], "spilled_bytes": spilled, "mma": dict(mma), "waits": 0}
+
+
 def code_hash(cubin: bytes) -> str:
-    """SHA-256, in hexadecimal, of a cubin's instructions alone: what its sections of executable code hold.
+    """SHA-256, in hexadecimal, of the instructions alone of a cubin or of AMD's code object, which are ELF files too:
+    what its sections of executable code hold.
 
     Names, paths, line numbers and debug information lie in other sections, so a kernel that moves keeps its hash.
     Raises ValueError for what is no 64-bit ELF file or holds no code.

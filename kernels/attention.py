@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .aot import ARCHS, AotSpec, config_arch, make_spec
+from .aot import ARCHS, AotSpec, config_arch, forms_for, make_spec
 from .attention_backward import backward_dkdv_kernel, backward_dq_kernel
 from .attention_tiles import (
     LN2,
@@ -198,8 +198,9 @@ def aot_specs() -> list[AotSpec]:
     forms += [(64, "fp16", 2, *both), (64, "fp32", 4, False, False)]
     forms += [(D, "fp32", 4, *both) for D in (32, 64, 80, 128)]
     specs = []
-    for (name, (kernel, _)), arch, form in itertools.product(KERNELS.items(), ARCHS, forms):
-        D, dtype, itemsize, segments, dropout = form
+    of_archs = [(arch, *form) for arch in ARCHS for form in forms_for(arch, forms)]
+    for (name, (kernel, _)), form in itertools.product(KERNELS.items(), of_archs):
+        arch, D, dtype, itemsize, segments, dropout = form
         constexprs = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "SEGMENTS": segments, "DROPOUT": dropout}
         absent = ("segments_ptr",) * (not segments) + ("rng_ptr",) * (not dropout)
         given = [a for a in kernel.arg_names if (a in types or a.endswith("_ptr")) and a not in absent]

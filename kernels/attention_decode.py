@@ -13,14 +13,12 @@ worth a tensor core (one row a head); the bound is reading K and V once.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, INTERPRETER, AotSpec, config_arch, make_spec
+from .aot import ARCHS, INTERPRETER, AotSpec, config_arch, forms_for, make_spec
 from .attention_tiles import LOG2E, block_d, check_batch
 from .interpreter import cast
 from .launch import launch
@@ -153,7 +151,8 @@ def aot_specs() -> list[AotSpec]:
     forms += [(D, "fp32", 4) for D in (32, 64, 80, 128)]
     parts = {"acc_ptr": "*fp32", "stats_ptr": "*fp32"}
     specs = []
-    for arch, (D, dtype, itemsize) in itertools.product(ARCHS, forms):
+    of_archs = [(arch, *form) for arch in ARCHS for form in forms_for(arch, forms)]
+    for arch, D, dtype, itemsize in of_archs:
         tile, label = {"HEAD_DIM": D, "BLOCK_D": block_d(D)}, f"{dtype} D={D}"
         split, combine = (_config(kernel, arch, itemsize, D) for kernel in ("split", "combine"))
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")

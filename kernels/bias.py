@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, TRITON_DTYPE, AotSpec, config_arch, forms_for, make_spec
 from .launch import launch
 
 
@@ -83,7 +83,7 @@ def aot_specs() -> list[AotSpec]:
         config, types = tuning.config("bias", "reduce_partials", arch), {**sizes, "out_ptr": "*fp32", "P": "i32"}
         specs.append(make_spec(reduce_partials_kernel, "reduce_partials", types, {}, config, (arch,)))
         config = tuning.config("bias", "column_sum", arch)
-        for dtype in TRITON_DTYPE.values():
+        for dtype in forms_for(arch, TRITON_DTYPE.values()):
             types = {**sizes, "x_ptr": f"*{dtype}", "N": "i32"}
             specs.append(make_spec(column_sum_kernel, f"column_sum {dtype}", types, {}, config, (arch,)))
     return specs

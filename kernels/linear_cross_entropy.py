@@ -10,12 +10,14 @@ chunk of logits is all the memory there is. A row of 50257 starts at an odd elem
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import tuning
-from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, forms_for, make_spec
 from .interpreter import cast
 from .launch import launch
 
@@ -148,12 +150,10 @@ def _config(arch: int, itemsize: int) -> dict[str, int]:
 
 def aot_specs() -> list[AotSpec]:
     """Every dtype, an odd row stride (50257) and an aligned one, with and without the gradient."""
-    specs = []
-    for dtype, short in TRITON_DTYPE.items():
-        size = 4 if dtype == "float32" else 2
-        for write_grad in (False, True):
-            for padded in (False, True):
-                specs += [_spec(short, size, write_grad, padded, arch) for arch in ARCHS]
+    specs, flags = [], (False, True)
+    for arch in ARCHS:
+        for dtype, write_grad, padded in itertools.product(forms_for(arch, TRITON_DTYPE.values()), flags, flags):
+            specs.append(_spec(dtype, 4 if dtype == "fp32" else 2, write_grad, padded, arch))
     return specs
 
 

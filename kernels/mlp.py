@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import add_layernorm, tuning
-from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, make_spec
+from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, forms_for, make_spec
 from .bias import reduce_partials
 from .interpreter import cast, dot
 from .launch import launch
@@ -273,9 +273,10 @@ def aot_specs() -> list[AotSpec]:
     pairs = [("fp32", "fp32", 4), ("bf16", "bf16", 2), ("fp16", "fp16", 2), ("bf16", "fp32", 2)]
     specs = []
     for arch, erf in itertools.product(ARCHS, (False, True)):
-        specs += [_matmul_spec(arch, _config(arch, size), dtype, stream, erf) for dtype, stream, size in pairs]
-        specs += [_gelu_forward_spec(arch, dtype, erf) for dtype in TRITON_DTYPE.values()]
-        specs += [_gelu_backward_spec(arch, dtype, erf) for dtype in TRITON_DTYPE.values()]
+        own, dtypes = forms_for(arch, pairs), forms_for(arch, TRITON_DTYPE.values())
+        specs += [_matmul_spec(arch, _config(arch, size), dtype, stream, erf) for dtype, stream, size in own]
+        specs += [_gelu_forward_spec(arch, dtype, erf) for dtype in dtypes]
+        specs += [_gelu_backward_spec(arch, dtype, erf) for dtype in dtypes]
     return specs
 
 

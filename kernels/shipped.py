@@ -12,17 +12,17 @@ import pkgutil
 import re
 from typing import Any, NamedTuple
 
-from . import aot
+from . import aot, cards
 
 _DTYPE = re.compile(r" (?=fp32|bf16|fp16|C=)")  # what comes before it in a configuration's name is the kernel
 
 
 class Job(NamedTuple):
-    """One compilation: spec `index` of `aot_specs()` in kernels/<stem>.py for compute capability `arch`."""
+    """One compilation: spec `index` of `aot_specs()` in kernels/<stem>.py for the architecture `arch`."""
 
     stem: str
     index: int
-    arch: int
+    arch: cards.Name
 
 
 def stems() -> list[str]:
@@ -41,7 +41,7 @@ def _specs(stem: str) -> list[aot.AotSpec]:
     return _module(stem).aot_specs()
 
 
-def jobs(archs: tuple[int, ...] = aot.ARCHS, quick: bool = False) -> list[Job]:
+def jobs(archs: tuple[cards.Name, ...] = aot.ARCHS, quick: bool = False) -> list[Job]:
     """Every configuration for each of `archs` that it ships for; quick: one of each kernel, bfloat16 if it has that."""
     found: dict[tuple, Job] = {}
     for stem in stems():
@@ -57,7 +57,7 @@ def spec(job: Job) -> aot.AotSpec:
     return _specs(job.stem)[job.index]
 
 
-def report(job: Job) -> tuple[str, int, dict[str, Any] | None, str]:
+def report(job: Job) -> tuple[str, cards.Name, dict[str, Any] | None, str]:
     """Compiles one job: (the configuration's name, arch, report of `aot.inspect` or None, error or "")."""
     given = spec(job)
     try:

@@ -4,9 +4,10 @@ A row says for what it is and what to launch:
 
     {"kernel": "forward", "arch": 90, "itemsize": 2, "shape": {"head_dim": 64}, "config": {"BLOCK_M": 128, ...}}
 
-`arch` (80, 90, 100), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Of the rows
-that are for the asked architecture, or for all, the one with the nearest shape is taken, and of equally near ones the
-architecture's own, then the item size's own; where there is none, sm_80's. Numbers are as far apart as the octaves
+`arch` (a key of `cards.ARCHS`), `itemsize` (bytes an element) and `shape` may be missing: the row then is for all. Of
+the rows that are for the asked architecture, for those whose rows it takes (`cards.lineage`), or for all, the one with
+the nearest shape is taken, and of equally near ones the architecture's own, then the item size's own; where there is
+none, sm_80's. Numbers are as far apart as the octaves
 between them, anything else that differs is half an octave, and a row without a shape is further than any with one: the
 default. `python -m benchmarks tune` writes these files; nothing is timed in a run.
 
@@ -26,9 +27,11 @@ from typing import Any
 
 from gpt2_fast.files import atomic_write
 
+from .cards import Name, lineage
+
 FOLDER = Path(__file__).parent / "configs"
 SELECTORS = ("kernel", "arch", "itemsize", "shape")
-FALLBACK_ARCH = 80  # asks for the least shared memory
+FALLBACK_ARCH = 80  # asks for the least shared memory of those that have all rows
 _POWERS = ("num_warps", "ROWS")  # beside BLOCK*: Triton wants powers of two
 
 
@@ -96,23 +99,29 @@ def _distance(row: dict[str, Any], shape: dict[str, Any]) -> float:
 
 
 @functools.cache
-def _row(op: str, kernel: str, arch: int, itemsize: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def _row(op: str, kernel: str, arch: Name, itemsize: int, shape: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     of_kernel = [r for r in rows(op) if r["kernel"] == kernel and r.get("itemsize", itemsize) == itemsize]
-    for wanted in (arch, FALLBACK_ARCH):
-        if found := [r for r in of_kernel if r.get("arch", wanted) == wanted]:
-            return min(found, key=lambda r: (_distance(r, dict(shape)), "arch" not in r, "itemsize" not in r))
+    for wanted in (lineage(arch), (FALLBACK_ARCH,)):
+        order = [*wanted, None]
+        if found := [r for r in of_kernel if r.get("arch") in order]:
+            return min(
+                found, key=lambda r: (_distance(r, dict(shape)), order.index(r.get("arch")), "itemsize" not in r)
+            )
     raise ValueError(f"{path(op)} has no row for kernel {kernel!r} and {itemsize} bytes an element; {_fix(op)}")
 
 
-def config(op: str, kernel: str, arch: int, itemsize: int = 4, **shape: Any) -> dict[str, int]:
-    """Constexprs, num_warps and the other options of one launch; not to be changed.
+def config(op: str, kernel: str, arch: Name, itemsize: int = 4, **shape: Any) -> dict[str, int]:
+    """Constexprs, num_warps and the other options of one launch; not to be changed. AMD's has no maxnreg.
 
     Args:
         arch: `aot.config_arch` of the device.
         itemsize: bytes an element.
         shape: what tells apart shapes that want configurations of their own, as the rows have it.
     """
-    return _row(op, kernel, arch, itemsize, tuple(shape.items()))["config"]
+    found = _row(op, kernel, arch, itemsize, tuple(shape.items()))["config"]
+    if "maxnreg" in found and isinstance(arch, str):
+        return {key: value for key, value in found.items() if key != "maxnreg"}
+    return found
 
 
 @contextlib.contextmanager

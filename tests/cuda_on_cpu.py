@@ -12,6 +12,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 _BEFORE = """
@@ -24,6 +27,7 @@ _BEFORE = """
 struct Extent { unsigned x, y, z; };
 static Extent blockIdx, threadIdx, blockDim;
 static inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected, unsigned long long x) {
   unsigned long long old = *p;
   if (old == expected) *p = x;
@@ -31,11 +35,6 @@ static inline unsigned long long atomicCAS(unsigned long long* p, unsigned long 
 }
 static inline float float_of_half(uint16_t bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
 static inline uint16_t half_of_float(float x) { _Float16 h = (_Float16)x; uint16_t r; memcpy(&r, &h, 2); return r; }
-static inline uint16_t bfloat_of_float(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return x != x ? 0x7fff : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 """
 
 _AFTER = """
@@ -53,6 +52,9 @@ void launch_forward(void* kernel, const Extent* grid, const Extent* block, const
 }
 void launch_backward(void* kernel, const Extent* grid, const Extent* block, const void* arguments) {
   launch((void (*)(gpt2::EmbeddingBackward))kernel, grid, block, arguments);
+}
+void bfloats_of_floats(const float* x, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = gpt2::bfloat_of_float(x[i]);
 }
 int64_t offset(int64_t row, int64_t C, int64_t col) { return gpt2::embedding_offset(row, C, col); }
 int64_t divide(int64_t a, int64_t b) { return gpt2::embedding_divide(a, b); }
@@ -91,6 +93,13 @@ class CudaOnCpu:
     def index(self, name: str, *arguments: int) -> int:
         """One of the shared index functions of embedding_body.h."""
         return getattr(self.lib, name)(*(ctypes.c_int64(a) for a in arguments))
+
+    def bfloats(self, x: Tensor) -> Tensor:
+        """float32 x in bfloat16 by the integer code of cards below sm_80."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x.contiguous(), out))
+        self.lib.bfloats_of_floats(*pointers, ctypes.c_int64(x.numel()))
+        return out
 
     def launch(self, device, name: str, grid: tuple, block: tuple, arguments: bytes) -> None:
         """Runs the kernel's threads one after another."""

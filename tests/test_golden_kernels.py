@@ -32,23 +32,25 @@ def test_the_sample_compiles_to_the_kept_machine_code():
     if done.returncode == 2:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(golden.SAMPLE)} configurations" in done.stdout
+    assert f"{len(golden.sample(triton.__version__))} configurations" in done.stdout
 
 
 def test_the_pinned_triton_has_a_file():
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned[1] not in golden.HELD, "the pinned Triton's file holds every architecture"
     assert golden.path(pinned[1]) in FILES, f"make it: python tests/golden/kernels.py --write, with Triton {pinned[1]}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_has_every_shipped_configuration_and_no_other(file):
     rows = golden.read(file)
-    assert rows.keys() == {(shipped.spec(job).name, str(job.arch)) for job in shipped.jobs()}
+    jobs = golden.jobs(file.stem.removeprefix("kernels-"))
+    assert rows.keys() == {(shipped.spec(job).name, str(job.arch)) for job in jobs}
     assert all(re.fullmatch("[0-9a-f]{64}", row["sha256"]) and int(row["registers"]) > 0 for row in rows.values())
 
 
 def test_the_sample_has_every_kernel_file_and_every_architecture():
-    jobs = golden.sample()
+    jobs = golden.sample("any other than those of HELD")
     assert {job.stem for job in jobs} == set(shipped.stems())
     assert {job.arch for job in jobs} == set(aot.ARCHS)
 
@@ -85,9 +87,9 @@ from gpt2_fast.kernels import aot
 sys.path.insert(0, sys.argv[1])
 import one, moved, renamed, other
 kernels = (one.double, moved.double, renamed.twice, other.double)
-for arch in aot.ARCHS:
+for arch in (80, 90, "gfx942"):
     specs = (aot.make_spec(kernel, "k", {"x_ptr": "*fp32", "N": "i32"}, {"BLOCK": 256}, {}) for kernel in kernels)
-    print(*(aot.code_hash(aot.compile_spec(spec, arch).cubin) for spec in specs))
+    print(*(aot.code_hash(aot.compile_spec(spec, arch).binary) for spec in specs))
 """
 
 
@@ -99,7 +101,7 @@ def test_a_kernel_that_moves_keeps_its_hash_and_one_that_changes_does_not(tmp_pa
     done = _python("-c", HASHES, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == len(aot.ARCHS)
+    assert len(lines) == 3
     for one, moved, renamed, other in lines:
         assert one == moved == renamed != other
 

@@ -58,7 +58,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(aot, "_cuda_arch", lambda index: 90)
+    monkeypatch.setattr(aot, "_card_arch", lambda index: 90)
     recorders = {}
     for stem in shipped.stems():
         module = importlib.import_module(f"gpt2_fast.kernels.{stem}")

@@ -12,14 +12,15 @@ def add(commands) -> None:
     parser.add_argument("--patch", metavar="MODEL",
                         help="what gpt2_fast.patch takes over of a transformers checkpoint, and what not")  # fmt: skip
     parser.add_argument("--kernels", action="store_true",
-                        help="compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU")  # fmt: skip
-    parser.add_argument("--arch", type=int, choices=(80, 90, 100), action="append", metavar="80|90|100",
-                        help="with --kernels: this target alone (may be repeated)")  # fmt: skip
+                        help="compile every Triton kernel for every card that is supported; needs no GPU")  # fmt: skip
+    parser.add_argument("--arch", action="append", metavar="A,B",
+                        help="with --kernels: these targets alone, as in 86,gfx942 (may be repeated)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="with --kernels: one configuration of each kernel")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from gpt2_fast.kernels import cards
     from gpt2_fast.report import doctor
 
     if arguments.patch is not None:
@@ -28,4 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.kernels:
         doctor.report()
         return 0
-    return 1 if doctor.check_kernels(tuple(arguments.arch or doctor.ARCHS), arguments.quick) else 0
+    names = [name for given in arguments.arch or () for name in given.split(",")]
+    archs = tuple(dict.fromkeys(map(cards.named, names))) or tuple(cards.ARCHS)
+    return 1 if doctor.check_kernels(archs, arguments.quick) else 0

@@ -10,11 +10,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
 
+from gpt2_fast.kernels import cards
 from gpt2_fast.ops import rooms
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.report.machine import extension_rows, machine_rows, version
@@ -30,11 +32,11 @@ def report() -> None:
     for device_type in devices:
         print(f"\nimpl='auto' on {device_type} takes")
         for op in rooms():
-            for dtype in (torch.float32, torch.bfloat16):
-                chosen, passed = dispatch.explain(op, torch.device(device_type), dtype)
-                if dtype == torch.bfloat16 and not passed:
-                    continue
-                print(f"  {op:<22} {chosen}")
+            found = [
+                dispatch.explain(op, torch.device(device_type), dtype) for dtype in (torch.float32, torch.bfloat16)
+            ]
+            for (chosen, passed), form in zip(found[: 1 + (found[0] != found[1])], ("", " in bfloat16"), strict=False):
+                print(f"  {op:<22} {chosen}{form}")
                 for name, reason in passed:
                     print(f"  {'':<22}   not {name}: {reason}")
     if not torch.cuda.is_available():
@@ -91,10 +93,7 @@ def explain_patch_of(name: str) -> str:
     return explain_patch(swap.patch(model))
 
 
-ARCHS = (80, 90, 100)
-
-
-def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
+def check_kernels(archs: tuple[cards.Name, ...] = tuple(cards.ARCHS), quick: bool = False) -> int:
     """Compiles every configuration of every Triton kernel for each of `archs` and prints what the code needs.
 
     quick: one configuration of each kernel, not every one.
@@ -111,15 +110,22 @@ def check_kernels(archs: tuple[int, ...] = ARCHS, quick: bool = False) -> int:
     print(
         f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
     )
-    failures = 0
+    failures: Counter = Counter()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for name, arch, result, error in pool.map(shipped.report, jobs, chunksize=4):
             found = [error] if result is None else aot.problems(result)
-            failures += bool(found)
-            line = f"{name:<64} sm_{arch:<4} "
+            failures[arch] += bool(found)
+            line = f"{name:<64} {cards.label(arch):<7} "
             if result is not None:
                 mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
                 line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
             print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), flush=True)
-    print(f"\n{len(jobs)} compilations, {failures} failed; triton {version('triton')}")
-    return failures
+    compiled = Counter(job.arch for job in jobs)
+    print()
+    for arch in archs:
+        row = cards.ARCHS[arch]
+        half = "" if row.bfloat16 else ", float32 and float16"
+        print(f"{cards.label(arch):<7} {row.cards}{half}: {compiled[arch]} compiled, {failures[arch]} failed; "
+              f"the kernels {cards.history(arch)}")  # fmt: skip
+    print(f"{len(jobs)} compilations, {failures.total()} failed; triton {version('triton')}")
+    return failures.total()

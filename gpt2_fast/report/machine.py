@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2_fast.kernels import cards
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
 
@@ -137,11 +138,10 @@ def machine_rows() -> Iterator[tuple[str, str]]:
     yield "CPU products", f"{by}, bfloat16 {native} ({policy.reason})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(index)
-            yield (
-                f"GPU {index}",
-                f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 30} GiB, CUDA {torch.version.cuda}",
-            )
+            p, (_, card) = torch.cuda.get_device_properties(index), cards.of_device(index)
+            built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+            yield f"GPU {index}", f"{card}, {p.total_memory >> 30} GiB, {built}"
+            yield "  Triton kernels", cards.describe(index)
     else:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         yield "GPU", f"none that torch can use (this torch is {built})"
@@ -156,7 +156,9 @@ def extension_rows() -> Iterator[tuple[str, str]]:
     yield "extension", f"{extension.__file__}"
     yield "built with", f"compiler {extension.COMPILER}; instruction set in use: {extension.isa()}"
     fatbin = Path(extension.__file__).with_name("embedding.fatbin")
-    if fatbin.exists():
+    if torch.version.hip is not None:
+        yield "CUDA embedding", "not on ROCm: plain PyTorch there"
+    elif fatbin.exists():
         yield "CUDA embedding", f"compiled by nvcc when this was built ({fatbin.stat().st_size >> 10} KiB)"
     else:
         yield "CUDA embedding", "no nvcc was found at build time: NVRTC compiles it at first use"

@@ -20,6 +20,7 @@ from gpt2_fast.parallel.group import environment_world
 from gpt2_fast.report.machine import resolve_device
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.memory import check_fits, free_bytes, gigabytes, predict_run
+from gpt2_fast.train.processes import check_dtype
 from gpt2_fast.train.step import Step, build_model, build_optimizer
 
 MEASURED = 3  # steps, after the first
@@ -31,6 +32,7 @@ def estimate_run(config: TrainConfig) -> None:
     if environment_world() > 1:
         raise ValueError("--dry-run measures one process; run it without torchrun")
     device = resolve_device(config.device)
+    check_dtype(config, device)
     if config.data is not None and not Path(config.data).expanduser().exists():
         raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")
     model_config = config_of(config)

@@ -36,7 +36,7 @@ from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
 from gpt2_fast.train.loss_scale import LEAST
-from gpt2_fast.train.processes import local_device, open_group
+from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.progress import Progress
 from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.sample import sample_text
@@ -77,6 +77,7 @@ class Run:
         check_installed(config)
         self.group = group = group or open_group(config)
         self.device = local_device(config.device)
+        check_dtype(config, self.device)
         if self.device.type == "cpu":
             retain_memory()
         self.out = out or Path(group.decide(lambda: str(folders.new_folder(config))))

@@ -7,9 +7,10 @@ import os
 
 import torch
 
+from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.parallel.group import Group, check_world, environment_world, join
 from gpt2_fast.report.machine import resolve_device
-from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.config import DTYPES, TrainConfig
 
 
 def open_group(config: TrainConfig) -> Group:
@@ -42,3 +43,13 @@ def local_device(name: str) -> torch.device:
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
+
+
+def check_dtype(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where the device's kernels do not compute in --dtype; plain PyTorch asked for by name may."""
+    if device.type != "cuda" or config.impl == "reference" or dispatch.card_refusal(device.index):
+        return  # on a card that is not supported plain PyTorch runs in any dtype
+    if dispatch.card_refusal(device.index, getattr(torch, config.dtype)):
+        others = " or ".join(f"--dtype {dtype}" for dtype in DTYPES if dtype != config.dtype)
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"--dtype is {config.dtype!r} and {name} has no bfloat16; use {others}, or --impl reference")

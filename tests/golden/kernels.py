@@ -2,7 +2,7 @@
 
     python tests/golden/kernels.py                compares all of them with the file of the installed Triton
     python tests/golden/kernels.py --sample       compares the few of SAMPLE, which is what a test has time for
-    python tests/golden/kernels.py --write        makes the file anew: about half an hour of one core
+    python tests/golden/kernels.py --write        makes the file anew: half an hour of one core for 567 configurations
 
 With --only STEM (repeatable) either looks at the configurations of kernels/STEM.py alone.
 
@@ -25,6 +25,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ("name", "arch", "registers", "spilled_bytes", "shared_bytes", "mma", "waits", "sha256")
 
+# The architectures that a version's file holds, where it does not hold all of kernels/cards.py.
+HELD: dict[str, tuple[int | str, ...]] = {"3.6.0": (80, 90, 100), "3.9.0": (80, 90, 100)}
+
 # Of every kernel one configuration, the architectures in turn: what a test has time for.
 SAMPLE = (
     ("adamw update aligned clip", 90),
@@ -42,6 +45,12 @@ SAMPLE = (
     ("gelu_backward bf16 erf", 80),
     ("mlp few rows bf16 h=bf16", 100),
     ("softmax_xent bf16 gradient", 90),
+    ("mlp few rows fp16 h=fp16", 75),
+    ("gelu_forward bf16", 86),
+    ("column_sum bf16", 89),
+    ("attention.forward bf16 D=64", 120),
+    ("add_layernorm forward C=768 bf16 h=bf16 dropout", "gfx90a"),
+    ("attention.forward bf16 D=64", "gfx942"),
 )
 
 Rows = dict[tuple[str, str], dict[str, str]]
@@ -67,18 +76,29 @@ def write(file: Path, rows: Rows) -> None:
     temporary.replace(file)
 
 
-def line(name: str, arch: int, report: dict[str, Any]) -> dict[str, str]:
+def line(name: str, arch: int | str, report: dict[str, Any]) -> dict[str, str]:
     """A report of `aot.inspect` as the file has it: all strings."""
     mma = " ".join(f"{opcode}:{count}" for opcode, count in sorted(report["mma"].items()))
     found = {**report, "name": name, "arch": arch, "mma": mma}
     return {column: str(found[column]) for column in COLUMNS}
 
 
+def _label(name: str, arch: int | str) -> str:
+    return f"{name} {arch if str(arch).startswith('gfx') else f'sm_{arch}'}"
+
+
+def jobs(version: str) -> list:
+    """What the file of one Triton version holds, as jobs of `shipped.jobs`."""
+    from gpt2_fast.kernels import aot, shipped
+
+    return shipped.jobs(HELD.get(version, aot.ARCHS))
+
+
 def differences(expected: Rows, found: Rows, whole: bool) -> list[str]:
     """What `found` has otherwise than `expected`, a line each. whole: what is missing in `found` counts too."""
     lines = []
     for key, row in sorted(found.items()):
-        label = f"{key[0]} sm_{key[1]}"
+        label = _label(*key)
         if key not in expected:
             lines.append(f"{label}: not in the file")
             continue
@@ -88,33 +108,33 @@ def differences(expected: Rows, found: Rows, whole: bool) -> list[str]:
             lines.append(f"{label}: {', '.join(resources) or 'other instructions, all else equal'}")
     if whole:
         lines += [
-            f"{name} sm_{arch}: in the file, but no longer shipped"
-            for name, arch in sorted(expected.keys() - found.keys())
+            f"{_label(*key)}: in the file, but no longer shipped" for key in sorted(expected.keys() - found.keys())
         ]
     return lines
 
 
-def compile_all(jobs: list, workers: int) -> Rows:
+def compile_all(wanted: list, workers: int) -> Rows:
     """Compiles jobs of `shipped.jobs`. Exits with one line when one does not compile."""
     from gpt2_fast.kernels import shipped
 
     rows: Rows = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for name, arch, report, error in pool.map(shipped.report, jobs, chunksize=1):
+        for name, arch, report, error in pool.map(shipped.report, wanted, chunksize=1):
             if report is None:
-                raise SystemExit(f"{name} sm_{arch} does not compile: {error}")
+                raise SystemExit(f"{_label(name, arch)} does not compile: {error}")
             rows[name, str(arch)] = line(name, arch, report)
     return rows
 
 
-def sample() -> list:
-    """The jobs of SAMPLE. Exits with one line when one of them is no longer shipped."""
+def sample(version: str) -> list:
+    """The jobs of SAMPLE that a version's file holds. Exits with one line when one of them is no longer shipped."""
     from gpt2_fast.kernels import shipped
 
     by_name = {(shipped.spec(job).name, job.arch): job for job in shipped.jobs()}
     if gone := [key for key in SAMPLE if key not in by_name]:
         raise SystemExit(f"SAMPLE in {Path(__file__).name} names what is not shipped: {gone[0]}")
-    return [by_name[key] for key in SAMPLE]
+    held = set(jobs(version))
+    return [by_name[key] for key in SAMPLE if by_name[key] in held]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,11 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if unknown := set(options.only or ()) - set(shipped.stems()):
         parser.error(f"no file of kernels in kernels/: {', '.join(sorted(unknown))}")
-    jobs = sample() if options.sample else [j for j in shipped.jobs() if j.stem in (options.only or [j.stem])]
-    found = compile_all(jobs, options.workers)
+    every = jobs(triton.__version__)
+    only = [job for job in every if job.stem in (options.only or [job.stem])]
+    found = compile_all(sample(triton.__version__) if options.sample else only, options.workers)
     seconds = f"{len(found)} configurations, triton {triton.__version__}, {time.monotonic() - began:.0f} s"
     if options.write:
-        names = {(shipped.spec(job).name, str(job.arch)) for job in shipped.jobs()}
+        names = {(shipped.spec(job).name, str(job.arch)) for job in every}
         kept = {key: row for key, row in read(file).items() if key in names} if options.only and file.exists() else {}
         write(file, {**kept, **found})
         print(f"{file.name} written: {seconds}")

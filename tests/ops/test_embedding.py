@@ -107,6 +107,16 @@ def test_cuda_kernels_on_the_cpu(emulated, on_cpu, dtype):
     assert {f"embedding_reduce_{name}_{name}", f"embedding_finish_{name}_whole"} <= set(on_cpu.launched)
 
 
+def test_the_integer_code_below_sm_80_rounds_to_bfloat16_as_torch_does(on_cpu):
+    """Every upper half; of lower ones, which only say on which side of the middle a number lies, those at the edges."""
+    low = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0x8002, 0xFFFE, 0xFFFF])
+    bits = (torch.arange(1 << 16)[:, None] << 16) + torch.cat([low, torch.randint(1 << 16, (22,))])
+    x = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32).flatten()
+    ours, torchs = on_cpu.bfloats(x), x.bfloat16()
+    assert torch.equal(ours.isnan(), x.isnan())
+    assert torch.equal(ours.view(torch.int16)[~x.isnan()], torchs.view(torch.int16)[~x.isnan()])
+
+
 def test_cuda_long_run(emulated):
     ids = torch.cat([torch.full((700,), 2), torch.arange(9).repeat_interleave(32) % 3 * 2]).view(4, -1)
     _check([ids, torch.randn(5, 40), torch.randn(ids.shape[1], 40)], {}, torch.float32, emulated)

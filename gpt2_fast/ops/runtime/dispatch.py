@@ -7,8 +7,8 @@ operation's own file declares them.
 =========  ==========================================================================================
 cpp        the C++ extension's kernels (``csrc/<op>.cpp``), on the CPU
 aten       PyTorch's own products, the library chosen by ``ops/runtime/cpu_policy.py``
-cuda       ``csrc/embedding.cu``, built by nvcc or, at first use, by NVRTC
-triton     ``kernels/<op>.py``, on a CUDA device, or on the CPU in Triton's interpreter
+cuda       ``csrc/embedding.cu``, built by nvcc or, at first use, by NVRTC; on NVIDIA's cards alone
+triton     ``kernels/<op>.py``, on a card of ``kernels/cards.py``, or on the CPU in Triton's interpreter
 reference  plain PyTorch under autograd: what is correct, on every device and in float64
 =========  ==========================================================================================
 """
@@ -86,8 +86,11 @@ def of_model(impl: str, op: str, device_type: str) -> str:
     return impl if impl in implementations(op, device_type) else "auto"
 
 
-def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `impl` cannot run on this device and dtype, with the fix; None when it can."""
+def unavailable(impl: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
+    """Why `impl` cannot run on this device and dtype, with the fix; None when it can.
+
+    index: of the device; None is the current one.
+    """
     if impl == "reference":
         return None
     if dtype not in KERNEL_DTYPES:
@@ -97,12 +100,30 @@ def unavailable(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     if impl == "cpp":
         return _extension_missing()
     if impl == "cuda":
-        return _cuda_missing() or _extension_missing()
-    return triton_missing() or (
-        None
-        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-        else "triton needs a CUDA device (TRITON_INTERPRET=1 runs its interpreter on the CPU, for tests)"
-    )
+        return _cuda_missing() or card_refusal(index) or _extension_missing()
+    if missing := triton_missing():
+        return missing
+    if device_type == "cuda":
+        return card_refusal(index, dtype)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "triton needs a CUDA device (TRITON_INTERPRET=1 runs its interpreter on the CPU, for tests)"
+
+
+@functools.cache
+def card_refusal(index: int | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why no kernel runs on a GPU, in `dtype` where it is given, with the fix; None where they do, or without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    from gpt2_fast.kernels import cards
+
+    return cards.refusal(torch.cuda.current_device() if index is None else index, dtype)
+
+
+@functools.cache
+def _warn_of_card(reason: str) -> None:
+    """Once for each reason: one line."""
+    warnings.warn(f"gpt2_fast: {reason}; that is what runs now", RuntimeWarning, stacklevel=2)
 
 
 def _slower(op: str, impl: str) -> str | None:
@@ -123,26 +144,28 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: `impl` is no implementation of `op` on this device.
         ImplementationUnavailable: `impl` was named and cannot run; the message says what is missing.
     """
-    return _constant_choice(op, impl, device.type, dtype)
+    return _constant_choice(op, impl, device.type, dtype, device.index)
 
 
 @torch.compiler.assume_constant_result
-def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype, index: int | None) -> str:
     """torch.compile takes the answer as a constant: how it is found would break its graph."""
-    return _choice(op, impl, device_type, dtype)
+    return _choice(op, impl, device_type, dtype, index)
 
 
 @functools.cache
-def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
     accepted = implementations(op, device_type)
     if impl == "auto":
-        chosen, passed = explain(op, torch.device(device_type), dtype)
+        chosen, passed = explain(op, torch.device(device_type, index), dtype)
         if any(reason == _extension_missing() for _, reason in passed):
             _warn_without_extension()
+        if device_type == "cuda" and (reason := card_refusal(index, dtype)) and reason in dict(passed).values():
+            _warn_of_card(reason)
         return chosen
     if impl not in accepted:
         raise ValueError(f"{op}: no implementation {impl!r} on {device_type}; choose auto, {', '.join(accepted)}")
-    reason = unavailable(impl, device_type, dtype)
+    reason = unavailable(impl, device_type, dtype, index)
     if reason is not None:
         raise ImplementationUnavailable(f"{op}: impl={impl!r} cannot run: {reason}")
     return impl
@@ -152,7 +175,7 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, lis
     """What ``impl="auto"`` chooses, and for each implementation before it why it was passed over."""
     passed = []
     for name in TABLE[op].get(device.type, ("reference",)):
-        reason = unavailable(name, device.type, dtype) or _slower(op, name)
+        reason = unavailable(name, device.type, dtype, device.index) or _slower(op, name)
         if reason is None:
             return name, passed
         passed.append((name, reason))
@@ -221,6 +244,8 @@ def triton_missing() -> str | None:
 def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU"
+    if torch.version.hip is not None:
+        return f"cuda kernels are for NVIDIA's cards, and this torch is built for ROCm {torch.version.hip}"
     return None
 
 

@@ -148,7 +148,7 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, impl: str = "auto") -
 
 def bias_gradient(dy: Tensor) -> Tensor:
     """dy [N, out] summed over its rows; on a GPU by Triton's kernel, which is faster than torch's sum."""
-    if dy.is_cuda and dispatch.unavailable("triton", "cuda", dy.dtype) is None:
+    if dy.is_cuda and dispatch.unavailable("triton", "cuda", dy.dtype, dy.get_device()) is None:
         from gpt2_fast.kernels.bias import column_sum
 
         return column_sum(dy.contiguous()).to(dy.dtype)

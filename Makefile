@@ -2,7 +2,7 @@
 # `make test-fast` is what to run while editing: below a minute on two cores. Both take WORKERS, the processes that test.
 # `make docs` builds the site of README.md, docs/ and the docstrings into build/docs; it reads sources alone, so no torch.
 # Jobs of their own: `make test-kernels`, `make test-install`, `make test-transformers`, `make test-newest-triton`,
-# `make fuzz`, `make fuzz-files`, `make faults`, `make sanitize` (CONTRIBUTING.md).
+# `make fuzz`, `make fuzz-files`, `make faults`, `make sanitize`, `make wheels`, `make release` (CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ with = export PYTHONPATH=$(abspath $(VENV))/$(1); \
 	$(PYTEST) $$(grep -rlw '$(2)' tests --include='test_*.py' --exclude=test_install.py)
 
 .PHONY: train test test-fast test-kernels lint fuzz fuzz-files faults sanitize docs clean test-install \
-	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton
+	test-transformers test-oldest-transformers test-newest-transformers test-newest-triton wheels release hub test-hub
 
 train: $(VENV)/.installed
 	$(BIN)/gpt2-fast train $(TRAIN)
@@ -64,6 +64,18 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The source distribution and the wheels into dist/, each wheel tried in clean environments: CONTRIBUTING.md, "Releases".
+# make wheels WHEELS="--arch x86_64 --arch aarch64 --root build/arm64"
+wheels: $(VENV)/release/.installed
+	$(VENV)/release/bin/python -m release.wheels $(WHEELS)
+
+# make release TAG=v0.2.0: the checks, the tests, the wheels, and the commands that publish. It publishes nothing.
+release: $(VENV)/release/.installed
+	$(VENV)/release/bin/python -m release.check "$(TAG)"
+	$(MAKE) test
+	$(MAKE) wheels
+	$(VENV)/release/bin/python -m release.check "$(TAG)" --built
+
 docs: $(VENV)/docs/.installed
 	$(VENV)/docs/bin/mkdocs build --strict --clean
 
@@ -79,6 +91,15 @@ test-oldest-transformers: $(VENV)/.installed-test
 test-newest-transformers: $(VENV)/.installed-test
 	$(OVERLAY) $(VENV)/transformers-newest transformers
 	@$(call with,transformers-newest,transformers)
+
+# The folder for Hugging Face `kernels`, loaded by the newest release of that package.
+test-hub: $(VENV)/.installed-test
+	$(OVERLAY) $(VENV)/kernels-newest kernels
+	PYTHONPATH=$(abspath $(VENV))/kernels-newest $(BIN)/python -m pytest -m 'install or not install' tests/test_hub.py
+
+# The folder itself: make hub HUB=some/folder
+hub:
+	$(PYTHON) -m release.hub $(HUB)
 
 test-newest-triton: $(VENV)/.installed-test
 	$(OVERLAY) $(VENV)/triton-newest --no-deps triton
@@ -101,5 +122,10 @@ $(VENV)/docs/.installed: docs/requirements.txt
 	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
 	touch $@
 
+$(VENV)/release/.installed: release/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r release/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info gpt2_fast/*.so gpt2_fast/*.fatbin
+	rm -rf $(VENV) build dist *.egg-info gpt2_fast/*.so gpt2_fast/*.fatbin gpt2_fast/no_extension.txt

@@ -4,12 +4,17 @@ Every kernel source in csrc/ is compiled once per instruction set that it gains 
 see csrc/dispatch.cpp). embedding.cu becomes embedding.fatbin where nvcc is found; its source is installed as well, for
 NVRTC to compile at first use elsewhere (gpt2_fast/ops/runtime/cuda.py).
 
+Where there is no compiler, and outside of Linux, the package is installed without the extension, and plain PyTorch
+runs in place of its kernels. Where the compiler works and the build does not, the installation fails.
+
 Environment: CXX and CXXFLAGS (compiler), CUDA_HOME (where nvcc is, else PATH), MAX_JOBS (compilers at a time),
-GPT2_FAST_ISAS (some of the instruction sets alone, for a build that is not to be shipped).
+GPT2_FAST_REQUIRE_EXTENSION=1 (no installation without the extension), GPT2_FAST_ISAS (some of the instruction sets
+alone, for a build that is not to be shipped).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -19,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,8 +48,12 @@ PARTIAL = {
         ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],
     )
 }
+# Python's stable ABI: one build for 3.10 and every later one. The free-threaded builds of Python have none so far.
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
+LIMITED_API = "-DPy_LIMITED_API=0x030A0000" if STABLE_ABI else ""
 CUDA_SOURCES = ["embedding.cu", "embedding_body.h", "philox.h"]
 CUDA_ARCHS = ["75", "80", "90", "100", "120"]  # sm_80's code runs on sm_86 and sm_89 as it is
+SOURCES = runpy.run_path(str(ROOT / "gpt2_fast" / "sources.py"))
 
 
 def find_nvcc() -> str | None:
@@ -56,7 +66,7 @@ def find_nvcc() -> str | None:
 
 def known_isas(cxx: str) -> dict[str, str]:
     """Instruction sets and their flags, without those that this compiler does not know (g++ 9 has no AVX512-BF16)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not sysconfig.get_platform().endswith(("x86_64", "amd64")):  # of what is built for, on whatever machine
         return {"baseline": ""}
     probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
     known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0
@@ -87,16 +97,46 @@ def nvcc_flags(nvcc: str) -> str:
     return f"-std=c++17 -O3 --threads 0 --fatbin {oldest}'-gencode=arch=compute_80,code=[{code}]'"
 
 
+def compiler() -> str:
+    return os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
+
+
+PROBE = """#include <Python.h>
+#include <string>
+int probe(int n) {
+  int sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += (int)std::to_string(i).size();
+  return sum;
+}
+"""
+
+
+def lacking(cxx: str) -> str | None:
+    """What this machine lacks for the extension, and how to get it; None where it can be built."""
+    if sys.platform != "linux":
+        return f"it is built on Linux alone, and this is {platform.system()}"
+    if not shutil.which(shlex.split(cxx)[0]):
+        return f"no C++ compiler ({cxx}) was found; install g++, or name another one by CXX"
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"-std=c++17 -fPIC -fopenmp -shared -I{sysconfig.get_path('include')} {os.environ.get('CXXFLAGS', '')}"
+        command = [*shlex.split(cxx), *shlex.split(flags), "-x", "c++", "-", "-o", str(Path(folder) / "probe.so")]
+        done = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    said = [line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line] or [done.stderr]
+    return (f"{cxx} does not compile for it ({said[0].strip()}); install g++ 9 or newer, or clang 12 or newer with its "
+            "OpenMP, and Python's headers (python3-dev)")  # fmt: skip
+
+
 def ninja_file(build: Path, target: Path, fatbin: Path) -> str:
     """The build as one ninja file: an object per source and instruction set, one shared library, one fatbin."""
-    import pybind11
-
-    cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
+    cxx = compiler()
     isas = known_isas(cxx)
     common = (f"-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -I{CSRC} "
               + os.environ.get("CXXFLAGS", ""))  # fmt: skip
-    python = f"-O1 -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"  # it compiles for long and runs little
-    source_hash = runpy.run_path(str(ROOT / "gpt2_fast" / "sources.py"))["source_hash"](CSRC)
+    python = f"-I{sysconfig.get_path('include')} {LIMITED_API}"
+    source_hash = SOURCES["source_hash"](CSRC)
     once_flags = {
         "dispatch": " ".join(f"-DGPT2_HAVE_{isa.upper()}" for isa in isas),
         "bindings": f"{python} -DGPT2_SOURCE_HASH='\"{source_hash}\"'",
@@ -132,8 +172,36 @@ def ninja_file(build: Path, target: Path, fatbin: Path) -> str:
     return "\n".join(rules) + f"\ndefault {' '.join(map(str, outputs))}\n"
 
 
+def say(line: str) -> None:
+    """To the terminal, too: pip shows nothing of what a build that succeeds has printed."""
+    print(line, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(line, file=terminal)
+
+
 class NinjaBuild(build_ext):
-    """`build_ext` that hands the whole graph to ninja."""
+    """`build_ext` that hands the whole graph to ninja; where there is no compiler, it leaves a note instead."""
+
+    def run(self) -> None:
+        folders = [Path(self.build_lib) / "gpt2_fast", *([ROOT / "gpt2_fast"] if self.inplace else [])]
+        why = lacking(compiler())
+        if why and os.environ.get("GPT2_FAST_REQUIRE_EXTENSION") == "1":
+            sys.exit(f"gpt2_fast: GPT2_FAST_REQUIRE_EXTENSION=1, and the C++ extension cannot be built: {why}")
+        for folder in folders:  # what an earlier build left would be imported, or shipped
+            for old in [
+                *folder.glob("_C.*"),
+                *([folder / "embedding.fatbin"] if why else []),
+                folder / SOURCES["NOTE"],
+            ]:
+                old.unlink(missing_ok=True)
+        if not why:
+            return super().run()
+        self.extensions = []
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SOURCES["NOTE"]).write_text(why + "\n")
+        say(f"gpt2_fast: installed without its C++ extension, plain PyTorch runs in place of its kernels: {why}")
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
@@ -151,8 +219,8 @@ class NinjaBuild(build_ext):
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         if subprocess.call(command) != 0:
-            sys.exit("gpt2_fast: the C++ extension did not build; a C++17 compiler (g++ >= 9 or clang >= 12) "
-                     "with OpenMP is needed, see the messages above")  # fmt: skip
+            sys.exit("gpt2_fast: the C++ extension did not build, see the messages above; it needs g++ 9 or newer, or "
+                     "clang 12 or newer (CXX=none installs without the extension)")  # fmt: skip
 
     def copy_extensions_to_source(self) -> None:
         """In place (pip install -e): the fatbin goes where the extension goes; NVRTC reads csrc/ itself."""
@@ -164,4 +232,8 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("gpt2_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+    setup(
+        ext_modules=[Extension("gpt2_fast._C", sources=[], py_limited_api=STABLE_ABI)],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
+    )

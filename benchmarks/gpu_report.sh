@@ -35,7 +35,7 @@ stage_environment() {
   "${CXX:-g++}" --version 2>/dev/null | head -1 || echo "MISSING a C++ compiler: build"
   local module
   for module in torch numpy safetensors tiktoken huggingface_hub matplotlib tqdm triton transformers pytest \
-    pytest_benchmark pytest_timeout pybind11 ninja liger_kernel; do
+    pytest_benchmark pytest_timeout ninja liger_kernel; do
     "$PYTHON" -c "
 import importlib, importlib.metadata as m
 importlib.import_module('$module')
@@ -48,7 +48,6 @@ print('$module', m.version(names[0]) if names else '')" 2>/dev/null || echo "MIS
 needed_by() {
   case $1 in
     torch | numpy) echo "everything" ;;
-    pybind11) echo "build; torch's own headers are taken instead" ;;
     ninja) echo "build; a ninja on PATH is taken instead" ;;
     triton) echo "the GPU kernels" ;;
     pytest) echo "tests, ops, sanitizer" ;;
@@ -61,26 +60,16 @@ needed_by() {
   esac
 }
 
-# setup.py asks pybind11 for its headers and ninja for its program: where these packages are not, torch brings the
-# first and PATH may have the second.
+# setup.py asks the package ninja for its program: where it is not, PATH may have it.
 stage_build() {
   local stand_ins=$OUT/stand-ins
-  mkdir -p "$stand_ins/pybind11" "$stand_ins/ninja"
-  if ! has pybind11; then
-    has torch || skip "neither pybind11 nor torch is installed"
-    cat > "$stand_ins/pybind11/__init__.py" << 'PY'
-import importlib.util, pathlib
-def get_include():
-    return str(pathlib.Path(importlib.util.find_spec("torch").origin).parent / "include")
-PY
-    export PYTHONPATH=$stand_ins:$PYTHONPATH
-  fi
   if ! has ninja; then
+    mkdir -p "$stand_ins/ninja"
     command -v ninja > /dev/null || { echo "no ninja, neither as a package nor on PATH"; return 1; }
     echo "BIN_DIR = '$(dirname "$(command -v ninja)")'" > "$stand_ins/ninja/__init__.py"
     export PYTHONPATH=$stand_ins:$PYTHONPATH
   fi
-  "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -c "
+  GPT2_FAST_REQUIRE_EXTENSION=1 "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -c "
 import torch
 from gpt2_fast.ops.runtime import dispatch
 extension = dispatch.extension()

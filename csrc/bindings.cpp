@@ -3,24 +3,29 @@
 // A kernel is called with dicts, and takes from them what its parameters in kernels.h name: the first dict that has a
 // name counts. So no argument can stand in another's place, and what a parameter says of its tensor is held here, at the
 // one door to memory: on the CPU, contiguous, of the dtype.
-#include <pybind11/pybind11.h>
+//
+// It is written on Python's stable ABI, so one build serves every Python from 3.10 on; a binding library would compile for
+// longer, and cost a call more.
+#include "python_api.h"
 
-#include <stdexcept>
-#include <string>
-#include <string_view>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "cuda_driver.h"
 #include "kernels.h"
 
-namespace py = pybind11;
-
 namespace {
 
-// One argument. Python's numbers are read by one function for all kernels: as pybind11 would bind them, with code of
-// its own for each signature, they took longer to compile than the kernels.
+using namespace gpt2::python;
+
+// The argument tuple of a call: the dicts that are looked through for each name.
+struct Sources {
+  PyObject* const* dicts;
+  Py_ssize_t count;
+};
+
+// One argument. Python's numbers are read by one function for all kernels: code of its own for each signature would take
+// longer to compile than the kernels.
 union Value {
   int64_t integer;
   double real;
@@ -57,7 +62,7 @@ struct Kernel {
   const char *name, *text;
   size_t count;
   void (*call)(const Value*);
-  std::vector<Parameter> parameters;
+  Parameter parameters[MAX_ARGUMENTS];
 };
 
 template <class... Args>
@@ -80,46 +85,39 @@ Kernel KERNELS[] = {
 };
 
 // torch's dtypes and their codes, which Python registers: csrc/isa.h has the first three.
-PyObject* dtype_codes = PyDict_New();
+PyObject* dtype_codes;
 constexpr const char* TYPES[] = {"f32", "bf16", "f16", "f64", "i64", "i32", "i8", "u8"};
 
 int64_t code_of_type(const std::string& type) {
-  for (size_t i = 0; i < std::size(TYPES); ++i)
+  for (size_t i = 0; i < sizeof TYPES / sizeof *TYPES; ++i)
     if (type == TYPES[i]) return (int64_t)i;
   return -1;
 }
 
 // Reads "(addr x, int64_t N)", which the preprocessor made of the list.
-std::vector<Parameter> parse(std::string_view text) {
-  std::vector<Parameter> found;
-  text = text.substr(1, text.size() - 2);
-  while (!text.empty()) {
-    size_t comma = text.find(','), length = comma == text.npos ? text.size() : comma;
-    std::string one(text.substr(0, length));
-    text.remove_prefix(comma == text.npos ? length : length + 1);
-    size_t end = one.find_last_not_of(' '), space = one.rfind(' ', end), begin = one.find_first_not_of(' ');
-    Parameter p{INTEGER, one.substr(begin, space - begin), one.substr(space + 1, end - space), nullptr, nullptr, -1};
-    p.key = PyUnicode_InternFromString(p.name.c_str());
+void parse(Kernel& kernel) {
+  const std::string text(kernel.text);
+  size_t begin = 1;
+  for (size_t i = 0; i < kernel.count; ++i) {
+    begin = text.find_first_not_of(' ', begin);
+    const size_t end = text.find_first_of(",)", begin), space = text.find(' ', begin);
+    Parameter& p = kernel.parameters[i];
+    p = {INTEGER, text.substr(begin, space - begin), text.substr(space + 1, end - space - 1), nullptr, nullptr, -1};
+    begin = end + 1;
+    p.key = checked(PyUnicode_InternFromString(p.name.c_str()));
     if (p.type == "double") p.kind = REAL_NUMBER;
     else if (p.type == "strided") p.kind = STRIDED;
     else if (p.type == "addr" || (p.code = code_of_type(p.type)) >= 0) p.kind = TENSOR;
     if (p.kind == INTEGER && p.name.size() > 6 && p.name.substr(p.name.size() - 6) == "_dtype")
-      p.of = PyUnicode_InternFromString(p.name.substr(0, p.name.size() - 6).c_str());
-    found.push_back(std::move(p));
+      p.of = checked(PyUnicode_InternFromString(p.name.substr(0, p.name.size() - 6).c_str()));
   }
-  return found;
 }
 
 [[noreturn]] void refuse(const Kernel& kernel, const Parameter& p, const std::string& why) {
   if (PyErr_Occurred()) PyErr_Clear();
-  throw py::type_error(std::string(kernel.name) + ": " + p.name + " " + why);
+  PyErr_SetString(PyExc_TypeError, (std::string(kernel.name) + ": " + p.name + " " + why).c_str());
+  throw Raised();
 }
-
-py::object attribute(PyObject* object, const char* name) {
-  return py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, name));
-}
-
-std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
 int64_t code_of(const Kernel& kernel, const Parameter& p, PyObject* dtype) {
   PyObject* code = PyDict_GetItemWithError(dtype_codes, dtype);
@@ -127,9 +125,9 @@ int64_t code_of(const Kernel& kernel, const Parameter& p, PyObject* dtype) {
   return PyLong_AsLongLong(code);
 }
 
-PyObject* find(PyObject* key, const py::args& sources) {
-  for (Py_ssize_t i = 0, n = PyTuple_GET_SIZE(sources.ptr()); i < n; ++i)
-    if (PyObject* value = PyDict_GetItemWithError(PyTuple_GET_ITEM(sources.ptr(), i), key)) return value;
+PyObject* find(PyObject* key, const Sources& sources) {
+  for (Py_ssize_t i = 0; i < sources.count; ++i)
+    if (PyObject* value = PyDict_GetItemWithError(sources.dicts[i], key)) return value;
   return nullptr;
 }
 
@@ -137,17 +135,17 @@ int64_t address(const Kernel& kernel, const Parameter& p, PyObject* tensor, bool
   static PyObject *data_ptr = PyUnicode_InternFromString("data_ptr"), *is_cpu = PyUnicode_InternFromString("is_cpu"),
                   *is_contiguous = PyUnicode_InternFromString("is_contiguous"),
                   *dtype = PyUnicode_InternFromString("dtype"), *numel = PyUnicode_InternFromString("numel");
-  auto own = [](PyObject* object) { return py::reinterpret_steal<py::object>(object); };
-  if (p.kind == TENSOR && own(PyObject_CallMethodNoArgs(tensor, is_contiguous)).ptr() != Py_True)
+  auto call = [tensor](PyObject* method) { return PyObject_CallMethodObjArgs(tensor, method, nullptr); };
+  if (p.kind == TENSOR && Own(call(is_contiguous)).get() != Py_True)
     refuse(kernel, p, "must be a contiguous tensor");
-  if (on_cpu && own(PyObject_GetAttr(tensor, is_cpu)).ptr() != Py_True) refuse(kernel, p, "must be on the CPU");
-  if (p.code >= 0 && code_of(kernel, p, own(PyObject_GetAttr(tensor, dtype)).ptr()) != p.code)
+  if (on_cpu && Own(PyObject_GetAttr(tensor, is_cpu)).get() != Py_True) refuse(kernel, p, "must be on the CPU");
+  if (p.code >= 0 && code_of(kernel, p, Own(PyObject_GetAttr(tensor, dtype)).get()) != p.code)
     refuse(kernel, p, "must be of dtype " + p.type);
-  auto value = own(PyObject_CallMethodNoArgs(tensor, data_ptr));
-  if (!value) refuse(kernel, p, "has no address");
-  const int64_t found = (int64_t)PyLong_AsUnsignedLongLong(value.ptr());
+  Own value(call(data_ptr));
+  if (!value.get()) refuse(kernel, p, "has no address");
+  const int64_t found = (int64_t)PyLong_AsUnsignedLongLong(value.get());
   // What torch keeps without memory, zeros that nobody wrote, would be read as an input that is not there.
-  if (!found && PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(tensor, numel)).ptr()) != 0)
+  if (!found && PyLong_AsLongLong(Own(call(numel)).get()) != 0)
     refuse(kernel, p, "has no memory");
   return found;
 }
@@ -164,14 +162,14 @@ double real(const Kernel& kernel, const Parameter& p, PyObject* value) {
   return found;
 }
 
-void read(const Kernel& kernel, const py::args& sources, Value* values, bool on_cpu) {
+void read(const Kernel& kernel, const Sources& sources, Value* values, bool on_cpu) {
   for (size_t i = 0; i < kernel.count; ++i) {
     const Parameter& p = kernel.parameters[i];
     PyObject* found = find(p.key, sources);
     if (!found && p.of) {
       PyObject* tensor = find(p.of, sources);
       if (!tensor || tensor == Py_None) refuse(kernel, p, "is not given");
-      values[i].integer = code_of(kernel, p, attribute(tensor, "dtype").ptr());
+      values[i].integer = code_of(kernel, p, Own(PyObject_GetAttrString(tensor, "dtype")).get());
       continue;
     }
     if (!found) refuse(kernel, p, "is not given");
@@ -181,66 +179,166 @@ void read(const Kernel& kernel, const py::args& sources, Value* values, bool on_
       values[i].real = real(kernel, p, found);
     else
       values[i].integer = integer(kernel, p, found);
-    if (PyErr_Occurred()) throw py::error_already_set();
+    if (PyErr_Occurred()) throw Raised();
   }
 }
 
-void run(const Kernel& kernel, const py::args& sources) {
-  Value values[MAX_ARGUMENTS];
-  read(kernel, sources, values, true);
-  py::gil_scoped_release unlocked;
-  kernel.call(values);
+PyObject* run(const Kernel& kernel, const Sources& sources) {
+  return guarded([&] {
+    Value values[MAX_ARGUMENTS];
+    read(kernel, sources, values, true);
+    {
+      Unlocked unlocked;
+      kernel.call(values);
+    }
+    return none();
+  });
+}
+
+gpt2::Extent extent_of(PyObject* object) {
+  auto at = [object](Py_ssize_t i) {
+    Own item(checked(PySequence_GetItem(object, i)));
+    return (unsigned)number_of(item.get(), UINT32_MAX);
+  };
+  return {at(0), at(1), at(2)};
 }
 
 // The arguments as a struct of 8 bytes each, in their order: what a CUDA kernel of the same name takes.
-py::bytes pack(const std::string& name, const py::args& sources) {
-  for (const Kernel& kernel : KERNELS) {
-    if (name != kernel.name) continue;
-    Value values[MAX_ARGUMENTS];
-    read(kernel, sources, values, false);
-    return py::bytes((const char*)values, kernel.count * sizeof(Value));
-  }
-  throw std::invalid_argument("no kernel " + name);
+PyObject* pack(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  return guarded([&] {
+    if (n < 1) expect("pack", 1, n);
+    const std::string name = text_of(a[0]);
+    for (const Kernel& kernel : KERNELS) {
+      if (name != kernel.name) continue;
+      Value values[MAX_ARGUMENTS];
+      read(kernel, {a + 1, n - 1}, values, false);
+      return PyBytes_FromStringAndSize((const char*)values, kernel.count * sizeof(Value));
+    }
+    throw std::invalid_argument("no kernel " + name);
+  });
 }
 
-void set_isa(const std::string& name) {
-  if (!gpt2::set_isa(name.c_str()))
-    throw std::invalid_argument("this processor or build has no instruction set '" + name +
-                                "'; choose baseline, avx2, avx512 or avx512bf16");
+PyObject* set_dtype_codes(PyObject*, PyObject* codes) {
+  return PyDict_Update(dtype_codes, codes) == 0 ? none() : nullptr;
 }
 
-}  // namespace
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(gpt2::isa_name()); }
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "gpt2_fast's C++ kernels; each takes dicts that have its parameters by name, see gpt2_fast.ops.runtime.cpp";
-  for (Kernel& kernel : KERNELS) {
-    kernel.parameters = parse(kernel.text);
-    m.def(kernel.name, [&kernel](const py::args& sources) { run(kernel, sources); }, kernel.text);
-  }
-  m.def("pack", &pack, "the arguments of the kernel of that name as bytes, 8 each");
-  m.def("set_dtype_codes", [](const py::dict& codes) { PyDict_Update(dtype_codes, codes.ptr()); },
-        "registers torch's dtypes: float32 0, bfloat16 1, float16 2, float64 3, int64 4, int32 5, int8 6, uint8 7");
-  m.def("isa", &gpt2::isa_name, "the instruction set in use");
-  m.def("set_isa", &set_isa, "chooses the instruction set by name");
-  m.def("cuda_load", &gpt2::cuda_load, "loads a fatbin, cubin or PTX into the device's primary context");
-  m.def("cuda_function", &gpt2::cuda_function, "a kernel of a loaded module");
-  m.def("cuda_launch", &gpt2::cuda_launch, "launches (device, function, grid, block, stream, one struct as bytes)");
-  py::dict structs;
-#define GPT2_NAMED(type, name) members.append(py::make_tuple(#name, #type));
-#define GPT2_STRUCT(name, MEMBERS) \
-  {                                \
-    py::list members;              \
+PyObject* set_isa(PyObject*, PyObject* name) {
+  return guarded([&] {
+    if (!gpt2::set_isa(text_of(name).c_str()))
+      throw std::invalid_argument("this processor or build has no instruction set '" + text_of(name) +
+                                  "'; choose baseline, avx2, avx512 or avx512bf16");
+    return none();
+  });
+}
+
+PyObject* cuda_load(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  return guarded([&] {
+    expect("cuda_load", 2, n);
+    return PyLong_FromUnsignedLongLong(gpt2::cuda_load((int)number_of(a[0], INT32_MAX), bytes_of(a[1])));
+  });
+}
+
+PyObject* cuda_function(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  return guarded([&] {
+    expect("cuda_function", 3, n);
+    const int device = (int)number_of(a[0], INT32_MAX);
+    return PyLong_FromUnsignedLongLong(gpt2::cuda_function(device, number_of(a[1]), text_of(a[2])));
+  });
+}
+
+PyObject* cuda_launch(PyObject*, PyObject* const* a, Py_ssize_t n) {
+  return guarded([&] {
+    expect("cuda_launch", 6, n);
+    gpt2::cuda_launch((int)number_of(a[0], INT32_MAX), number_of(a[1]), extent_of(a[2]), extent_of(a[3]),
+                      number_of(a[4]), bytes_of(a[5]));
+    return none();
+  });
+}
+
+enum Index {
+#define GPT2_INDEX(name, params) INDEX_##name,
+  GPT2_KERNEL_LIST(GPT2_INDEX)
+#undef GPT2_INDEX
+};
+
+template <size_t I>
+PyObject* kernel_at(PyObject*, PyObject* const* dicts, Py_ssize_t count) {
+  return run(KERNELS[I], {dicts, count});
+}
+
+PyCFunction method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return (PyCFunction)(void (*)())function;  // METH_FASTCALL says what it is
+}
+
+PyMethodDef METHODS[] = {
+#define GPT2_METHOD(name, params) {#name, method(kernel_at<INDEX_##name>), METH_FASTCALL, #params},
+    GPT2_KERNEL_LIST(GPT2_METHOD)
+#undef GPT2_METHOD
+    {"pack", method(pack), METH_FASTCALL, "the arguments of the kernel of that name as bytes, 8 each"},
+    {"set_dtype_codes", set_dtype_codes, METH_O,
+     "registers torch's dtypes: float32 0, bfloat16 1, float16 2, float64 3, int64 4, int32 5, int8 6, uint8 7"},
+    {"isa", isa, METH_NOARGS, "the instruction set in use"},
+    {"set_isa", set_isa, METH_O, "chooses the instruction set by name"},
+    {"cuda_load", method(cuda_load), METH_FASTCALL, "loads a fatbin, cubin or PTX into the device's primary context"},
+    {"cuda_function", method(cuda_function), METH_FASTCALL, "a kernel of a loaded module"},
+    {"cuda_launch", method(cuda_launch), METH_FASTCALL,
+     "launches (device, function, grid, block, stream, one struct as bytes)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "_C",
+    "gpt2_fast's C++ kernels; each takes dicts that have its parameters by name, see gpt2_fast.ops.runtime.cpp",
+    -1, METHODS, nullptr, nullptr, nullptr, nullptr};
+
+void add(PyObject* module, const char* name, PyObject* value) {
+  Own owned(checked(value));
+  if (PyModule_AddObjectRef(module, name, value) != 0) throw Raised();
+}
+
+// Structure name -> [(member, type), ...], in their order.
+PyObject* structs() {
+  PyObject* found = checked(PyDict_New());
+  auto member = [found](const char* structure, const char* name, const char* type) {
+    Own key(checked(PyUnicode_FromString(structure))), entry(checked(Py_BuildValue("(ss)", name, type)));
+    PyObject* members = PyDict_GetItemWithError(found, key.get());
+    if (!members) {
+      Own fresh(checked(PyList_New(0)));
+      if (PyDict_SetItem(found, key.get(), fresh.get()) != 0) throw Raised();
+      members = fresh.get();  // the dict keeps it
+    }
+    if (PyList_Append(members, entry.get()) != 0) throw Raised();
+  };
+#define GPT2_NAMED(type, name) member(structure, #name, #type);
+#define GPT2_STRUCT(name, MEMBERS)  \
+  {                                 \
+    const char* structure = name;  \
     MEMBERS(GPT2_NAMED)            \
-    structs[name] = members;       \
   }
   GPT2_STRUCT("DecodeMatrix", GPT2_DECODE_MATRIX)
   GPT2_STRUCT("DecodeLayer", GPT2_DECODE_LAYER)
   GPT2_STRUCT("DecodeModel", GPT2_DECODE_MODEL)
   GPT2_STRUCT("DecodeCache", GPT2_DECODE_CACHE)
-  m.attr("STRUCTS") = structs;
-  m.attr("ATTENTION_KEY_GROUP") = gpt2::ATTENTION_KEY_GROUP;
-  m.attr("SOURCE_HASH") = GPT2_SOURCE_HASH;
+#undef GPT2_STRUCT
+#undef GPT2_NAMED
+  return found;
+}
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  return guarded([] {
+    dtype_codes = checked(PyDict_New());
+    for (Kernel& kernel : KERNELS) parse(kernel);
+    PyObject* module = checked(PyModule_Create(&MODULE));
+    add(module, "STRUCTS", structs());
+    add(module, "ATTENTION_KEY_GROUP", PyLong_FromLongLong(gpt2::ATTENTION_KEY_GROUP));
+    add(module, "SOURCE_HASH", PyUnicode_FromString(GPT2_SOURCE_HASH));
 #ifdef __VERSION__
-  m.attr("COMPILER") = __VERSION__;
+    add(module, "COMPILER", PyUnicode_FromString(__VERSION__));
 #endif
+    return module;
+  });
 }

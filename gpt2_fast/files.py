@@ -85,7 +85,7 @@ def atomic_folder(path: str | os.PathLike[str], advice: str = "choose a folder y
 
 def settle(path: Path, mode: int = 0o666 & ~_UMASK) -> None:
     """Brings a file to the disk, with the mode that an ordinary new file of this user has, or another."""
-    with open(path, "rb") as file:
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
     os.chmod(path, mode)
 

@@ -8,10 +8,21 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+NOTE = "no_extension.txt"  # what setup.py leaves in the package where it built no extension: why, in one line
+
+
+def why_no_extension(path: Iterable[str]) -> str | None:
+    """What the note says in one of the package's folders (its ``__path__``); None where there is none."""
+    for note in (Path(folder) / NOTE for folder in path):
+        if note.exists():
+            return note.read_text().strip()
+    return None
 
 
 def source_hash(folder: Path = CSRC) -> str:

@@ -59,6 +59,7 @@ def build(threads: bool = False) -> None:
     folder, sets = (THREADS_BUILD, instruction_sets()[:2]) if threads else (BUILD, instruction_sets())
     compiler, flags = ("g++", FLAGS) if not threads else (_compiler_with_openmp(), THREADS_FLAGS)
     env = os.environ | {"CXX": compiler, "CXXFLAGS": flags, "GPT2_FAST_ISAS": " ".join(sets)}
+    env["GPT2_FAST_REQUIRE_EXTENSION"] = "1"
     arguments = ["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
     subprocess.run([sys.executable, "setup.py", "-q", *arguments], cwd=ROOT, env=env, check=True)
 

@@ -257,7 +257,7 @@ def test_gpu_report_goes_on_after_a_stage_that_fails_and_resumes(tmp_path):
     assert done.returncode == 1
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if not line.startswith(("MISSING", "/")))
     assert said["check"].startswith("FAILED")
-    assert said["build"] == "skipped: neither pybind11 nor torch is installed"
+    assert said["build"].startswith("FAILED")
     assert said["tests"] == "skipped: pytest is not installed"
     assert said["sanitizer"] == "skipped: compute-sanitizer needs a GPU"
     assert "MISSING torch: everything" in done.stdout

@@ -15,6 +15,8 @@ from gpt2_fast.config import PRESETS, GPT2Config, num_params
 from gpt2_fast.data.tokenizer import get_tokenizer
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.report import inspect, model_figures
+from gpt2_fast.report.figures import smoothed
+from gpt2_fast.report.measures import weight_measures
 
 TINY = {"n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 2}
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -157,18 +159,50 @@ def test_weight_picture_is_the_tensor():
     weight = torch.randn(310, 400)
     figure = model_figures.weight_figure(weight, "transformer.h.1.attn.c_attn.weight")
     assert isinstance(figure, Figure)
-    axes, bar = figure.axes
-    (image,) = axes.images
+    corner, whole, spectrum, histogram = figure.axes[:4]
+    (image,) = corner.images
     assert np.array_equal(image.get_array(), weight[:300, :300].numpy())
-    assert image.get_cmap().name == "gray"
-    assert image.colorbar.ax is bar
-    assert (image.norm.vmin, image.norm.vmax) == (weight[:300, :300].min(), weight[:300, :300].max())
-    assert axes.get_title(loc="left") == "transformer.h.1.attn.c_attn.weight"
-    whole = model_figures.weight_figure(weight.bfloat16(), "a", size=None).axes[0].images[0]
-    assert np.array_equal(whole.get_array(), weight.bfloat16().float().numpy())
+    assert image.get_cmap().name == "RdBu_r"
+    assert image.colorbar.ax in figure.axes[4:]
+    limit = np.quantile(weight[:300, :300].abs().numpy(), 0.995)
+    assert image.norm.vmax == pytest.approx(limit)
+    assert image.norm.vmin == -image.norm.vmax
+    blocks = whole.images[0].get_array()  # at most 256 a side: pairs of rows and columns
+    assert blocks.shape == (155, 200)
+    expected = weight.double().reshape(155, 2, 200, 2).square().mean((1, 3)).sqrt()
+    assert np.allclose(blocks, expected.numpy(), rtol=1e-12)
+    singular = torch.linalg.svdvals(weight.double()).numpy()
+    assert np.allclose(spectrum.lines[0].get_ydata(), singular, rtol=1e-6)
+    assert len(histogram.lines) == 1
+    head, summary = figure.get_suptitle().split("\n")
+    assert head == "transformer.h.1.attn.c_attn.weight"
+    assert summary == weight_measures(weight).line()
+    uneven = model_figures.weight_figure(torch.ones(513, 3), "a").axes[1].images[0].get_array()
+    assert uneven.shape == (171, 3)
+    assert np.all(uneven == 1)
+    every = model_figures.weight_figure(weight.bfloat16(), "a", size=None).axes[0].images[0]
+    assert np.array_equal(every.get_array(), weight.bfloat16().float().numpy())
     vector = torch.randn(50)
-    line = model_figures.weight_figure(vector, "a").axes[0].lines[0]
+    line = model_figures.weight_figure(vector, "a").axes[0].lines[1]
     assert np.array_equal(line.get_ydata(), vector.numpy())
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (12, 12)])
+def test_measures_are_those_of_the_weight(shape):
+    weight = torch.randn(shape) * 3 + 1
+    found, wide = weight_measures(weight), weight.double()
+    assert found.shape == shape
+    assert found.mean == pytest.approx(wide.mean().item())
+    assert found.std == pytest.approx(wide.std(correction=0).item())
+    assert found.frobenius == pytest.approx(torch.linalg.matrix_norm(wide).item())
+    assert found.spectral == pytest.approx(torch.linalg.matrix_norm(wide, 2).item())
+    assert np.allclose(found.singular_values, torch.linalg.svdvals(wide).numpy(), rtol=1e-6)
+    assert weight_measures(torch.eye(9) * 2).line() == (
+        "9 × 9, mean 0.222, std 0.629, Frobenius norm 6, spectral norm 2, stable rank 9.0"
+    )
+    assert weight_measures(torch.zeros(3, 4)).line().endswith("spectral norm 0, stable rank 0.0")
+    with pytest.raises(ValueError, match="not finite"):
+        weight_measures(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_attention_picture_is_the_pattern(tmp_path, recwarn):
@@ -191,10 +225,15 @@ def test_attention_picture_is_the_pattern(tmp_path, recwarn):
 def test_positions_picture_is_the_embedding():
     wpe = torch.randn(20, 12)
     figure = model_figures.positions_figure(wpe, (0, 7, 11))
-    curves, whole = figure.axes[:2]
-    assert [line.get_ydata().tolist() for line in curves.lines] == [wpe[:, c].tolist() for c in (0, 7, 11)]
+    curves, whole, alike = figure.axes[:3]
+    assert [line.get_ydata().tolist() for line in curves.lines[::2]] == [wpe[:, c].tolist() for c in (0, 7, 11)]
+    for line, c in zip(curves.lines[1::2], (0, 7, 11), strict=True):
+        assert np.array_equal(line.get_ydata(), smoothed(np.arange(20.0), wpe[:, c].double().numpy())[1])
     assert np.array_equal(whole.images[0].get_array(), wpe.t().numpy())
-    assert [line.get_label() for line in model_figures.positions_figure(torch.randn(4, 300)).axes[0].lines] == [
+    cosine = torch.nn.functional.cosine_similarity
+    expected = [cosine(wpe[: 20 - d].double(), wpe[d:].double()).mean().item() for d in range(15)]
+    assert np.allclose(alike.lines[1].get_ydata(), expected)
+    assert [line.get_label() for line in model_figures.positions_figure(torch.randn(4, 300)).axes[0].lines[1::2]] == [
         "channel 150", "channel 200", "channel 250",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="0 to 11"):
@@ -252,7 +291,15 @@ def test_command_draws(folder, capsys, tmp_path):
         )
     ):
         out = tmp_path / f"{i}.png"
-        assert run(capsys, folder, *arguments, "--out", out) == (0, f"{out}\n", "")
+        status, printed, err = run(capsys, folder, *arguments, "--out", out)
+        assert (status, err) == (0, "")
+        *summary, path = printed.splitlines()
+        assert path == str(out)
+        if "--weights" in arguments:
+            weight = checkpoint.load_pretrained(folder)[1][arguments[1]]
+            assert summary == [f"{arguments[1]}: {weight_measures(weight).line()}"]
+        else:
+            assert summary == []
         assert out.read_bytes().startswith(b"\x89PNG")
     assert (len(figures().figs) if figures() else 0) == before
 

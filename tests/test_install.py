@@ -13,8 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from release.pythons import PYTHONS, interpreter
+
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 # Requires-Dist of torch's wheels on the package index (Linux, x86-64). A CPU build of torch requires neither, so the
 # metadata of the torch that runs the tests may say nothing of them.
 TORCH_NEEDS = {
@@ -110,15 +111,8 @@ def test_the_package_index_has_them(resolutions, python):
 
 
 def _interpreter(python: str) -> str:
-    """This Python's executable: on PATH, or among pyenv's versions; skips where there is none."""
-    candidates = [shutil.which(f"python{python}") or ""]
-    if pyenv := shutil.which("pyenv"):
-        root = subprocess.run([pyenv, "root"], capture_output=True, text=True).stdout.strip()
-        candidates += map(str, sorted(Path(root, "versions").glob(f"{python}.*/bin/python")))
-    for candidate in filter(None, candidates):  # a shim of pyenv's answers only for a version that is switched on
-        if subprocess.run([candidate, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-            return candidate
-    pytest.skip(f"no Python {python} with pip is at hand: it was not tried")
+    found = interpreter(python)
+    return found or pytest.skip(f"no Python {python} with pip is at hand: it was not tried")
 
 
 @pytest.mark.install

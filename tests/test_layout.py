@@ -30,6 +30,7 @@ LAYERS = [
     {"model", "optim"},
     {"nanogpt", "evaluate"},
     {"train"},
+    {"recipes"},
     {"cli", "moved"},
     {"__main__", "__init__"},
 ]

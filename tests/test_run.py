@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from test_train import TEXT, corpus, metrics, options  # noqa: F401 - corpus is a fixture
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
@@ -259,7 +260,7 @@ def test_what_is_given_on_resume_takes_effect(corpus, tmp_path, capsys, tiny):  
     assert {group["betas"] for group in run.optimizer.param_groups} == {(0.8, 0.9)}
     assert run.optimizer.clip_grad_norm == 0.5
     assert run.config.seed == 7
-    assert json.loads((out / "run.json").read_text())["beta1"] == 0.8
+    assert yaml.safe_load((out / "config.yaml").read_text())["beta1"] == 0.8
     run.lock.release()
     for flag, value in [("--model", "gpt2"), ("--dropout", "0.5"), ("--init-from", "gpt2"), ("--out", "elsewhere")]:
         assert main(["train", "--resume", str(out), flag, value]) == 2
@@ -312,7 +313,7 @@ def test_a_run_of_an_earlier_version_goes_on(corpus, tmp_path, tiny):  # noqa: F
     (out / "checkpoint-best").unlink(missing_ok=True)
     path.rename(out / "checkpoint")
     (out / "checkpoint" / "training.safetensors").unlink()
-    (out / "run.json").unlink()
+    (out / "config.yaml").unlink()
     torch.save(earlier, out / "training.pt")
     assert main(["train", "--resume", str(out), "--steps", "4"]) == 0
     assert same(weights(out / "checkpoint"), weights(whole / "checkpoint"))

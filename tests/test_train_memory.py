@@ -36,7 +36,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and malloc are Linux's")
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "recompute": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "recompute": True}, {"dtype": "float16"}], ids=str)
 def test_what_a_process_takes(options):
     options = {"model": "nano", "batch_size": 16, "context": 128, "device": "cpu", **options}
     done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(options)], capture_output=True, text=True)
@@ -81,12 +81,12 @@ def test_gpt2_xl_on_16_gb_is_one_line():
 def test_what_is_offered_fits_and_the_next_larger_does_not(free, options, offered):
     """Each alternative of the advice is parsed as the command line does."""
     from gpt2_fast.cli import parser
+    from gpt2_fast.cli.train import given_options
 
     text = refusal(free, **options)
     model_config, found = GPT2Config.from_preset(options["model"]), set()
     for flags in text.rpartition("; use ")[2].split(" or "):
-        changes = {k: v for k, v in vars(parser().parse_args(["train", *flags.split()])).items()
-                   if k not in ("command", "resume", "run", "dry_run")}  # fmt: skip
+        changes = given_options(parser().parse_args(["train", *flags.split()]))
         found |= changes.keys()
         memory.check_fits(TrainConfig(device="cpu", **{**options, **changes}), model_config, CPU, free=free)
         for name in {"batch_size", "context"} & changes.keys():

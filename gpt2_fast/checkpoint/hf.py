@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +28,12 @@ from gpt2_fast.files import atomic_write
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # In the order in which they are looked for; an index lists the files that hold the tensors.
 WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class NotReached(FileNotFoundError):
+    """A repository that is not in the cache, and no hub to ask for it. A command adds what it can do then."""
+
+    not_reached = True
 
 
 def save_pretrained(
@@ -156,12 +165,25 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def _hub_has_address(endpoint: str) -> bool:
+    """Whether the hub's name has an address, or a proxy may know it: else huggingface_hub tries for minutes."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
 def _hub(
     repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
 ) -> Callable[[str], Path | None]:
     """A function that gives the local path of a repository's file, or None where it has no such file."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
+
+    local_files_only = local_files_only or constants.HF_HUB_OFFLINE or not _hub_has_address(constants.ENDPOINT)
 
     def fetch(name: str) -> Path | None:
         try:
@@ -173,7 +195,7 @@ def _hub(
         except errors.LocalEntryNotFoundError:
             if name != CONFIG:
                 return None
-            raise FileNotFoundError(
+            raise NotReached(
                 f"{repo!r} is neither a folder here nor in the Hugging Face cache, and the hub was not reached; "
                 "check the name, the network and HF_HUB_OFFLINE"
             ) from None

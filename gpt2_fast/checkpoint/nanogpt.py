@@ -72,6 +72,18 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
     return config, state, notes
 
 
+def nanogpt_dataset(path: Path) -> str | None:
+    """The name of the data that a ckpt.pt was trained on, a folder below nanoGPT's data/; None where it has none."""
+    try:
+        data = torch_load(path, mmap=True)
+    except ValueError:  # no zip archive, or none of torch's: its own reader says so
+        return None
+    settings = data.get("config") if isinstance(data, Mapping) else None
+    name = settings.get("dataset") if isinstance(settings, Mapping) else None
+    # A name with folders in it could point anywhere on the disk.
+    return name if isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name else None
+
+
 def nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
     """What nanoGPT's model_args (the fields of its GPTConfig) are here, and whether its layers have biases.
 

@@ -13,10 +13,11 @@ import torch
 ZIP_FACTOR = 2  # torch.save stores what it writes as it is: more than that, declared, is no file of its
 
 
-def torch_load(path: Path) -> Any:
+def torch_load(path: Path, mmap: bool = False) -> Any:
+    """mmap: tensors stay in the file until they are read."""
     _check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         # Its text advises to run the file's code; what matters in it is the name of what it would not load.
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -9,6 +9,7 @@ evaluate  `gpt2-fast eval`
 inspect   tables and pictures
 doctor    what runs on this machine
 convert   between formats of checkpoints
+recipe    whole runs that are written down, and their data
 shared    what several commands share
 __main__  `python -m gpt2_fast.cli`
 """

@@ -4,36 +4,82 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 
-from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, train
+from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, recipe, train
 
 DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hugging Face's GPT-2."
-COMMANDS = (train, generate, evaluate, inspect, doctor, convert)  # in the order of --help
+COMMANDS = (train, generate, evaluate, inspect, doctor, convert, recipe)  # in the order of --help
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line, whole."""
     top = argparse.ArgumentParser(prog="gpt2-fast", description=DESCRIPTION)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.add_argument(
+        "--version",
+        action=Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the versions of gpt2_fast, torch and Python",
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)
+    recipe.add_fetch(commands)
     return top
+
+
+class Version(argparse.Action):
+    """Prints versions as they are installed, without importing torch."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        version = sys.modules["gpt2_fast"].__version__  # the package that this module is in
+        try:
+            torch = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            torch = "not installed"
+        print(f"gpt2-fast {version} (torch {torch}, Python {platform.python_version()})")
+        parser.exit()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of one command. A wrong option is answered by the usage of its own command; no command, by help."""
+    top = parser()
+    arguments, unknown = top.parse_known_args(argv)
+    commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
+    if arguments.command is None and not unknown:
+        top.print_help()
+        top.exit()
+    command = commands.get(arguments.command, top)
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(command, unknown)}")
+    return arguments
+
+
+def _meant(command: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """The options that come nearest to mistyped ones, as words to add."""
+    known = [option for action in command._actions for option in action.option_strings]
+    typed = (word.partition("=")[0] for word in unknown if word.startswith("-"))
+    nearest = [match for word in typed for match in difflib.get_close_matches(word, known, 1)]
+    return f" (did you mean {', '.join(nearest)}?)" if nearest else ""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose."""
     # Of several processes the first says what is wrong with their options.
     with contextlib.redirect_stderr(sys.stderr if _is_first() else io.StringIO()):
-        arguments = parser().parse_args(argv)
+        arguments = parse(argv)
     try:
         return arguments.run(arguments)
     except (ValueError, IndexError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("GPT2_FAST_DEBUG"):
             raise
-        return _fail(error)
+        return _fail(error, getattr(arguments, "offline", None))
     except KeyboardInterrupt:
         return 130
 
@@ -44,12 +90,16 @@ def _is_first() -> bool:
     return not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world))
 
 
-def _fail(error: Exception) -> int:
-    """One line. Of several processes the first that fails says it, and none waits for the others."""
+def _fail(error: Exception, offline: str | None = None) -> int:
+    """One line. Of several processes the first that fails says it, and none waits for the others.
+
+    offline: what the command can do where a hub model is not in the cache and the hub was not reached.
+    """
     group = sys.modules["gpt2_fast.parallel.group"].current() if "gpt2_fast.parallel.group" in sys.modules else None
     speaks = _is_first() if group is None else group.speaks()
     if speaks:
-        print(f"gpt2-fast: {error}", file=sys.stderr, flush=True)
+        more = f"; {offline}" if offline and getattr(error, "not_reached", False) else ""
+        print(f"gpt2-fast: {error}{more}", file=sys.stderr, flush=True)
     if group is not None and group.world > 1:
         sys.stdout.flush()
         os._exit(2)  # the interpreter's own end would wait for what the processes send each other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add(commands) -> None:
@@ -20,8 +21,14 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.checkpoint import convert
+    from gpt2_fast.data.characters import CharacterTokenizer
+    from gpt2_fast.generate.vocabulary import tokenizer_of
 
     dtype = None if arguments.dtype is None else convert.DTYPES[arguments.dtype]
     written = convert.convert(arguments.source, arguments.target, to=arguments.to, dtype=dtype)
     print(convert.summary(written, arguments.target))
+    tokenizer = None if written.format != "hf" else tokenizer_of(written.config.vocab_size, arguments.source)
+    if isinstance(tokenizer, CharacterTokenizer):
+        tokenizer.save_pretrained(Path(arguments.target).expanduser(), written.config.n_positions)
+        print(f"note: tokenizer.json has its {len(tokenizer.ids)} characters")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gpt2_fast.cli.shared import check_published
+from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, check_published, choice
 
 EVAL_FILES = {
     "text": "perplexity of a UTF-8 text by strided windows, as transformers documents it",
@@ -29,9 +29,9 @@ def add(commands) -> None:
     add("--limit", type=int, metavar="N", help="at most N windows or examples of each file")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--impl", default="auto", metavar="NAME", help="auto, reference, cpp or triton (default auto)")
-    add("--json", metavar="FILE", help="write the results there too")
-    parser.set_defaults(run=run)
+    add("--impl", default="auto", metavar=choice(IMPLEMENTATIONS), help="of every op which has it (default auto)")
+    add("--json", metavar="FILE", help="write the results there too; -: print them as JSON and nothing else")
+    parser.set_defaults(run=run, offline=OFFLINE)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,8 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         model, files, stride=arguments.stride, context=arguments.context, batch_size=arguments.batch_size,
         limit=arguments.limit,
     ):  # fmt: skip
-        print(tasks.table([result]), flush=True)
+        if arguments.json != "-":
+            print(tasks.table([result]), flush=True)
         results.append(result)
-    if arguments.json is not None:
+    if arguments.json == "-":
+        print(tasks.as_json({**head, "results": results}))
+    elif arguments.json is not None:
         tasks.write_json(arguments.json, {**head, "results": results})
     return 0

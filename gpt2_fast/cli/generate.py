@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
+import secrets
+import sys
+from pathlib import Path
 
-from gpt2_fast.cli.shared import check_published
+from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, check_published, choice
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "generate", help="continue a text", description="Continues a text; one sample appears as its tokens come."
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="without it, a text from its start")
     add = parser.add_argument
-    add("--model", metavar="MODEL", default="gpt2", help="checkpoint folder or hub repository (default gpt2)")
+    add("prompt", metavar="PROMPT", nargs="?",
+        help="-, or without it what is piped in; on a terminal, a text from its start")  # fmt: skip
+    add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; - is what is piped in")
+    add("--json", action="store_true", help="print one JSON object a sample, in a line, and nothing else")
+    add(
+        "--model",
+        metavar="MODEL",
+        default="gpt2",
+        help="checkpoint folder, hub repository, nanoGPT ckpt.pt or llm.c .bin (default gpt2)",
+    )
     add("--num-samples", type=int, default=1, metavar="N", help="samples, as one batch (default 1)")
     add("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens a sample (default 100)")
     add("--seed", type=int, metavar="N", help="of the sampling; without it, every run differs")
@@ -27,43 +39,86 @@ def add(commands) -> None:
     add("--weights", choices=("float32", "bfloat16", "int8"),
         help="on a CPU, pack the weights so; int8: one scale a row (default: the model's dtype)")  # fmt: skip
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    add("--impl", default="auto", metavar="NAME", help="auto, reference, cpp or triton (default auto)")
-    parser.set_defaults(run=run)
+    add("--impl", default="auto", metavar=choice(IMPLEMENTATIONS), help="of every op which has it (default auto)")
+    parser.set_defaults(run=run, offline=OFFLINE)
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """PROMPT, --prompt-file, or what is piped in, without the newline that ends a file. Raises one line."""
+    if arguments.prompt not in (None, "-") or (arguments.prompt is None and arguments.prompt_file):
+        if arguments.prompt_file and arguments.prompt:
+            raise ValueError("PROMPT and --prompt-file exclude each other; drop one")
+        if arguments.prompt_file is None:
+            return arguments.prompt
+        source = arguments.prompt_file
+    elif arguments.prompt_file:
+        raise ValueError("PROMPT and --prompt-file exclude each other; drop one")
+    elif arguments.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        return ""
+    else:
+        source = "-"
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise type(error)(f"cannot read {source} ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        name = "what is piped in" if source == "-" else source
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start})") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from gpt2_fast.data.tokenizer import get_tokenizer
-    from gpt2_fast.generate import complete
+    from gpt2_fast.evaluate.tasks import load_model
+    from gpt2_fast.generate import completions, tokenizer_of
     from gpt2_fast.generate.sampling import Sampling, check_seed
-    from gpt2_fast.model import GPT2LMHeadModel
     from gpt2_fast.report.machine import resolve_device
 
     check_published(arguments.model)
     # Before the model is read, which may take a while.
     Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p, arguments.repetition_penalty)
     check_seed(arguments.seed)
+    prompt = read_prompt(arguments)
     device = resolve_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
-    model = GPT2LMHeadModel.from_pretrained(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
-    one = arguments.num_samples == 1
-    started = False
-
-    def write(piece: str) -> None:
-        nonlocal started
-        print(piece if started else arguments.prompt + piece, end="", flush=True)
-        started = True
-
-    texts = complete(
-        model, get_tokenizer(), arguments.prompt, arguments.max_new_tokens, num_samples=arguments.num_samples,
-        stop=arguments.stop, write=write if one else None, temperature=arguments.temperature,
+    model = load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
+    tokenizer = tokenizer_of(model.config.vocab_size, arguments.model)
+    if tokenizer is None:
+        raise ValueError(
+            f"{arguments.model} has {model.config.vocab_size} tokens and no tokenizer that is known here; put the "
+            "meta.pkl of its data beside it, or give token ids to gpt2_fast.generate.generate"
+        )
+    if arguments.json and arguments.seed is None:
+        arguments.seed = secrets.randbelow(2**32)  # so that what is printed can be had again
+    stream = _Stream(prompt) if arguments.num_samples == 1 and not arguments.json else None
+    found = completions(
+        model, tokenizer, prompt, arguments.max_new_tokens, num_samples=arguments.num_samples,
+        stop=arguments.stop, write=stream, temperature=arguments.temperature,
         top_k=arguments.top_k or None, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed, weights=arguments.weights, context="slide" if arguments.slide else None,
     )  # fmt: skip
-    if one:
-        print("" if started else arguments.prompt)
+    if arguments.json:
+        for i, one in enumerate(found, start=1):
+            print(json.dumps({
+                "sample": i, "prompt": prompt, "text": one.text, "tokens": one.tokens,
+                "finish_reason": one.finish_reason, "seed": arguments.seed, "model": arguments.model,
+            }))  # fmt: skip
+    elif stream is not None:
+        print("" if stream.started else prompt)
     else:
-        for i, text in enumerate(texts, start=1):
-            print(f"--- {i} of {len(texts)} ---\n{arguments.prompt}{text}")
+        for i, one in enumerate(found, start=1):
+            print(f"--- {i} of {len(found)} ---\n{prompt}{one.text}")
     return 0
+
+
+class _Stream:
+    """Prints the prompt and pieces of a text as they come."""
+
+    def __init__(self, prompt: str):
+        self._prompt, self.started = prompt, False
+
+    def __call__(self, piece: str) -> None:
+        print(piece if self.started else self._prompt + piece, end="", flush=True)
+        self.started = True

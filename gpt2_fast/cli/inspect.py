@@ -17,14 +17,18 @@ def add(commands) -> None:
         "model", metavar="MODEL", help="preset (no weights needed), checkpoint folder or hub repository"
     )
     picture = parser.add_mutually_exclusive_group()
-    picture.add_argument("--weights", metavar="NAME", help="draw a tensor, its first 300 rows and columns")
+    picture.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="draw a tensor: a corner, the whole, its singular values",
+    )
     picture.add_argument("--attention", metavar="TEXT", help="draw what each token of a text attends to")
     picture.add_argument("--positions", action="store_true", help="draw the position embedding")
     picture.add_argument("--histograms", action="store_true", help="draw histograms of every layer's matrices")
     parser.add_argument("--layer", type=int, default=0, metavar="N", help="with --attention (default 0)")
     parser.add_argument("--head", type=int, default=0, metavar="N", help="with --attention (default 0)")
     parser.add_argument("--out", metavar="FILE.png", help="of the picture (default: its kind, in this folder)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, offline="gpt2-fast inspect gpt2 prints the tables of a preset without weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,17 +46,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(inspect.report(config, weights, arguments.model))
         return 0
     from gpt2_fast.report.figures import save_figure
+    from gpt2_fast.report.measures import weight_measures
 
     check_published(arguments.model)
     out = arguments.out or f"{kind}.png"
-    save_figure(_picture(kind, arguments, *load_pretrained(arguments.model)), out)
+    config, weights = load_pretrained(arguments.model)
+    save_figure(_picture(kind, arguments, config, weights), out)
+    if kind == "weights":
+        print(f"{arguments.weights}: {weight_measures(weights[arguments.weights]).line()}")
     print(out)
     return 0
 
 
 def _picture(kind: str, arguments: argparse.Namespace, config, weights):
     """The matplotlib Figure of one kind of picture."""
-    from gpt2_fast.data.tokenizer import get_tokenizer
+    from gpt2_fast.generate.vocabulary import tokenizer_of
     from gpt2_fast.report import inspect, model_figures
 
     if kind == "weights":
@@ -65,7 +73,9 @@ def _picture(kind: str, arguments: argparse.Namespace, config, weights):
         return model_figures.histograms_figure(weights, config.n_layer)
     if not 0 <= arguments.head < config.n_head:
         raise ValueError(f"head is {arguments.head}; the model has heads 0 to {config.n_head - 1}")
-    tokenizer = get_tokenizer()
+    tokenizer = tokenizer_of(config.vocab_size, arguments.model)
+    if tokenizer is None:
+        raise ValueError(f"{arguments.model} has {config.vocab_size} tokens and no tokenizer that is known here")
     ids = tokenizer.encode(arguments.attention)
     pattern = inspect.attention_pattern(config, weights, ids, arguments.layer)[arguments.head]
     title = f"Attention, layer {arguments.layer}, head {arguments.head}"

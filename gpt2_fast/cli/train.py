@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from typing import Any
+
+from gpt2_fast.cli.shared import IMPLEMENTATIONS, choice
+from gpt2_fast.config import PRESETS
+from gpt2_fast.train.config import DTYPES, LOGS, ORDERS, TrainConfig
 
 TRAIN_HELP = {
-    "model": "preset: nano, distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl",
+    "model": "preset, with fresh weights",
+    "n_layer": "layers, in place of the preset's",
+    "n_head": "heads, in place of the preset's",
+    "n_embd": "channels, in place of the preset's",
     "init_from": "start from these weights: Hugging Face folder or hub name, nanoGPT ckpt.pt or llm.c .bin",
     "data": "text, jsonl (its text fields), folder of these, nanoGPT or llm.c .bin; without it, Python's own source",
     "order": "random windows of the data, or epoch: every window once an epoch, shuffled",
     "steps": "optimizer steps",
+    "max_tokens": "end after so many tokens, in place of --steps: as many steps as hold them, the last one whole",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",
     "grad_accum": "micro-batches a step, of all processes together",
@@ -23,9 +32,9 @@ TRAIN_HELP = {
     "beta2": "AdamW's second decay rate",
     "dropout": "of embeddings, attention and residuals; without it 0, or as the config of --init-from says",
     "grad_clip": "largest global gradient norm; 0 turns clipping off",
-    "dtype": "float32, or bfloat16 or float16 (AdamW then keeps float32 master weights; float16 scales the loss)",
+    "dtype": "of weights and activations; AdamW keeps float32 masters of low-precision ones, float16 scales the loss",
     "device": "auto, cpu, cuda or cuda:N",
-    "impl": "auto, or the implementation that every op which has it must use: reference, cpp, triton",
+    "impl": "auto, or what every op which has it must use",
     "seed": "of weights, data and dropout",
     "eval_every": "steps between validations; 0 for the first and last only",
     "eval_batches": "batches a validation",
@@ -37,39 +46,70 @@ TRAIN_HELP = {
     "recompute": "keep only each block's input and compute the rest again in backward: less memory",
     "compile_graph": "replay the step as one CUDA graph",
     "timeout_minutes": "how long a process waits for another one, of several that torchrun started",
+    "log": "where losses go besides metrics.jsonl, which is always written; several by commas",
+    "log_every": "steps between lines where stderr is no terminal, which shows a bar",
+    "quiet": "print errors and the paths of the results alone",
     "out": "folder of the run; without it, a new one in runs/",
 }
 
 
-def add(commands) -> None:
-    from gpt2_fast.train.config import TrainConfig
+# Words that an option takes, for the usage; TrainConfig says what is wrong with another one.
+WORDS = {"model": tuple(PRESETS), "dtype": DTYPES, "order": ORDERS, "impl": IMPLEMENTATIONS, "log": LOGS}
+OFFLINE = "without a network, --model gpt2 trains that size from fresh weights, and --init-from takes a folder or file"
 
+
+def add(commands) -> None:
     parser = commands.add_parser(
         "train", help="train a GPT-2", description="Trains a GPT-2 and leaves metrics.jsonl, loss.png and checkpoint/."
     )
-    types = typing.get_type_hints(TrainConfig)
+    types, length = typing.get_type_hints(TrainConfig), parser.add_mutually_exclusive_group()
     for field in dataclasses.fields(TrainConfig):
         flag, kind = "--" + field.name.replace("_", "-"), types[field.name]
-        text = TRAIN_HELP[field.name] + ("" if field.default in (None, False) else f" (default {field.default})")
+        shown = field.default is not None and field.default is not False
+        text = TRAIN_HELP[field.name] + (f" (default {field.default})" if shown else "")
+        options = {"default": argparse.SUPPRESS, "help": text}
+        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
         if kind is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-            parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__.upper())
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        metavar = choice(WORDS[field.name]) if field.name in WORDS else kind.__name__.upper()
+        options |= {"action": "append"} if field.name == "log" else {}
+        group = length if field.name in ("steps", "max_tokens") else parser
+        group.add_argument(flag, type=kind, metavar=metavar, **options)
+    parser.add_argument("--config", metavar="FILE.yaml",
+                        help="options from a file, such as a run's config.yaml; the command line wins")  # fmt: skip
     parser.add_argument("--resume", metavar="FOLDER", default=None,
                         help="continue the run in this folder, or from this checkpoint, with its options unless given "
                              "again; auto: the run in --out, or the newest in runs/, or a new one")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print what the run takes of memory and time; write nothing")  # fmt: skip
-    parser.set_defaults(run=run)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true",
+                      help="print what the run takes of memory and time; write nothing")  # fmt: skip
+    only.add_argument("--eval-only", action="store_true",
+                      help="print the validation loss of --init-from or --resume; write nothing")  # fmt: skip
+    parser.set_defaults(run=run, offline=OFFLINE)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that --config and the command line give."""
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {k: v for k, v in vars(arguments).items() if k in fields}
+    if "log" in given:
+        given["log"] = ",".join(given["log"])
+    if arguments.config is None:
+        return given
+    from gpt2_fast.train.options import merged, read_options
+
+    return merged(read_options(arguments.config), given)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.parallel import leave
-    from gpt2_fast.train import estimate_run, resume_run, start_run
-    from gpt2_fast.train.config import TrainConfig
+    from gpt2_fast.train import estimate_run, evaluate_run, resume_run, start_run
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "resume", "command", "dry_run")}
+    given = given_options(arguments)
+    if arguments.eval_only:
+        evaluate_run(given, arguments.resume)
+        return 0
     if arguments.dry_run:
         if arguments.resume is not None:
             raise ValueError("--dry-run and --resume exclude each other; drop one")

@@ -89,6 +89,20 @@ class Tokenizer:
                 )
         return self.encoding.decode(ids)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, as in encoder.json and transformers' vocab.json."""
+        return json.loads(self._encoder_json)
+
+    @property
+    def start_token(self) -> int:
+        """From which a text without a prompt begins: <|endoftext|>, as OpenAI's unconditional samples do."""
+        return self.eot_token
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id, which may be part of a character."""
+        return self.encoding.decode_single_token_bytes(token)
+
     def save_pretrained(self, folder: str | os.PathLike[str], model_max_length: int = 1024) -> None:
         """Write the files from which transformers' AutoTokenizer and GPT2Tokenizer load this encoding.
 

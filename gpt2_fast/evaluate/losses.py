@@ -58,7 +58,7 @@ def perplexity(
         limit: at most so many windows, from the start.
 
     Returns:
-        perplexity, loss (its logarithm) and tokens (how many were scored).
+        loss, perplexity (its exponential) and tokens (how many were scored).
     """
     context, stride = window_sizes(model, context, stride)
     ids = np.asarray(ids)
@@ -77,7 +77,7 @@ def perplexity(
             total += losses.double().mean().item() * weights[i]
             tokens += len(losses)
     loss = total / max(sum(weights), 1)
-    return {"perplexity": exp(loss), "loss": loss, "tokens": tokens}
+    return {"loss": loss, "perplexity": exp(loss), "tokens": tokens}
 
 
 def dataset_loss(

@@ -187,13 +187,17 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
-    """Writes results as JSON, whole or not at all; what is not finite becomes null."""
+def as_json(results: dict[str, Any]) -> str:
+    """Results as JSON; what is not finite becomes null."""
     finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-    for record in results["results"]:
-        record["measures"] = {measure: finite(value) for measure, value in record["measures"].items()}
+    clean = lambda record: {**record, "measures": {name: finite(v) for name, v in record["measures"].items()}}
+    return json.dumps({**results, "results": [clean(record) for record in results["results"]]}, indent=2)
+
+
+def write_json(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+    """Writes results as JSON, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.write_text(as_json(results) + "\n")
 
 
 def encode_text(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> np.ndarray:

@@ -1,12 +1,13 @@
 """From a model and a prompt to what follows it.
 
-loop      ids to ids: `generate`, and `run`, the loop under every kind of generation
-text      text to text: `complete`; text as tokens come, and strings that end it
-hf        `GPT2LMHeadModel.generate`, with the arguments of transformers' `generate`
-decoders  what runs a step: weights packed for C++, a CUDA graph, or the model itself
-cache     keys and values of the tokens so far
-sampling  from logits to a token
-protocol  what generation asks of a model
+loop        ids to ids: `generate`, and `run`, the loop under every kind of generation
+text        text to text: `complete`; text as tokens come, and strings that end it
+hf          `GPT2LMHeadModel.generate`, with the arguments of transformers' `generate`
+vocabulary  which tokenizer a model has
+decoders    what runs a step: weights packed for C++, a CUDA graph, or the model itself
+cache       keys and values of the tokens so far
+sampling    from logits to a token
+protocol    what generation asks of a model
 
 State of the process: `decoders.PACKED`, packed copies of models' weights, each as long as its model lives, and its lock
 `decoders.PACKING`.
@@ -18,7 +19,8 @@ from gpt2_fast.lazy import exports
 
 _NAMES = {
     "loop": ("generate",),
-    "text": ("TextStream", "complete"),
+    "text": ("Completion", "TextStream", "complete", "completions"),
+    "vocabulary": ("tokenizer_of",),
     "hf": ("generate_batch",),
     "decoders": ("make_decoder",),
     "cache": ("KVCache",),

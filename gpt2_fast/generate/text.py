@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gpt2_fast.generate.loop import generate
 from gpt2_fast.generate.protocol import Model
 
 if TYPE_CHECKING:
+    from gpt2_fast.data.characters import CharacterTokenizer
     from gpt2_fast.data.tokenizer import Tokenizer
 
 
@@ -24,17 +25,19 @@ class TextStream:
         stop: strings that end the sample; the text ends in front of the first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer | CharacterTokenizer, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, check_stop_strings(stop)
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.text, self.stopped = "", False
+        self.tokens: list[int] = []
 
     def push(self, token: int) -> str:
         """Takes one token; returns the text that is now certain, which may be none."""
         if not 0 <= token < self._tokenizer.n_vocab:
             raise ValueError(f"the model gave token {token}, outside the tokenizer's 0..{self._tokenizer.n_vocab - 1}")
-        return self._take(self._characters.decode(self._tokenizer.encoding.decode_single_token_bytes(token)))
+        self.tokens.append(token)
+        return self._take(self._characters.decode(self._tokenizer.token_bytes(token)))
 
     def close(self) -> str:
         """The rest, where no more tokens come; bytes that never became a character are U+FFFD."""
@@ -86,9 +89,23 @@ def check_stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
     return tuple(stop)
 
 
+class Completion(NamedTuple):
+    """One continuation.
+
+    Attributes:
+        text: without what ended it.
+        tokens: its ids, those of a stop string among them, without the end of text.
+        finish_reason: "eos_token", "stop_sequence" or "length".
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
 def complete(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | CharacterTokenizer,
     prompt: str,
     max_new_tokens: int,
     *,
@@ -100,36 +117,58 @@ def complete(
     """Continuations of a text, num_samples of them, each up to end-of-text or the first stop string.
 
     Args:
-        prompt: where it is empty, <|endoftext|> stands for it, as in OpenAI's unconditional samples.
+        prompt: where it is empty, `tokenizer.start_token` stands for it: <|endoftext|>, as in OpenAI's unconditional
+            samples.
         write: called with the first sample's text piece by piece, as it comes.
         sampling: temperature, top_k, top_p, repetition_penalty, seed, context and weights of `generate`.
 
-    Raises ValueError for a model whose vocabulary is not GPT-2's, and for what `generate` refuses.
+    Raises ValueError for a model whose vocabulary is not the tokenizer's, and for what `generate` refuses.
     """
+    options = {"num_samples": num_samples, "stop": stop, "write": write, **sampling}
+    return [one.text for one in completions(model, tokenizer, prompt, max_new_tokens, **options)]
+
+
+def completions(
+    model: Model,
+    tokenizer: Tokenizer | CharacterTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+    write: Callable[[str], object] | None = None,
+    **sampling: Any,
+) -> list[Completion]:
+    """As `complete`, with the ids of each continuation and why it ends."""
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
-            f"the model has vocab_size {model.config.vocab_size} and GPT-2's tokenizer {tokenizer.n_vocab} ids; "
+            f"the model has vocab_size {model.config.vocab_size} and the tokenizer {tokenizer.n_vocab} ids; "
             "give token ids to gpt2_fast.generate.generate"
         )
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_token]
+    ids = tokenizer.encode(prompt) or [tokenizer.start_token]
     ends = model.config.eos_token_id
-    ends = {tokenizer.eot_token, *(() if ends is None else (ends,) if isinstance(ends, int) else ends)}
+    ends = {tokenizer.eot_token, *(ends if isinstance(ends, tuple) else (ends,))} - {None}
     streams = [TextStream(tokenizer, stop) for _ in range(num_samples)]
-    finished = [False] * num_samples
+    reasons = ["length"] * num_samples
 
     def on_token(tokens: Tensor) -> Tensor:
         for row, token in enumerate(tokens.tolist()):
-            if not finished[row] and token not in ends:
-                piece = streams[row].push(token)
-                if row == 0 and write is not None and piece:
-                    write(piece)
-            finished[row] = finished[row] or streams[row].stopped or token in ends
-        return torch.tensor(finished)
+            if reasons[row] != "length":
+                continue
+            if token in ends:
+                reasons[row] = "eos_token"
+                continue
+            piece = streams[row].push(token)
+            if row == 0 and write is not None and piece:
+                write(piece)
+            if streams[row].stopped:
+                reasons[row] = "stop_sequence"
+        return torch.tensor([reason != "length" for reason in reasons])
 
-    generate(model, [ids] * num_samples, max_new_tokens, eos_token_id=ends, on_token=on_token, **sampling)
+    generate(model, [ids] * num_samples, max_new_tokens, eos_token_id=ends or None, on_token=on_token, **sampling)
     rests = [stream.close() for stream in streams]
     if write is not None and rests[0]:
         write(rests[0])
-    return [stream.text for stream in streams]
+    return [Completion(s.text, s.tokens, reason) for s, reason in zip(streams, reasons, strict=True)]

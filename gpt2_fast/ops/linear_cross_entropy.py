@@ -27,6 +27,7 @@ from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.ops.runtime.products import add_product, product
 
 REDUCTIONS = ("mean", "sum", "none")
+PIECE = 1 << 22  # elements of a float16 gradient that are scaled at a time
 ROW_ALIGNMENT = 64  # a row of logits on a GPU is so many elements long, or a multiple
 # Bytes of one chunk of logits: enough rows to keep the products at full speed, since every chunk reads the weight
 # twice and reads and writes its gradient.
@@ -201,8 +202,11 @@ def _scaled(gradient: Tensor, a, in_place: bool) -> Tensor:
     # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
     if in_place and factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient
-    if gradient.dtype == torch.float16:
-        return (gradient.float() * factor).to(gradient.dtype)
+    if gradient.dtype == torch.float16:  # a piece at a time: the whole in float32 would be twice its memory
+        scaled = gradient if in_place else torch.empty_like(gradient)
+        for piece, to in zip(gradient.view(-1).split(PIECE), scaled.view(-1).split(PIECE), strict=True):
+            to.copy_(piece.float().mul_(factor))
+        return scaled
     factor = factor.to(gradient.dtype)
     return gradient.mul_(factor) if in_place else gradient * factor
 

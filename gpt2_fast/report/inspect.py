@@ -136,7 +136,7 @@ def token_labels(tokenizer, input_ids: Sequence[int]) -> list[str]:
     """Each token as a label: a space as ␣, a newline as ⏎, bytes that are no whole character as \\x.."""
     labels = []
     for i in input_ids:
-        data = tokenizer.encoding.decode_single_token_bytes(i)
+        data = tokenizer.token_bytes(i)
         text = data.decode("utf-8", errors="backslashreplace")
         labels.append(text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "→").replace("\r", "←"))
     return labels

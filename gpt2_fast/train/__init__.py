@@ -10,11 +10,16 @@ ahead       batches made ahead by a thread
 readout     losses and norms read without waiting for a device
 saving      checkpoints written beside the steps
 log         metrics.jsonl
+sample      the text that a run shows of its model
+trackers    the same numbers in TensorBoard and Weights & Biases
+progress    a bar on a terminal, lines elsewhere
 stop        signals that ask a run to save and leave
 verify      a step computed twice and compared to the bit
 memory      what a run takes of memory, by arithmetic, and whether it fits
 dry_run     what `--dry-run` prints
+eval_only   what `--eval-only` prints
 config      the options, with no torch: the command line reads them
+options     the options as a YAML file
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ _NAMES = {
     "step": ("Step", "build_model", "build_optimizer"),
     "memory": ("Memory", "check_fits"),
     "dry_run": ("estimate_run",),
+    "eval_only": ("evaluate_run",),
     "config": ("TrainConfig",),
 }
 __getattr__, __dir__, __all__ = exports(__name__, _NAMES)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
+from gpt2_fast.config import GPT2Config
+
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = ("random", "epoch")
+LOGS = ("jsonl", "tensorboard", "wandb")
+SIZES = ("n_layer", "n_head", "n_embd")  # of the preset, which may be replaced
 
 
 @dataclass(frozen=True)
@@ -14,10 +19,14 @@ class TrainConfig:
     """Every option of a run; the command line has one flag for each."""
 
     model: str = "nano"
+    n_layer: int | None = None  # None: the preset's
+    n_head: int | None = None
+    n_embd: int | None = None
     init_from: str | None = None
     data: str | None = None
     order: str = "random"
     steps: int = 300
+    max_tokens: int | None = None  # in place of steps, until the size of a step is known: see `for_context`
     batch_size: int = 8
     context: int | None = None  # None: the model's n_positions
     grad_accum: int = 1
@@ -43,11 +52,14 @@ class TrainConfig:
     recompute: bool = False
     compile_graph: bool = False
     timeout_minutes: float = 10.0
+    log: str = "jsonl"
+    log_every: int = 10
+    quiet: bool = False
     out: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "eval_batches", "keep"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "max_tokens", "batch_size", "grad_accum", "eval_batches", "keep", "log_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         for name in (
             "lr", "min_lr", "weight_decay", "warmup", "grad_clip", "eval_every", "sample_every", "save_every",
@@ -65,6 +77,35 @@ class TrainConfig:
             raise ValueError(f"--order is {self.order!r}; choose {' or '.join(ORDERS)}")
         if self.compile_graph and self.recompute:
             raise ValueError("--compile-graph and --recompute exclude each other; drop one")
+
+        for name in self.logs:
+            if name not in LOGS:
+                raise ValueError(f"--log is {name!r}; choose among {', '.join(LOGS)}, several by commas")
+        if self.init_from is not None and (sizes := self._sizes()):
+            flag = "--" + next(iter(sizes)).replace("_", "-")
+            raise ValueError(f"{flag} and --init-from exclude each other: the weights have their size; drop one")
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """Where the numbers of a step go."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log.split(",")))
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+
+    def fresh_model(self, **more) -> GPT2Config:
+        """The model that a run without --init-from begins with. more: other fields of its config.
+
+        Raises ValueError, one line, for a preset or a size that is none.
+        """
+        return GPT2Config.from_preset(self.model, **self._sizes(), **more)
+
+    def for_context(self, context: int) -> TrainConfig:
+        """These options for sequences of `context` tokens: --max-tokens as steps, the last of which may pass it."""
+        if self.max_tokens is None:
+            return self
+        tokens = self.grad_accum * self.batch_size * context
+        return dataclasses.replace(self, steps=-(-self.max_tokens // tokens), max_tokens=None)
 
     def learning_rate(self, step: int) -> float:
         """Linear warmup, then a cosine from lr to min_lr over the rest of the steps."""

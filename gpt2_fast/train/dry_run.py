@@ -14,6 +14,7 @@ import torch
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config, num_params
+from gpt2_fast.generate.vocabulary import vocabulary_of
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.parallel.group import environment_world
 from gpt2_fast.report.machine import resolve_device
@@ -35,8 +36,9 @@ def estimate_run(config: TrainConfig) -> None:
     if config.data is not None and not Path(config.data).expanduser().exists():
         raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")
     model_config = config_of(config)
+    config = config.for_context(config.context or model_config.n_positions)
     free = free_bytes(device)
-    for line in _plan(config, model_config, device, free):
+    for line in plan_lines(config, model_config, device, free):
         print(line, flush=True)
     check_fits(config, model_config, device)
     context = config.context or model_config.n_positions
@@ -49,10 +51,13 @@ def config_of(config: TrainConfig) -> GPT2Config:
     """The model that a new run trains: of --init-from or --model, with nothing built."""
     if config.init_from is not None:
         return checkpoint.load(config.init_from).config
-    return GPT2Config.from_preset(config.model)
+    return config.fresh_model(**vocabulary_of(config.data))
 
 
-def _plan(config: TrainConfig, model_config: GPT2Config, device: torch.device, free: int | None) -> Iterator[str]:
+def plan_lines(
+    config: TrainConfig, model_config: GPT2Config, device: torch.device, free: int | None, world: int = 1
+) -> Iterator[str]:
+    """Parameters, tokens and memory, by arithmetic. world: processes of a run; memory is that of each."""
     c, context = model_config, config.context or model_config.n_positions
     tokens = config.grad_accum * config.batch_size * context
     yield (
@@ -65,7 +70,7 @@ def _plan(config: TrainConfig, model_config: GPT2Config, device: torch.device, f
     )
     yield ""
     yield "Memory, by arithmetic"
-    rows = list(predict_run(config, model_config, device.type).rows())
+    rows = list(predict_run(config, model_config, device.type, world).rows())
     rows += [] if free is None else [("free here", free)]
     for name, size in rows:
         yield f"  {name:<48}{gigabytes(size):>12}"

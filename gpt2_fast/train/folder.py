@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,12 +12,13 @@ from filelock import FileLock, Timeout
 
 from gpt2_fast.checkpoint.run_folder import checkpoints, load_checkpoint, mend, set_aside
 from gpt2_fast.checkpoint.training import EARLIER, TRAINING, TrainingState
-from gpt2_fast.files import atomic_write
-from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.config import SIZES, TrainConfig
+from gpt2_fast.train.options import read_options, write_options
 
-METRICS, OPTIONS, LOCK = "metrics.jsonl", "run.json", ".lock"
+METRICS, OPTIONS, LOCK = "metrics.jsonl", "config.yaml", ".lock"
+EARLIER_OPTIONS = "run.json"  # what config.yaml was
 # What a run is: another value would be another run.
-FIXED = ("model", "init_from", "dropout", "out")
+FIXED = ("model", *SIZES, "init_from", "dropout", "out")
 ORDERED_BY = ("order", "seed", "context", "batch_size", "grad_accum")
 
 
@@ -44,23 +44,23 @@ def new_folder(config: TrainConfig) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    names = (METRICS, OPTIONS, EARLIER, TRAINING)
+    names = (METRICS, OPTIONS, EARLIER_OPTIONS, EARLIER, TRAINING)
     return any((folder / name).exists() for name in names) or bool(checkpoints(folder))
 
 
 def record_options(out: Path, config: TrainConfig) -> None:
-    """run.json: from which a run that was killed before its first checkpoint is started again."""
-    with atomic_write(out / OPTIONS) as path:
-        path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """config.yaml: from which a run that was killed before its first checkpoint is started again, and any other."""
+    write_options(out / OPTIONS, config)
+    (out / EARLIER_OPTIONS).unlink(missing_ok=True)
 
 
 def recorded_options(out: Path) -> dict[str, Any]:
     """Raises FileNotFoundError or ValueError, one line."""
-    path = out / OPTIONS
-    if not path.is_file():
+    path = next((out / name for name in (OPTIONS, EARLIER_OPTIONS) if (out / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"{out} holds no checkpoint and no {OPTIONS}; there is no run to resume")
     try:
-        options = json.loads(path.read_text())
+        options = read_options(path)  # JSON is YAML too
         TrainConfig(**options)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); start the run again with another --out") from None

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
 from gpt2_fast import checkpoint
 from gpt2_fast.checkpoint.run_folder import NEWEST, save_checkpoint
-from gpt2_fast.data import get_tokenizer, load_data
+from gpt2_fast.data import load_data
 from gpt2_fast.evaluate import dataset_loss
-from gpt2_fast.generate import generate
+from gpt2_fast.generate import tokenizer_of
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.parallel.group import Group, Lost
 from gpt2_fast.report.figures import save_loss_plot
@@ -38,10 +37,13 @@ from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
 from gpt2_fast.train.loss_scale import LEAST
 from gpt2_fast.train.processes import check_dtype, local_device, open_group
+from gpt2_fast.train.progress import Progress
 from gpt2_fast.train.readout import Readout
+from gpt2_fast.train.sample import sample_text
 from gpt2_fast.train.saving import Saver
 from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches, restore
 from gpt2_fast.train.stop import Stop, Stopped
+from gpt2_fast.train.trackers import Trackers, check_installed
 from gpt2_fast.train.verify import FaultyMachine, Verifier
 
 
@@ -72,7 +74,7 @@ class Run:
         lock: FileLock | None = None,
         group: Group | None = None,
     ):
-        self.config = config
+        check_installed(config)
         self.group = group = group or open_group(config)
         self.device = local_device(config.device)
         check_dtype(config, self.device)
@@ -81,8 +83,13 @@ class Run:
         self.out = out or Path(group.decide(lambda: str(folders.new_folder(config))))
         self.model = build_model(config, self.device, state and state.config, group).train()
         self.context = config.context or self.model.config.n_positions
+        self.config = config = config.for_context(self.context)
+        weights = config.init_from if state is None else state.path and state.path.parent
+        self.tokenizer = tokenizer_of(self.model.config.vocab_size, weights, config.data)
         self.train_data, self.val_data = group.in_turn(
-            lambda: load_data(config.data, context=self.context, vocab_size=self.model.config.vocab_size)
+            lambda: load_data(
+                config.data, context=self.context, vocab_size=self.model.config.vocab_size, progress=not config.quiet
+            )
         )
         self.optimizer = build_optimizer(self.model, config, group)
         self.environment = environment(self.device)
@@ -93,7 +100,7 @@ class Run:
         if group.first:
             self.lock = lock or folders.open_folder(self.out)
             folders.take_over(self.out, state)
-        self.log = MetricsLog(self.out / folders.METRICS)
+        self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
         self.step, self.saved, self.best = 0, None, math.inf
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
@@ -112,11 +119,19 @@ class Run:
         """Makes the log that of the steps so far. Returns the steps and validation losses in it."""
         records = self.log.forget_after(self.step)
         folders.record_options(self.out, self.config)
+        self.trackers = Trackers(self.config, self.out, self.step, records)
         return [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
-    def _say(self, text: str, bar: tqdm | None = None, file: Any = None) -> None:
-        if self.group.first:
+    def _say(self, text: str, bar: Progress | None = None, file: Any = None) -> None:
+        """In the first process. With --quiet, what goes to stderr alone."""
+        if self.group.first and (file is not None or not self.config.quiet):
             print(text, file=file) if bar is None else bar.write(text, file=file)
+
+    def _record(self, **record: Any) -> None:
+        """The numbers of a step, or of a validation, to wherever they are kept."""
+        if self.group.first:
+            self.log.write(**record)
+            self.trackers.write(record)
 
     @property
     def interrupted(self) -> bool:
@@ -206,16 +221,17 @@ class Run:
 
     def _write(self, **state: Any) -> None:
         self.log.settle()  # no checkpoint is newer than its log
-        save_checkpoint(self.out, config=self.model.config, tokenizer=get_tokenizer(), keep=self.config.keep, **state)
+        self.trackers.flush()
+        save_checkpoint(self.out, config=self.model.config, tokenizer=self.tokenizer, keep=self.config.keep, **state)
 
-    def _save_beside(self, bar: tqdm, best: bool = False) -> None:
+    def _save_beside(self, bar: Progress, best: bool = False) -> None:
         """Training goes on when a disk is full: the next save may fit."""
         try:
             self.save(best, beside=True)
         except OSError as error:
             self._report_failed_save(bar, error)
 
-    def _report_failed_save(self, bar: tqdm, error: Exception | None) -> None:
+    def _report_failed_save(self, bar: Progress, error: Exception | None) -> None:
         if error is None:
             return
         if not isinstance(error, OSError):
@@ -236,24 +252,13 @@ class Run:
 
         options = {"batch_size": size, "limit": batches * size, "between": between, "group": self.group}
         loss = dataset_loss(self.model, self.val_data, **options)["loss"]
-        if self.group.first:
-            self.log.write(step=self.step, val_loss=loss)
+        self._record(step=self.step, val_loss=loss)
         self.validated[self.step] = loss
         return loss
 
     def sample(self, max_new_tokens: int = 60) -> str:
-        """A continuation of <|endoftext|>, seeded by the run's seed."""
-        tokenizer = get_tokenizer()
-        room = self.model.config.n_positions - 1
-        tokens = generate(
-            self.model,
-            [[tokenizer.eot_token]],
-            min(max_new_tokens, room),
-            temperature=0.8,
-            top_k=50,
-            seed=self.config.seed,
-        )
-        return tokenizer.decode(tokens[0])
+        """A text from its start, seeded by the run's seed."""
+        return sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
 
     def train(self) -> None:
         """Runs to config.steps, or until a signal asks to stop, and leaves metrics.jsonl, loss.png and checkpoint/."""
@@ -265,6 +270,8 @@ class Run:
 
     def _train(self) -> None:
         try:
+            if self._finished():
+                return
             first = self.validate()
             self._say(f"validation loss before: {first:.4f}")
             self.best = min(self.best, first)
@@ -277,6 +284,22 @@ class Run:
         if self.group.first:
             self._conclude()
 
+    def _finished(self) -> bool:
+        """Whether a run that is resumed had come to its end, and says so."""
+        done = self.saved is not None and self.step >= self.config.steps and self.step in self.validated
+        if done:
+            self._say(
+                f"{self.out} is finished: {self.step} of {self.config.steps} steps are done and nothing is left to do; "
+                "a larger --steps goes on"
+            )
+            self._show_files()
+        return done
+
+    def _show_files(self) -> None:
+        for path in (self.out / name for name in (folders.METRICS, "loss.png", NEWEST)):
+            if path.exists() and self.group.first:
+                print(path)
+
     def _conclude(self) -> None:
         """The plot, a sample, and where everything is."""
         if self.step:
@@ -284,11 +307,9 @@ class Run:
         if self.interrupted:
             again = f"gpt2-fast train --resume {self.out}"
             print(f"{self.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
-        else:
+        elif not self.config.quiet:
             print(f"sample:\n{self.sample()}\n")
-        for path in (self.out / name for name in (folders.METRICS, "loss.png", NEWEST)):
-            if path.exists():
-                print(path)
+        self._show_files()
 
     def _save_last(self) -> None:
         """The last checkpoint is waited for. A save before it that failed matters no more."""
@@ -307,6 +328,8 @@ class Run:
         except OSError as error:
             print(error, file=sys.stderr)
         finally:
+            if self.trackers is not None:
+                self.trackers.close()
             if self.lock is not None:
                 self.lock.release()
 
@@ -314,9 +337,8 @@ class Run:
         config = self.config
         batches = Ahead(self._batches, self.step, config.steps)
         try:
-            with tqdm(
-                total=config.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not self.group.first
-            ) as bar:
+            silent = config.quiet or not self.group.first
+            with Progress(config.steps, self.step, config.log_every, silent) as bar:
                 while self.step < config.steps and not self.interrupted:
                     started = time.perf_counter()
                     loss = self._take(next(batches))
@@ -325,7 +347,7 @@ class Run:
                     scaling = () if self.loss_scale is None else (self.loss_scale.scale, self.optimizer.last_found_inf)
                     place = self.readout.queue(loss, self.optimizer.last_grad_norm, *scaling)
                     self.pending = Pending(self.step, place, time.perf_counter() - started)
-                    bar.update()
+                    bar.advance()
                     self._periodically(bar)
                 self._report(bar)
         finally:
@@ -353,7 +375,7 @@ class Run:
         inputs, targets = (torch.stack(side) for side in zip(*batches, strict=True))
         return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)
 
-    def _report(self, bar: tqdm) -> None:
+    def _report(self, bar: Progress) -> None:
         """Reads the pending step's loss into the bar and the log."""
         if self.pending is None:
             return
@@ -369,21 +391,19 @@ class Run:
                 f"gradients are beyond float16 at every loss scale (down to {loss_scale:g} at step {step}); lower --lr "
                 f"(it was {lr:.2e}) or use --dtype float32"
             )
-        if not self.group.first:
-            return
         rate = self.tokens_per_step / seconds
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:,.0f} tok/s")
+        bar.report(step, loss, lr, rate)
         extra = {} if grad_norm is None or skipped else {"grad_norm": round(grad_norm, 5)}
         if loss_scale is not None:
             extra |= {"loss_scale": loss_scale, "skipped": skipped}
-        self.log.write(step=step, loss=loss, lr=lr, **extra, tokens_per_second=round(rate, 1))
+        self._record(step=step, loss=loss, lr=lr, **extra, tokens_per_second=round(rate, 1))
 
     def _validate_for_best(self) -> float:
         loss = self.validate()
         self.best = min(self.best, loss)
         return loss
 
-    def _periodically(self, bar: tqdm) -> None:
+    def _periodically(self, bar: Progress) -> None:
         config, last = self.config, self.step >= self.config.steps
         evaluate, sample, save = (
             n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
@@ -398,7 +418,7 @@ class Run:
             loss = self._validate_for_best()
             best = loss < before
             self._say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best else ''}", bar)
-        if sample and self.group.first:
+        if sample and self.group.first and not config.quiet:
             bar.write(f"step {self.step}: {self.sample()!r}")
         if not last and (save or late or best):
             self._save_beside(bar, best)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.generate.vocabulary import vocabulary_of
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
@@ -39,7 +40,7 @@ def build_model(
         if config.dropout is not None:
             model_config = dataclasses.replace(model_config, **_dropout(config.dropout))
     if model_config is None:
-        model_config = GPT2Config.from_preset(config.model, **_dropout(config.dropout or 0.0))
+        model_config = config.fresh_model(**_dropout(config.dropout or 0.0), **vocabulary_of(config.data))
     context = config.context or model_config.n_positions
     if context > model_config.n_positions:
         name = config.init_from or config.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from gpt2_fast import checkpoint
 from gpt2_fast.checkpoint import run_folder
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.data import jsonl, load_tokens, tokenizer, write_bin
+from gpt2_fast.data import CharacterTokenizer, characters, jsonl, load_tokens, tokenizer, write_bin
 from gpt2_fast.report.figures import read_metrics
 from gpt2_fast.train import folder as run_options
 from gpt2_fast.train.config import TrainConfig
@@ -158,6 +159,21 @@ def _options(folder: Path) -> None:
     run_options.record_options(folder, TrainConfig())
 
 
+def _earlier_options(folder: Path) -> None:
+    (folder / "run.json").write_text(json.dumps(dataclasses.asdict(TrainConfig()), indent=2))
+
+
+def _characters(folder: Path) -> None:
+    ids = {c: i for i, c in enumerate("\n abcde")}
+    with open(folder / "meta.pkl", "wb") as file:
+        pickle.dump({"stoi": ids, "itos": {i: c for c, i in ids.items()}, "vocab_size": len(ids)}, file)
+    CharacterTokenizer(ids).save_pretrained(folder)
+
+
+def _read_characters(name: str) -> Callable[[Path], object]:
+    return lambda folder: getattr(characters.read_characters(folder / name), "ids", None)
+
+
 def _checked_run(file: str) -> Format:
     damages = {"config.json": mutate.damage_json, "model.safetensors": mutate.damage_safetensors,
                "training.safetensors": mutate.damage_safetensors}  # fmt: skip
@@ -191,7 +207,10 @@ FORMATS: dict[str, Format] = {
                                    mutate.damage_jsonl),
     "metrics.jsonl, resumed": Format(_lines, "metrics.jsonl", lambda f: MetricsLog(f / "metrics.jsonl").read(),
                                      mutate.damage_jsonl),
-    "run.json": Format(_options, "run.json", run_options.recorded_options, _json),
+    "config.yaml": Format(_options, "config.yaml", run_options.recorded_options),
+    "run.json": Format(_earlier_options, "run.json", run_options.recorded_options, _json),
+    "meta.pkl": Format(_characters, "meta.pkl", _read_characters("meta.pkl")),
+    "tokenizer.json": Format(_characters, "tokenizer.json", _read_characters("tokenizer.json"), _json),
     "vocab.bpe": Format(_vocabulary, "vocab.bpe", _read_vocabulary, checked=True),
 }  # fmt: skip
 

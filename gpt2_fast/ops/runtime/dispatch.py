@@ -16,10 +16,12 @@ reference  plain PyTorch under autograd: what is correct, on every device and in
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import warnings
 
 import torch
@@ -42,6 +44,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/is
 OTHER_CODES = {torch.float64: 3, torch.int64: 4, torch.int32: 5, torch.int8: 6, torch.uint8: 7}  # csrc/bindings.cpp
 
 
+AGAIN = "install gpt2_fast again with: pip install --force-reinstall --no-deps --no-cache-dir"
 OF_MODELS = ("auto", "reference", "cpp", "triton")  # what a model takes as its impl
 
 
@@ -155,7 +158,10 @@ def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype, index: int
     accepted = implementations(op, device_type)
     if impl == "auto":
         chosen, passed = explain(op, torch.device(device_type, index), dtype)
-        if device_type == "cuda" and (reason := card_refusal(index, dtype)) and reason in dict(passed).values():
+        reasons = dict(passed).values()
+        if any(reason == _extension_missing() for reason in reasons):
+            _warn_without_extension()
+        if device_type == "cuda" and (reason := card_refusal(index, dtype)) and reason in reasons:
             _warn_of_card(reason)
         return chosen
     if impl not in accepted:
@@ -179,12 +185,11 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, lis
 
 @functools.cache
 def extension():
-    """The C++ extension module ``gpt2_fast._C``; ImportError when it was not built.
+    """The C++ extension module ``gpt2_fast._C``; ImportError when it was not built, or does not load.
 
     torch is imported first (above), so that both share one OpenMP runtime.
     """
-    from gpt2_fast import _C
-
+    _C = importlib.import_module(f"{sources.__package__}._C")
     sources.warn_if_stale(_C)
     _C.set_dtype_codes({**DTYPE_CODES, **OTHER_CODES})
     isa = os.environ.get("GPT2_FAST_ISA")
@@ -197,9 +202,22 @@ def extension():
 def _extension_missing() -> str | None:
     try:
         extension()
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if why := sources.why_no_extension(sys.modules[sources.__package__].__path__):
+            return f"this was installed without the C++ extension: {why}; then {AGAIN}"
         return f"the C++ extension is not built ({error}); run: pip install -e ."
+    except ImportError as error:
+        if "libgomp" in str(error):
+            return f"the C++ extension finds no OpenMP, and this torch brings none ({error}); install libgomp1"
+        return f"the C++ extension does not load ({error}); {AGAIN}"
     return None
+
+
+@functools.cache
+def _warn_without_extension() -> None:
+    """Once a process: nobody should take the reference's speed for the package's."""
+    reason = _extension_missing()
+    warnings.warn(f"plain PyTorch runs in place of the C++ kernels: {reason}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

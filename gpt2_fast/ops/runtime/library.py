@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-_LIBRARY = torch.library.Library("gpt2_fast", "DEF")
+NAMESPACE = "gpt2_fast"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(schema: str) -> None:
@@ -18,6 +19,6 @@ def register(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverloa
     """Defines an operator whose body on CPU and CUDA is `run` and whose outputs are described by `fake`."""
     name = schema.split("(", 1)[0]
     define(schema)
-    torch.library.impl(f"gpt2_fast::{name}", ("CPU", "CUDA"))(run)
-    torch.library.register_fake(f"gpt2_fast::{name}")(fake)
-    return getattr(torch.ops.gpt2_fast, name).default
+    torch.library.impl(f"{NAMESPACE}::{name}", ("CPU", "CUDA"))(run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}")(fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -1,0 +1,20 @@
+"""The text that a run shows of its model."""
+
+from __future__ import annotations
+
+from gpt2_fast.data.characters import CharacterTokenizer
+from gpt2_fast.data.tokenizer import Tokenizer
+from gpt2_fast.generate import generate
+from gpt2_fast.model import GPT2LMHeadModel
+
+
+def sample_text(
+    model: GPT2LMHeadModel, tokenizer: Tokenizer | CharacterTokenizer | None, max_new_tokens: int, seed: int
+) -> str:
+    """What follows the token that texts begin with. Without a tokenizer, what follows token 0, as ids."""
+    start = 0 if tokenizer is None else tokenizer.start_token
+    room = max(model.config.n_positions - 1, 1)
+    tokens = generate(model, [[start]], min(max_new_tokens, room), temperature=0.8, top_k=50, seed=seed)[0]
+    if tokenizer is None:
+        return f"(token ids: no tokenizer of {model.config.vocab_size} tokens is known) {' '.join(map(str, tokens))}"
+    return tokenizer.decode(tokens)

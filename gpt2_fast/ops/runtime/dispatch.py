@@ -158,9 +158,10 @@ def _choice(op: str, impl: str, device_type: str, dtype: torch.dtype, index: int
     accepted = implementations(op, device_type)
     if impl == "auto":
         chosen, passed = explain(op, torch.device(device_type, index), dtype)
-        if any(reason == _extension_missing() for _, reason in passed):
+        reasons = dict(passed).values()
+        if any(reason == _extension_missing() for reason in reasons):
             _warn_without_extension()
-        if device_type == "cuda" and (reason := card_refusal(index, dtype)) and reason in dict(passed).values():
+        if device_type == "cuda" and (reason := card_refusal(index, dtype)) and reason in reasons:
             _warn_of_card(reason)
         return chosen
     if impl not in accepted:

@@ -9,7 +9,7 @@ every glibc: the symbols that a library was linked to decide about the oldest th
 the wheel: torch brings one, is imported first, and both share it; two in a process would fight for the cores.
 
 --root FOLDER: another system, a Debian that debootstrap made, for a Python or a processor that this machine has not. It
-is entered by chroot (as root), or run by qemu-aarch64-static.
+is entered by unshare (as root), or run by qemu-aarch64-static.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(command: list[str], **options: object) -> str:
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     if done.returncode != 0:
         last = "\n".join(done.stdout.splitlines()[-40:])
-        raise SystemExit(f"{last}\nrelease.wheels: failed: {shlex.join(command)}")
+        raise SystemExit(f"{last}\nrelease.wheels: failed: {shlex.join(command):.300}")
     return done.stdout
 
 
@@ -156,9 +156,9 @@ def try_root(wheels: dict[str, Path], root: Path, torch: str) -> dict:
     ]
     run([uv(), "pip", "install", "--quiet", *target, str(wheels[arch]), torch])
     if arch == os.uname().machine:
-        inside = ["chroot", str(root), "env", "HOME=/srv/gpt2_fast", "PYTHONPATH=/srv/gpt2_fast/packages", "sh", "-c",
-                  'cd /srv/gpt2_fast/empty && exec "$@"', "sh", f"/usr/bin/{library.name}"]  # fmt: skip
-        return tried(inside)
+        inside = ["unshare", "--fork", "--pid", "--mount-proc", f"--root={root}", "--wd=/srv/gpt2_fast/empty"]
+        env = {"HOME": "/srv/gpt2_fast", "PYTHONPATH": "/srv/gpt2_fast/packages", "TMPDIR": "/tmp"}
+        return tried([*inside, f"/usr/bin/{library.name}"], env=env)
     emulated = ["qemu-aarch64-static", "-L", str(root), str(library)]
     return tried(emulated, cwd=site / "empty", env={"PYTHONPATH": str(site / "packages")})
 

@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _steps(steps: int | None) -> dict[str, int]:
     """Options that make a recipe shorter, with two validations on the way."""
-    return {} if steps is None else {"steps": steps, "eval_every": max(1, steps // 3), "warmup": min(10, steps)}
+    if steps is None:
+        return {}
+    return {"steps": steps, "eval_every": max(1, steps // 3), "eval_batches": 2, "warmup": min(10, steps)}
 
 
 def run_recipe(folder: Path, steps: int | None) -> float:

@@ -76,7 +76,7 @@ RECIPES = {
             sequences=16,
             context=128,
             options={
-                "order": "epoch", "steps": 1000, "lr": 1e-3, "min_lr": 1e-4, "warmup": 50, "dropout": 0.0,
+                "order": "epoch", "steps": 500, "lr": 1e-3, "min_lr": 1e-4, "warmup": 50, "dropout": 0.0,
                 "eval_every": 100, "save_every": 250,
             },
             expected=("docs/reproduce.md has its curve beside that of transformers on the same batches",),

@@ -220,7 +220,7 @@ def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["recipe", "nano", "--device", "cpu", "--dry-run", "--processes", "2"]) == 0
     out = capsys.readouterr().out
-    for words in ("2,048 tokens a step", "2,048,000 in 1,000 steps", "hours of the run, on one such device",
+    for words in ("2,048 tokens a step", "1,024,000 in 500 steps", "hours of the run, on one such device",
                   "hours on 2, divided evenly", "Nothing was written"):  # fmt: skip
         assert words in out
     assert list(tmp_path.iterdir()) == []

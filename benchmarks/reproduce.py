@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default=str(measure.RESULTS), help="folder for the JSON and the chart")
     arguments = parser.parse_args(argv)
     folder, recipe = Path(arguments.folder), recipes.get(RECIPE)
+    if (folder / "run").exists():
+        parser.error(f"{folder} holds a run already; choose another --folder, or remove it")
     seconds = {"gpt2_fast": run_recipe(folder, arguments.steps)}
     config = recipes.config_of(recipe, folder, recipe.most, **_steps(arguments.steps))
     started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -100,9 +101,30 @@ class Seen:
         compiling = torch.compiler.is_compiling()
         self.head, self.weight = head, head.weight
         self.version = None if compiling or self.weight.is_inference() else self.weight._version
+        self.grad = None if compiling else (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        # A sharded weight lies elsewhere in every pass, and is found by its count.
+        self.place = None if compiling or sharded else self._place()
         self.call = None
         if sharded and not compiling:
             self.call = head.__dict__["_passes"] = head.__dict__.get("_passes", 0) + 1
+
+    def _place(self) -> tuple | None:
+        """Where the weight lies; None of one that has no memory, as within torch.func's transforms."""
+        try:
+            return self.weight.shape, self.weight.dtype, self.weight.device, self.weight.data_ptr()
+        except RuntimeError:
+            return None
+
+    def mode(self) -> contextlib.ExitStack:
+        """Within it gradients are on or off as they were in the forward pass, wherever the logits are asked for."""
+        modes = contextlib.ExitStack()
+        if self.grad is not None and not torch.compiler.is_compiling():
+            inference, grad = self.grad
+            if inference != torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(inference))
+            if grad != torch.is_grad_enabled():
+                modes.enter_context(torch.set_grad_enabled(grad))
+        return modes
 
     def check(self, whose: str) -> None:
         """Raises RuntimeError, one line that begins with `whose`, where the weight is another one now."""
@@ -111,7 +133,8 @@ class Seen:
                 f"{whose}: the head is sharded again since this output was computed; read .logits before backward with "
                 "reshard_after_forward=False, or under torch.no_grad(), or call the model without labels"
             )
-        if self.version is not None and self.weight._version != self.version:
+        moved = self.place is not None and not torch.compiler.is_compiling() and self._place() not in (None, self.place)
+        if moved or (self.version is not None and self.weight._version != self.version):
             raise RuntimeError(
                 f"{whose}: the head has changed since this output was computed, by an optimizer step perhaps; read "
                 ".logits before the step, or call the model again"

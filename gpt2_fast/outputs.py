@@ -26,8 +26,9 @@ class Head:
         if self.called:
             return self.module(hidden)
         self.seen.check("logits")
-        # Under autocast the hidden states are of its dtype, and may outlive its block.
-        return self.ops.linear(hidden, self.weight.to(hidden.dtype).t())
+        with self.seen.mode():
+            # Under autocast the hidden states are of its dtype, and may outlive its block.
+            return self.ops.linear(hidden, self.weight.to(hidden.dtype).t())
 
     def logits_beside_loss(self, hidden: Tensor) -> Tensor | None:
         """The logits of a sharded model without gradients, for a validation that reads them; else they can wait."""

@@ -169,3 +169,51 @@ def test_without_transformers():
     code = "import sys; sys.modules['transformers'] = None\nimport gpt2_fast.hf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("ImportError: gpt2_fast.hf needs transformers; run: pip install tr")
+
+
+@pytest.mark.parametrize("where", [torch.no_grad, torch.inference_mode])
+def test_logits_read_without_gradients_still_have_them(where):
+    """A metric that is taken first must not take the gradient from the loss that is made of the same logits."""
+    tokens, gradients = ids(), []
+    for model in pair():
+        output = model(tokens, labels=tokens)
+        with where():
+            assert output.logits.requires_grad
+        output.logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_of_the_weights_of_their_call():
+    """Those given for that call alone, those of before the head was replaced; moved ones are refused."""
+    tokens, found = ids(), []
+    for model in pair():
+        given = {name: p.detach() * 1.5 for name, p in model.named_parameters()}
+        given["lm_head.weight"] = given["transformer.wte.weight"]
+        functional = torch.func.functional_call(model, given, (tokens,), {"labels": tokens})
+        replaced = model(tokens, labels=tokens)
+        before = model.lm_head.weight
+        model.lm_head.weight = torch.nn.Parameter(before.detach() * 2)
+        found.append((functional.logits.detach(), replaced.logits.detach()))
+        model.lm_head.weight = before
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    output = model(tokens, labels=tokens)
+    model.lm_head.weight.data = before.detach() * 2
+    with pytest.raises(RuntimeError, match="the head has changed since this output was computed"):
+        output.logits  # noqa: B018
+
+
+def test_a_class_that_somebody_changed_runs_as_it_was_changed(monkeypatch):
+    """As programs do that put kernels of their own into transformers; and a module that says it is not causal."""
+    theirs, ours = pair()
+    tokens, plain = ids(), modeling_gpt2.GPT2MLP.forward
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, h: plain(self, h) * 2)
+            torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+            assert any("test_hf" in row.why for row in swap.explain(ours))
+        for model in (theirs, ours):
+            model.transformer.h[0].attn.is_causal = False
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)

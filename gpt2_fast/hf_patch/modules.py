@@ -81,7 +81,11 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
 
 def foreign(module: nn.Module, *kinds: type) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`."""
-    return modules.foreign(module, *kinds, idle=_is_idle)
+    if reason := modules.foreign(module, *kinds, idle=_is_idle):
+        return reason
+    kind = type(module)
+    other = getattr(kind.forward, "__module__", kind.__module__) != kind.__module__
+    return f"has a forward of {kind.forward.__module__}" if other else None
 
 
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
@@ -192,6 +196,8 @@ def attention_taken(block: nn.Module) -> str | None:
         return reason
     if reason := foreign(attn, modeling_gpt2.GPT2Attention):
         return f"it {reason}"
+    if not getattr(attn, "is_causal", True):
+        return "its is_causal is False"
     return (reason := foreign(attn.resid_dropout, nn.Dropout)) and f"resid_dropout {reason}"
 
 

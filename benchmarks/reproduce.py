@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         "recipe": RECIPE, "steps": config.steps, "tokens": recipe.tokens * config.steps, "seconds": seconds,
         "farthest": farthest(curves), "curves": curves,
     }  # fmt: skip
-    path = measure.record_path(arguments.out, "cpu", "reproduce", RECIPE, config.steps)
+    path = measure.record_path(arguments.out, record["machine"]["device"], "reproduce", RECIPE, config.steps)
     measure.save_record(path, record)
     measure.save_figure(chart(curves), path.with_suffix(".png"))
     for line in (text(record), f"{path}", f"{path.with_suffix('.png')}"):

@@ -476,3 +476,17 @@ def test_a_model_that_is_not_here_is_one_line_in_a_new_process(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("gpt2-fast: 'no/such' is neither a folder here nor in the Hugging Face cache")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_sample_that_cannot_be_shown_ends_no_run(train, tmp_path, monkeypatch):
+    """One that cannot be decoded, and one that the terminal's encoding has not: the checkpoint is there after both."""
+
+    def undecodable(*_):
+        raise ValueError("token id 9 is no character")
+
+    for name, sample in (("decode", undecodable), ("show", lambda *_: "a \udc80 b")):
+        monkeypatch.setattr(loop, "sample_text", sample)
+        status, out, err = train("--steps", "2", "--sample-every", "1", "--out", tmp_path / name)
+        assert status == 0, err
+        assert (tmp_path / name / "checkpoint" / "config.json").exists()
+        assert ("(no sample: token id 9 is no character)" in out) == (name == "decode")

@@ -257,8 +257,13 @@ class Run:
         return loss
 
     def sample(self, max_new_tokens: int = 60) -> str:
-        """A text from its start, seeded by the run's seed."""
-        return sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
+        """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
+        try:
+            text = sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
+        except (ValueError, IndexError) as error:
+            return f"(no sample: {error})"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either
 
     def train(self) -> None:
         """Runs to config.steps, or until a signal asks to stop, and leaves metrics.jsonl, loss.png and checkpoint/."""

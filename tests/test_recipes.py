@@ -116,6 +116,16 @@ def test_shards_come_once_and_are_looked_at(served, tmp_path):
     assert "5,000" in done.stderr
 
 
+def test_what_is_no_shard_is_not_kept(served, tmp_path):
+    """The page of a proxy has an even number of bytes, too, and would be read as nanoGPT's tokens."""
+    source = hub.SHARDS["fineweb10B"]
+    Hub.files[source.repo][source.val] = b"<html>log in</html>\n"
+    done = served("fineweb10B", tmp_path / "data", "--shards", 1)
+    assert done.returncode == 2
+    assert "has no llm.c header; what was fetched is no token shard" in done.stderr
+    assert not (tmp_path / "data" / source.val).exists()
+
+
 def test_what_cannot_be_fetched_is_one_line(served, tmp_path):
     missing = served("fineweb-edu10B", tmp_path / "edu")
     offline = served("fineweb10B", tmp_path / "off", HF_HUB_OFFLINE="1")

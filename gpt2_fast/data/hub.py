@@ -1,7 +1,7 @@
 """Data sets that a recipe needs, from the Hugging Face hub: token shards, and HellaSwag's validation set.
 
 Files come by huggingface_hub, which goes on where a download was broken off and honours HF_HUB_OFFLINE, HF_ENDPOINT and
-HF_TOKEN. A shard counts as there when `read_bin` finds it whole.
+HF_TOKEN. A shard counts as there when it is whole and has llm.c's header: without one, any bytes would be tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2_fast.data.shards import read_bin
+from gpt2_fast.data.shards import MAGIC, read_bin
 from gpt2_fast.files import atomic_write
 
 
@@ -69,16 +69,28 @@ def _shard(repo: str, name: str, folder: Path, place: str, say: Callable[[str], 
     path = folder / name
     if path.exists():
         try:
-            tokens = len(read_bin(path).tokens)
+            tokens = _count(path)
             say(f"{path}: there already, {tokens:,} tokens ({place})")
             return path
         except ValueError as error:
             say(f"{error}; it is fetched again")
             path.unlink()
     _download(repo, name, folder)
-    tokens = len(read_bin(path).tokens)
+    try:
+        tokens = _count(path)
+    except ValueError:
+        path.unlink()
+        raise
     say(f"{path}: {tokens:,} tokens ({place})")
     return path
+
+
+def _count(path: Path) -> int:
+    """Tokens of an llm.c shard. Raises ValueError for what is not whole, or none: the answer of a proxy, perhaps."""
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(4), "little") != MAGIC:
+            raise ValueError(f"{path} has no llm.c header; what was fetched is no token shard")
+    return len(read_bin(path).tokens)
 
 
 def _download(repo: str, name: str, folder: Path) -> Path:

@@ -323,6 +323,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         grad_scale, found_inf = self._scaling(grad_scale)
         collected = self._collect()
+        self.last_found_inf = None
         if not collected:
             return loss
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):

@@ -351,3 +351,14 @@ def test_gradients_that_no_scale_helps_are_one_line(corpus, tmp_path, monkeypatc
     run = start_run(options(corpus, tmp_path / "run", dtype="float16", steps=3))
     with pytest.raises(FloatingPointError, match=r"beyond float16 at every loss scale .*lower --lr .*--dtype float32"):
         run.train()
+
+
+def test_a_step_without_gradients_says_nothing_of_an_earlier_one():
+    layers = model()
+    optimizer = AdamW(layers.parameters())
+    backward(layers, 0, lambda loss: loss * math.inf)
+    optimizer.step(grad_scale=number(1))
+    assert optimizer.last_found_inf.item() == 1.0
+    optimizer.zero_grad()
+    optimizer.step(grad_scale=number(1))
+    assert optimizer.last_found_inf is None

@@ -200,6 +200,9 @@ def test_gpt2_124m_is_ten_billion_tokens():
     [
         (["gpt3"], "no recipe 'gpt3'; choose gpt2-124m, nano"),
         (["nano", "--batch-size", "3"], "--batch-size is 3; it must divide the 16 sequences of a step"),
+        (["nano", "--batch-size", "0"], "--batch-size is 0; it must divide the 16 sequences of a step"),
+        (["nano", "--batch-size", "4", "--processes", "3"], "3"),
+        (["nano", "--batch-size", "16", "--processes", "8"], "8"),
         (["nano", "--processes", "3"], "--processes is 3; it must be a power of two up to 16"),
         (["nano", "--processes", "32"], "--processes is 32; it must be a power of two up to 16"),
     ],

@@ -44,13 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{recipe.name:<{width}}  {recipe.title}")
         return 0
     recipe = recipes.get(arguments.name)
+    from gpt2_fast.parallel.group import check_world
     from gpt2_fast.report.machine import resolve_device
 
     device, folder = resolve_device(arguments.device), Path(arguments.out or recipe.name)
     more = {} if arguments.dtype is None else {"dtype": arguments.dtype}
-    size = arguments.batch_size or recipes.micro_batch(recipe, device, arguments.processes, **more)
-    if recipe.sequences % size:
+    size = arguments.batch_size
+    if size is None:
+        size = recipes.micro_batch(recipe, device, arguments.processes, **more)
+    elif size < 1 or recipe.sequences % size:
         raise ValueError(f"--batch-size is {size}; it must divide the {recipe.sequences} sequences of a step")
+    check_world(arguments.processes, recipe.sequences // size)
     config = recipes.config_of(recipe, folder, size, **more)
     if arguments.dry_run:
         for line in recipes.plan(recipe, config, device, arguments.processes):

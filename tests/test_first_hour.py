@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -187,7 +188,7 @@ def test_values_have_their_fields_types(tmp_path):
         ("steps: 1.5", "steps is 1.5; it must be a whole number"),
         ("steps: yes", "steps is True; it must be a whole number"),
         ("recompute: 1", "recompute is 1; it must be true or false"),
-        ("out: 0123", "out is 83; it must be text; put it in quotes"),
+        ("out: 123", "out is 123; it must be text; put it in quotes"),
         ("lr: [1]", "lr is a list; it must be a number"),
         ("steps: null", "steps is None; it must be a whole number"),
         ("steps: 1\nlr: 1\nsteps: 2", "has steps twice; remove one"),
@@ -490,3 +491,30 @@ def test_a_sample_that_cannot_be_shown_ends_no_run(train, tmp_path, monkeypatch)
         assert status == 0, err
         assert (tmp_path / name / "checkpoint" / "config.json").exists()
         assert ("(no sample: token id 9 is no character)" in out) == (name == "decode")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("steps: 3\nlr: 1e-3\nmin_lr: 5.0e-05\n", {"steps": 3, "lr": 1e-3, "min_lr": 5e-5}),
+        ("\ufeffsteps: 3\n", {"steps": 3}),
+        ("seed: 9007199254740993\nwarmup: 3.0\n", {"seed": 9007199254740993, "warmup": 3}),
+        ("grad_clip: .inf\n", {"grad_clip": math.inf}),
+        ("{steps: 3, steps: 4}", "steps twice"),
+        ("? steps\n: 3\n? steps\n: 4\n", "steps twice"),
+        ("\ufeffsteps: 3\nsteps: 4\n", "steps twice"),
+        ("steps: 1:30\n", "steps is '1:30'; it must be a whole number"),
+        ("seed: 010\n", "seed is '010'; it must be a whole number"),
+        ("lr: '1_0'\n", "lr is '1_0'; it must be a number"),
+        ("seed: '9007199254740993'\n", "it must be a whole number"),
+    ],
+)
+def test_numbers_of_a_file_are_those_that_stand_there(text, found, tmp_path):
+    """Or it is refused: YAML 1.1 reads 1:30 as 90, 010 as 8, and of a key that is written twice the last counts."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    if isinstance(found, dict):
+        assert read_options(file) == found
+    else:
+        with pytest.raises(ValueError, match=re.escape(found)):
+            read_options(file)

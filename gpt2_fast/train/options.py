@@ -15,12 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml import SafeLoader
 
 from gpt2_fast.files import atomic_write
 from gpt2_fast.train.config import TrainConfig
 
 MOST_BYTES = 1 << 20
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes"}
+
+
+class _Loader(SafeLoader):
+    """Plain mappings and decimal numbers: YAML 1.1 would read 1:30 as 90, 010 as 8 and 1e-3 as text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, forms in SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise _Twice(twice[0])
+        return super().construct_mapping(node, deep)
+
+
+class _Twice(Exception):
+    """A key of a mapping is written more than once."""
+
+
+# .inf, too: what the run's own file has where --grad-clip is inf.
+_WHOLE, _FRACTION = r"[-+]?(?:0|[1-9][0-9]*)", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"^{_WHOLE}$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(rf"^(?:{_FRACTION}|[-+]?\.inf)$"), list("-+.0123456789")
+)
 
 
 def kinds() -> dict[str, tuple[type, bool]]:
@@ -37,14 +65,17 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options that a YAML file gives. Raises FileNotFoundError or ValueError, one line that names the file."""
     path = Path(path).expanduser()
     try:
-        if path.stat().st_size > MOST_BYTES:
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)  # of what has no size, too
+        if len(text) > MOST_BYTES:
             raise ValueError("it has more than a megabyte")
-        text = path.read_bytes().decode("utf-8")
-        data = yaml.safe_load(text)
+        data = _Loader(text.decode("utf-8-sig")).get_single_data()
     except OSError as error:
         raise type(error)(f"--config {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except _Twice as error:
+        raise ValueError(f"{path} has {error} twice; remove one") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line} is not YAML: {error.problem or 'cannot be read'}") from None
@@ -52,9 +83,6 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {(str(error).splitlines() or [''])[0]}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {'nothing' if data is None else 'no options'}; write lines such as: steps: 300")
-    written = re.findall(r"^[\"']?(\w+)[\"']?\s*:", text, re.M)
-    if twice := [key for key in written if written.count(key) > 1]:
-        raise ValueError(f"{path} has {twice[0]} twice; remove one")
     return from_mapping(data, path)
 
 
@@ -81,13 +109,10 @@ def from_mapping(data: dict[Any, Any], path: Path) -> dict[str, Any]:
 def _typed(key: str, value: Any, kind: type, path: Path) -> Any:
     if type(value) is kind:
         return value
-    if (kind is float and type(value) in (int, str)) or (kind is int and type(value) in (float, str)):
-        try:
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-        except (ValueError, OverflowError):
-            pass
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
     shown = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
     raise ValueError(f"{path}: {key} is {shown:.80}; it must be {KINDS[kind]}")
 

@@ -451,14 +451,14 @@ def test_no_network_names_what_works_without(command, words, capsys, tmp_path, m
     """The hub's name has no address: it is said at once, and nothing tries again for minutes."""
     import huggingface_hub
 
-    from gpt2_fast.checkpoint import hf
+    from gpt2_fast import hub_client
 
     def no_address(*_):
         raise OSError("Name or service not known")
 
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(hf.socket, "getaddrinfo", no_address)
+    monkeypatch.setattr(hub_client.socket, "getaddrinfo", no_address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)

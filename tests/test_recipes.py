@@ -129,7 +129,7 @@ def test_what_is_no_shard_is_not_kept(served, tmp_path):
 def test_what_cannot_be_fetched_is_one_line(served, tmp_path):
     missing = served("fineweb-edu10B", tmp_path / "edu")
     offline = served("fineweb10B", tmp_path / "off", HF_HUB_OFFLINE="1")
-    for done, words in ((missing, "kjj0/finewebedu10B-gpt2"), (offline, "the hub was not reached; check the network")):
+    for done, words in ((missing, "kjj0/finewebedu10B-gpt2"), (offline, "the hub was not reached; check the name")):
         assert done.returncode == 2
         assert words in done.stderr
         assert done.stderr.strip().count("\n") == 0, done.stderr
@@ -140,22 +140,36 @@ def test_what_cannot_be_fetched_is_one_line(served, tmp_path):
         hub.fetch("fineweb10B", tmp_path, 104)
 
 
+def test_a_connection_that_breaks_is_one_line(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "_answer", lambda self, body: self.connection.close())
+    done = served("hellaswag", tmp_path / "data", PYTHONPATH=str(_pyarrow(tmp_path)))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("gpt2-fast: the data set Rowan/hellaswag")
+    assert "Traceback" not in done.stderr
+
+
+def _pyarrow(folder: Path) -> Path:
+    """A folder in which pyarrow stands in for itself: three of its methods, on a file of JSON."""
+    package = folder / "modules" / "pyarrow"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "parquet.py").write_text(
+        "import json\nclass read_table:\n    def __init__(self, path): self.path = path\n"
+        "    def to_pylist(self): return json.load(open(self.path))\n"
+    )
+    return package.parent
+
+
 def test_hellaswag_becomes_what_eval_reads(tmp_path, monkeypatch):
-    """pyarrow stands in for itself: three of its methods, on a file of JSON."""
+    """Through what stands in for pyarrow."""
     record = {"ind": 1, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "ctx": "A man cooks. He",
               "endings": ["eats.", "flies.", "sings.", "sinks."], "label": "0"}  # fmt: skip
     parquet = tmp_path / "questions"
     parquet.write_text(json.dumps([record, record]))
-    modules = tmp_path / "modules" / "pyarrow"
-    modules.mkdir(parents=True)
-    (modules / "__init__.py").write_text("")
-    (modules / "parquet.py").write_text(
-        "import json\nclass read_table:\n    def __init__(self, path): self.path = path\n"
-        "    def to_pylist(self): return json.load(open(self.path))\n"
-    )
-    monkeypatch.syspath_prepend(modules.parent)
+    monkeypatch.syspath_prepend(_pyarrow(tmp_path))
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md", "data/validation-0.parquet"])
     monkeypatch.setattr(hub, "_download", lambda repo, name, folder: parquet)
+    monkeypatch.setattr(hub.hub_client, "reachable", lambda: True)
     lines = []
     (path,) = hub.fetch("hellaswag", tmp_path / "data", say=lines.append)
     assert lines == [f"{path}: 2 questions"]

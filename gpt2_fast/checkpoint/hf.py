@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from gpt2_fast import hub_client
 from gpt2_fast.checkpoint.state_dict import HEAD, canonical_state_dict, check_plausible
 from gpt2_fast.checkpoint.torch_file import first_line, torch_load
 from gpt2_fast.config import GPT2Config
@@ -28,12 +26,6 @@ from gpt2_fast.files import atomic_write
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # In the order in which they are looked for; an index lists the files that hold the tensors.
 WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class NotReached(FileNotFoundError):
-    """A repository that is not in the cache, and no hub to ask for it. A command adds what it can do then."""
-
-    not_reached = True
 
 
 def save_pretrained(
@@ -165,54 +157,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _hub_has_address(endpoint: str) -> bool:
-    """Whether the hub's name has an address, or a proxy may know it: else huggingface_hub tries for minutes."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
 def _hub(
     repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
 ) -> Callable[[str], Path | None]:
     """A function that gives the local path of a repository's file, or None where it has no such file."""
     import huggingface_hub
-    from huggingface_hub import constants, errors
 
-    local_files_only = local_files_only or constants.HF_HUB_OFFLINE or not _hub_has_address(constants.ENDPOINT)
+    local_files_only = local_files_only or not hub_client.reachable()
 
     def fetch(name: str) -> Path | None:
+        called = repr(repo) if revision is None else f"{repo!r}, revision {revision!r},"
+        options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    repo, name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-                )
-            )
-        except errors.LocalEntryNotFoundError:
-            if name != CONFIG:
-                return None
-            raise NotReached(
-                f"{repo!r} is neither a folder here nor in the Hugging Face cache, and the hub was not reached; "
-                "check the name, the network and HF_HUB_OFFLINE"
-            ) from None
-        except errors.EntryNotFoundError:
-            if name != CONFIG:
-                return None
-            raise FileNotFoundError(f"{repo!r} on the Hugging Face hub has no {CONFIG}") from None
-        except errors.GatedRepoError:
-            raise FileNotFoundError(f"{repo!r} is gated: ask for access on the hub, then run: hf auth login") from None
-        except errors.RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"{repo!r} is neither a folder here nor a repository on the Hugging Face hub; "
-                "for a private one: hf auth login"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise FileNotFoundError(f"{repo!r} on the Hugging Face hub has no revision {revision!r}") from None
-        except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-            raise ValueError(f"{repo!r} could not be read from the Hugging Face hub: {first_line(error)}") from None
+            with hub_client.explained(called, name):
+                return Path(huggingface_hub.hf_hub_download(repo, name, **options))
+        except (hub_client.NotReached, hub_client.Missing):
+            if name == CONFIG:
+                raise
+            return None
 
     return fetch

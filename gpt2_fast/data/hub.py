@@ -6,13 +6,13 @@ HF_TOKEN. A shard counts as there when it is whole and has llm.c's header: witho
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt2_fast import hub_client
 from gpt2_fast.data.shards import MAGIC, read_bin
 from gpt2_fast.files import atomic_write
 
@@ -96,29 +96,9 @@ def _count(path: Path) -> int:
 def _download(repo: str, name: str, folder: Path) -> Path:
     import huggingface_hub
 
-    with _explained(repo):
-        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=folder))
-
-
-@contextlib.contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Errors of the hub as one line that names the repository."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"the data set {repo} is not here, and the hub was not reached; check the network and HF_HUB_OFFLINE"
-        ) from None
-    except (
-        errors.HfHubHTTPError,
-        errors.EntryNotFoundError,
-        errors.HFValidationError,
-        errors.OfflineModeIsEnabled,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"the data set {repo} could not be read from the hub: {reason}") from None
+    with hub_client.explained(f"the data set {repo}", name, "here"):
+        options = {"repo_type": "dataset", "local_dir": folder, "local_files_only": not hub_client.reachable()}
+        return Path(huggingface_hub.hf_hub_download(repo, name, **options))
 
 
 def _hellaswag(folder: Path, say: Callable[[str], Any]) -> Path:
@@ -133,7 +113,9 @@ def _hellaswag(folder: Path, say: Callable[[str], Any]) -> Path:
         raise ValueError("HellaSwag is a Parquet file on the hub; run: pip install pyarrow") from None
     import huggingface_hub
 
-    with _explained(HELLASWAG):
+    with hub_client.explained(f"the data set {HELLASWAG}", "list of files", "here"):
+        if not hub_client.reachable():
+            raise huggingface_hub.errors.OfflineModeIsEnabled
         names = huggingface_hub.list_repo_files(HELLASWAG, repo_type="dataset")
     found = [name for name in names if name.endswith(".parquet") and "validation" in name]
     if not found:

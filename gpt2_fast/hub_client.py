@@ -39,13 +39,14 @@ def reachable() -> bool:
 
 
 @contextlib.contextmanager
-def explained(called: str, name: str, here: str = "a folder here") -> Iterator[None]:
+def explained(called: str, name: str, here: str = "a folder here", revision: str | None = None) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line.
 
     Args:
         called: the repository, as the line names it.
         name: the file that is asked for.
         here: what else could have been meant.
+        revision: that is asked for.
 
     Raises:
         NotReached, Missing: see there.
@@ -70,7 +71,7 @@ def explained(called: str, name: str, here: str = "a folder here") -> Iterator[N
             f"{called} is neither {here} nor a repository on the Hugging Face hub; for a private one: hf auth login"
         ) from None
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{called} on the Hugging Face hub has no such revision") from None
+        raise FileNotFoundError(f"{called} on the Hugging Face hub has no revision {revision!r}") from None
     except Exception as error:
         client = type(error).__module__.startswith("http")  # httpx, under whichever name the hub's client has it
         if not client and not isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):

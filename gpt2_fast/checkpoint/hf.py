@@ -166,10 +166,9 @@ def _hub(
     local_files_only = local_files_only or not hub_client.reachable()
 
     def fetch(name: str) -> Path | None:
-        called = repr(repo) if revision is None else f"{repo!r}, revision {revision!r},"
         options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
-            with hub_client.explained(called, name):
+            with hub_client.explained(repr(repo), name, revision=revision):
                 return Path(huggingface_hub.hf_hub_download(repo, name, **options))
         except (hub_client.NotReached, hub_client.Missing):
             if name == CONFIG:

@@ -22,6 +22,32 @@ def _is_part(cls: type[nn.Module]) -> bool:
     return "_is_part_of_gpt2" in cls.__dict__
 
 
+_FORWARDS: dict[type, Callable | None] = {}
+
+
+def remember(*kinds: type) -> None:
+    """Notes the forward that classes of torch or transformers have; another, since or before then, is `changed`."""
+    for kind in kinds:
+        _FORWARDS[kind] = kind.forward if kind.forward.__module__ == kind.__module__ else None
+
+
+remember(nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear)
+
+
+def changed(kind: type) -> bool:
+    """Whether somebody gave a remembered class another forward, as programs do that bring kernels of their own."""
+    return kind in _FORWARDS and kind.forward is not _FORWARDS[kind]
+
+
+def has_global_hooks() -> bool:
+    """Whether something listens to the calls of all modules."""
+    m = torch.nn.modules.module
+    return bool(
+        m._global_forward_hooks or m._global_forward_pre_hooks or m._global_backward_hooks
+        or m._global_backward_pre_hooks
+    )  # fmt: skip
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something listens to the module's calls, or changes them."""
     return bool(
@@ -32,13 +58,18 @@ def has_hooks(module: nn.Module) -> bool:
 def foreign(module: nn.Module, *kinds: type, idle: Callable[[Hook, nn.Module], bool] | None = None) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`.
 
-    A hook, a forward of its own, another class (a subclass, an adapter, a quantised or pruned layer) or another kind of
-    weight would be without effect if an operation read the weight. idle: which forward hooks do nothing in a call.
+    A hook, a forward of its own or of its class's, another class (a subclass, an adapter, a quantised or pruned layer)
+    or another kind of weight would be without effect if an operation read the weight. idle: which forward hooks do
+    nothing in a call.
     """
     if type(module) not in kinds:
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
+    if changed(type(module)):
+        return f"has another forward: {type(module).forward.__module__}.{type(module).forward.__qualname__}"
+    if has_global_hooks():
+        return "is listened to by hooks of all modules"
     if has_hooks(module):
         hooks = [hook for hook in module._forward_hooks.values() if idle is None or not idle(hook, module)]
         if hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

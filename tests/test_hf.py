@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -205,15 +207,71 @@ def test_logits_are_of_the_weights_of_their_call():
         output.logits  # noqa: B018
 
 
-def test_a_class_that_somebody_changed_runs_as_it_was_changed(monkeypatch):
-    """As programs do that put kernels of their own into transformers; and a module that says it is not causal."""
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "kind", [modeling_gpt2.GPT2MLP, modeling_gpt2.GPT2Attention, modeling_gpt2.GPT2Block, torch.nn.LayerNorm], ids=str
+)
+def test_a_class_that_somebody_changed_runs_as_it_was_changed(kind, wrapped, monkeypatch):
+    """As programs do that put kernels of their own into transformers or torch."""
     theirs, ours = pair()
-    tokens, plain = ids(), modeling_gpt2.GPT2MLP.forward
+    tokens, plain = ids(), kind.forward
+
+    def doubled(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
+        return (found[0] * 2, *found[1:]) if isinstance(found, tuple) else found * 2
+
     with torch.no_grad():
-        with monkeypatch.context() as patch:
-            patch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, h: plain(self, h) * 2)
-            torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
-            assert any("test_hf" in row.why for row in swap.explain(ours))
+        before = ours(tokens).logits
+        monkeypatch.setattr(kind, "forward", functools.wraps(plain)(doubled) if wrapped else doubled)
+        found, expected = ours(tokens).logits, theirs(tokens).logits
+        assert not torch.allclose(found, before, rtol=1e-3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert any(row.runs == "transformers" for row in swap.explain(ours))
+
+
+def test_attention_that_says_it_is_not_causal_is_not():
+    (theirs, ours), tokens = pair(), ids()
+    with torch.no_grad():
+        causal = theirs(tokens).logits
         for model in (theirs, ours):
             model.transformer.h[0].attn.is_causal = False
-        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+        found = ours(tokens).logits
+        torch.testing.assert_close(found, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, causal, rtol=1e-3)
+
+
+def test_hooks_of_all_modules_hear_every_call():
+    heard, tokens = [], ids()
+    for model in pair():
+        calls = []
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_, calls=calls: calls.append(type(m)))
+        with handle, torch.no_grad():
+            model(tokens)
+        heard.append([cls.__mro__[1] if cls in hf.ORIGINAL else cls for cls in calls])
+    leaves = [[cls for cls in calls if cls.__module__ != modeling_gpt2.__name__ and "gpt2_fast" not in cls.__module__]
+              for calls in heard]  # fmt: skip
+    assert leaves[0] == leaves[1]
+    assert len(leaves[0]) > 10
+
+
+class Locked(modeling_gpt2.GPT2LMHeadModel):
+    """Of somebody who keeps what cannot be copied."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_a_class_that_says_how_it_is_copied_is_copied_so():
+    model = gpt2_fast.patch(Locked(build("GPT2LMHeadModel").config).eval())
+    copied, tokens = copy.deepcopy(model), ids()
+    assert copied.lock is not model.lock
+    with torch.no_grad():
+        assert_same_bits([copied(tokens).logits], [model(tokens).logits], "a copy")

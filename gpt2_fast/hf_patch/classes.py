@@ -82,7 +82,9 @@ def _new(original: type) -> nn.Module:
 
 def _reduce(self, protocol: int) -> tuple:
     """A class made here has no name to be found by: a copy and a file name the class that it was made from."""
-    return _new, (original_class(type(self)),), self.__dict__
+    getstate = getattr(type(self), "__getstate__", None)
+    theirs = getstate is not None and getstate is not getattr(object, "__getstate__", None)  # object has one since 3.11
+    return _new, (original_class(type(self)),), self.__getstate__() if theirs else self.__dict__
 
 
 @functools.cache

@@ -59,6 +59,12 @@ TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
 
 
+modules.remember(
+    Conv1D, *TANH_GELUS, modeling_gpt2.GPT2Attention, modeling_gpt2.GPT2MLP, modeling_gpt2.GPT2Block,
+    modeling_gpt2.GPT2Model, modeling_gpt2.GPT2LMHeadModel,
+)  # fmt: skip
+
+
 def _records_attention() -> bool:
     """Whether transformers 5 records attention weights in this call, by hooks on its attention modules."""
     collector = getattr(output_capturing, "_active_collector", None)
@@ -81,11 +87,7 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
 
 def foreign(module: nn.Module, *kinds: type) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`."""
-    if reason := modules.foreign(module, *kinds, idle=_is_idle):
-        return reason
-    kind = type(module)
-    other = getattr(kind.forward, "__module__", kind.__module__) != kind.__module__
-    return f"has a forward of {kind.forward.__module__}" if other else None
+    return modules.foreign(module, *kinds, idle=_is_idle)
 
 
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class BlockForward:
         call = dict(zip(BLOCK, args, strict=False)) | kwargs
         cross = call.get("encoder_hidden_states") is not None or hasattr(self, "crossattention")
         strange = any(call.get(name) is not None for name in STRANGE)
-        if cross or strange or not isinstance(self, BlockForward):
+        if cross or strange or not isinstance(self, BlockForward) or modules.changed(modeling_gpt2.GPT2Block):
             return modeling_gpt2.GPT2Block.forward(self, *args, **kwargs)
         h = call.pop("hidden_states")
         drops = max(_rate(d) for d in (self.attn.attn_dropout, self.attn.resid_dropout, self.mlp.dropout)) > 0.0
@@ -239,6 +241,10 @@ def loop_taken(model: nn.Module) -> str | None:
         return "the config's is_causal is False"
     if getattr(model, "model_parallel", False):  # transformers 4: parallelize
         return "it is spread over several devices"
+    if modules.changed(modeling_gpt2.GPT2Model):
+        return "somebody gave transformers' GPT2Model another forward"
+    if modules.changed(modeling_gpt2.GPT2Block):
+        return "somebody gave transformers' GPT2Block another forward"
     for i, block in enumerate(model.h):
         if reason := forward_of(block, BlockForward):
             return f"h.{i}: {reason}"
@@ -320,7 +326,8 @@ class LMForward:
 
     def forward(self, *args, **kwargs):
         call = dict(zip(LM, args, strict=False)) | kwargs
-        if not isinstance(self, LMForward) or not wants_loss(self, call) or loss_taken(self):
+        changed = modules.changed(modeling_gpt2.GPT2LMHeadModel)
+        if changed or not isinstance(self, LMForward) or not wants_loss(self, call) or loss_taken(self):
             return modeling_gpt2.GPT2LMHeadModel.forward(self, *args, **kwargs)
         inputs = {name: value for name, value in call.items() if name not in LOSS and name != "logits_to_keep"}
         output = self.transformer(**inputs)

@@ -1,4 +1,7 @@
-"""Modules that a fused operation stands for: when it may read their weights, and when it must call them."""
+"""Modules that a fused operation stands for: when it may read their weights, and when it must call them.
+
+State of the process: `_FORWARDS`, the forward that each class of torch or transformers had when it was first seen here.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,25 +162,26 @@ def _yaml(recipe: Recipe, config: TrainConfig) -> str:
 
 
 def commands(recipe: Recipe, folder: Path, processes: int = 1) -> Iterator[tuple[str, str]]:
-    """What runs a recipe: (why, command)."""
+    """What runs a recipe: (why, command), as a shell takes it."""
+    q = lambda path: shlex.quote(str(path))
     if recipe.data:
-        yield "The data, from the Hugging Face hub", f"gpt2-fast fetch {recipe.data} {folder / 'data'}"
-        yield "HellaSwag's questions", f"gpt2-fast fetch hellaswag {folder}"
+        yield "The data, from the Hugging Face hub", f"gpt2-fast fetch {recipe.data} {q(folder / 'data')}"
+        yield "HellaSwag's questions", f"gpt2-fast fetch hellaswag {q(folder)}"
     start = "gpt2-fast" if processes == 1 else f"torchrun --standalone --nproc-per-node {processes} -m gpt2_fast"
     yield (
         "Train; the same command goes on after an interruption",
-        (f"{start} train --config {folder / 'config.yaml'} --resume auto"),
+        (f"{start} train --config {q(folder / 'config.yaml')} --resume auto"),
     )
     checkpoint = folder / "run" / "checkpoint"
     if recipe.data:
         yield (
             "Evaluate",
             (
-                f"gpt2-fast eval {checkpoint} --shard {folder / 'data' / hub.SHARDS[recipe.data].val} "
-                f"--hellaswag {folder / 'hellaswag_val.jsonl'} --json {folder / 'results.json'}"
+                f"gpt2-fast eval {q(checkpoint)} --shard {q(folder / 'data' / hub.SHARDS[recipe.data].val)} "
+                f"--hellaswag {q(folder / 'hellaswag_val.jsonl')} --json {q(folder / 'results.json')}"
             ),
         )
-    yield "Write", f"gpt2-fast generate --model {checkpoint}"
+    yield "Write", f"gpt2-fast generate --model {q(checkpoint)}"
 
 
 def _readme(recipe: Recipe, folder: Path, config: TrainConfig, processes: int) -> str:

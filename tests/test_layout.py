@@ -167,7 +167,7 @@ def _state(path: Path) -> list[str]:
 
 
 def test_state_of_the_process_is_named():
-    """What outlives a call stands in the docstring of its package; modules in no package have none."""
+    """What outlives a call stands in the docstring of its package, or of a module that is in none."""
     for module, path in MODULES.items():
         if (room := _room(module)) in ("kernels", "ops"):
             continue

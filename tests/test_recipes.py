@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +201,13 @@ def test_a_recipes_files_are_the_run(name, tmp_path, capsys):
     assert "config.yaml is there and says something else" in capsys.readouterr().err
 
 
+def test_commands_are_what_a_shell_takes(tmp_path):
+    folder = tmp_path / "my runs"
+    for name in recipes.RECIPES:
+        for _, command in recipes.commands(recipes.get(name), folder):
+            assert all(word.startswith(str(folder)) for word in shlex.split(command) if "my runs" in word)
+
+
 def test_gpt2_124m_is_ten_billion_tokens():
     """Half a million a step, as llm.c's run has it: 19,073 steps are the 10 billion that its 3.28 is after."""
     recipe = recipes.get("gpt2-124m")
@@ -256,10 +265,15 @@ def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
 def test_the_nano_recipe_runs_whole_beside_transformers(tmp_path, monkeypatch, capfd):
     """Six steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
     monkeypatch.chdir(Path(__file__).parent.parent)
+    commands = []
+    # In this process: three of their own would be most of the time.
+    here = lambda command, check: commands.append(main([*map(str, command[3:])]))
+    monkeypatch.setattr(reproduce, "subprocess", types.SimpleNamespace(run=here))
     folder = tmp_path / "whole"
     assert reproduce.main(["--steps", "6", "--folder", str(folder), "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
+    assert commands == [0, 0, 0]
     assert record["tokens"] == 6 * 2048
     assert list(record["curves"]["gpt2_fast"]["val_loss"]) == ["0", "2", "4", "6"]
     assert record["farthest"]["loss"] < 2e-5 * 11

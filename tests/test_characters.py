@@ -56,6 +56,16 @@ def test_plain_values_come_back_of_every_protocol(tmp_path, protocol):
     assert read_plain_pickle(tmp_path / "a.pkl") == value
 
 
+def test_a_deep_pickle_is_read_in_one_pass(tmp_path):
+    """Each mark was once looked for from the bottom of the stack: this file took hours."""
+    depth = 200_000
+    (tmp_path / "a.pkl").write_bytes(b"(" * depth + b"t" * depth + b".")
+    value, found = read_plain_pickle(tmp_path / "a.pkl"), 1
+    while value:
+        (value,), found = value, found + 1
+    assert found == depth
+
+
 class Runs:
     def __init__(self, path):
         self.path = path

@@ -381,6 +381,9 @@ def test_a_prompt_comes_from_a_pipe_or_a_file(folder, capsys, tmp_path, monkeypa
         monkeypatch.setattr(sys, "stdin", Piped(file.read_bytes()))
         assert main(["generate", *arguments, *greedy]) == 0
         assert capsys.readouterr().out == expected
+    file.write_text(text, encoding="utf-8-sig")
+    assert main(["generate", "--prompt-file", str(file), *greedy]) == 0
+    assert capsys.readouterr().out == expected
     for arguments, message in (
         (["a", "--prompt-file", str(file)], "PROMPT and --prompt-file exclude each other"),
         (["-", "--prompt-file", str(file)], "PROMPT and --prompt-file exclude each other"),

@@ -201,6 +201,13 @@ def test_a_recipes_files_are_the_run(name, tmp_path, capsys):
     assert "config.yaml is there and says something else" in capsys.readouterr().err
 
 
+def test_out_may_be_in_the_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["recipe", "nano", "--out", "~/runs", "--device", "cpu"]) == 0
+    assert (tmp_path / "runs" / "config.yaml").exists()
+    assert "~" not in capsys.readouterr().out
+
+
 def test_commands_are_what_a_shell_takes(tmp_path):
     folder = tmp_path / "my runs"
     for name in recipes.RECIPES:

@@ -186,6 +186,7 @@ def test_learning_rate_schedule():
         (["--device", "cuda"], "torch finds no CUDA device"),
         (["--device", "tpu0"], "choose auto, cpu, cuda"),
         (["--context", "5000"], "nano has 256 positions; lower --context"),
+        (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--dtype", "float8"], "choose float32, bfloat16, float16"),
         (["--impl", "magic"], "impl is 'magic'"),

@@ -59,7 +59,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         source = "-"
     try:
         content = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # as editors on Windows write it: the mark is no part of a prompt
     except OSError as error:
         raise type(error)(f"cannot read {source} ({error.strerror or error})") from None
     except UnicodeDecodeError as error:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.parallel.group import check_world
     from gpt2_fast.report.machine import resolve_device
 
-    device, folder = resolve_device(arguments.device), Path(arguments.out or recipe.name)
+    device, folder = resolve_device(arguments.device), Path(arguments.out or recipe.name).expanduser()
     more = {} if arguments.dtype is None else {"dtype": arguments.dtype}
     size = arguments.batch_size
     if size is None:

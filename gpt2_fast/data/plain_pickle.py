@@ -41,10 +41,11 @@ class _Refused(Exception):
 
 def _build(content: bytes) -> Any:
     stack: list[Any] = []
+    marks: list[int] = []  # where in the stack
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        at = max(i for i, item in enumerate(stack) if item is _MARK)
+        at = marks.pop()
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -57,6 +58,7 @@ def _build(content: bytes) -> Any:
             (value,) = stack
             return value
         if name == "MARK":
+            marks.append(len(stack))
             stack.append(_MARK)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])

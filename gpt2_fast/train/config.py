@@ -58,7 +58,7 @@ class TrainConfig:
     out: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "max_tokens", "batch_size", "grad_accum", "eval_batches", "keep", "log_every"):
+        for name in ("steps", "max_tokens", "context", "batch_size", "grad_accum", "eval_batches", "keep", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         for name in (

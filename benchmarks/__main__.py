@@ -4,7 +4,9 @@ import importlib
 import sys
 
 # Each is a module of this package with a main(argv).
-COMMANDS = ("train", "reproduce", "scale", "generate", "quantisation", "ops", "roofline", "tune", "profile_step")
+COMMANDS = (
+    "train", "compare", "reproduce", "scale", "generate", "quantisation", "ops", "roofline", "tune", "profile_step",
+)  # fmt: skip
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

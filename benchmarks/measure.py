@@ -34,8 +34,9 @@ def run_worker(
     timeout: float,
     env: Mapping[str, str] | None = None,
     launched: Sequence[str] = (),
+    root: Path = ROOT,
 ) -> dict:
-    """Runs `python -m module --key value ...` from the repository's root: the JSON of its last line on stdout.
+    """Runs `python -m module --key value ...` from a checkout's root: the JSON of its last line on stdout.
 
     launched: what stands between a module that launches others and the options of these. An option that is True is
     passed as a flag alone; one that is False or None is left out.
@@ -46,7 +47,7 @@ def run_worker(
         if value is not None and value is not False:
             command += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout,
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=timeout,
                               env={**os.environ, **(env or {})})  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ProgramFailed(f"took more than {timeout:.0f} s") from None

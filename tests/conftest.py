@@ -24,8 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What `make test-fast` leaves out: test files that run whole commands, compilers or other processes, and elsewhere the
 # tests whose names have one of these parts.
 SLOW_FILES = [
-    "benchmarks", "benchmarks_generate", "benchmarks_scale", "build", "chapter8", "colab", "compat",
-    "distributed_loops", "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated", "golden",
+    "benchmarks", "benchmarks_compare", "benchmarks_generate", "benchmarks_scale", "build", "chapter8", "colab",
+    "compat", "distributed_loops", "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated", "golden",
     "golden_kernels", "hf", "hub", "install", "loss_scale", "memory", "model_contract", "nanogpt", "no_extension",
     "op_benchmarks", "parallel", "patch_ecosystem", "pretrained", "recipes", "run", "threads", "train",
 ]  # fmt: skip

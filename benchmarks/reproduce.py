@@ -8,6 +8,7 @@ float32. What differs is the arithmetic of two programs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -30,23 +31,26 @@ Curves = dict[str, dict[int, float]]
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="instead of the recipe's: the whole of it, scaled down further")
-    parser.add_argument("--folder", default="reproduce", help="of both runs (default reproduce)")
+    parser.add_argument("--double", type=int, default=0, metavar="N",
+                        help="also train transformers' model in float64 for the first N steps")  # fmt: skip
+    parser.add_argument("--folder", default="reproduce", help="of all runs; those that ended there are not made again")
     parser.add_argument("--out", default=str(measure.RESULTS), help="folder for the JSON and the chart")
     arguments = parser.parse_args(argv)
     folder, recipe = Path(arguments.folder), recipes.get(RECIPE)
-    if (folder / "run").exists():
-        parser.error(f"{folder} holds a run already; choose another --folder, or remove it")
-    seconds = {"gpt2_fast": run_recipe(folder, arguments.steps)}
     config = recipes.config_of(recipe, folder, recipe.most, **_steps(arguments.steps))
-    started = time.perf_counter()
-    theirs = list(train_transformers(config, folder))
-    seconds["transformers"] = time.perf_counter() - started
+    if not 0 <= arguments.double <= config.steps:
+        parser.error(f"--double is {arguments.double}; the run has {config.steps} steps")
+    seconds = {"gpt2_fast": run_recipe(folder, arguments.steps)}
+    theirs, seconds["transformers"] = ended(folder, config, "float32", config.steps)
     curves = {"gpt2_fast": read_curves(folder / "run" / "metrics.jsonl"), "transformers": curves_of(theirs)}
     record = {
         "command": measure.command_line("reproduce", argv), "machine": measure.machine("cpu", "transformers"),
         "recipe": RECIPE, "steps": config.steps, "tokens": recipe.tokens * config.steps, "seconds": seconds,
         "farthest": farthest(curves), "curves": curves,
     }  # fmt: skip
+    if arguments.double:
+        truth = curves_of(ended(folder, config, "float64", arguments.double)[0])
+        record["float64"] = {"steps": arguments.double, "loss": truth["loss"], "farthest": from_truth(curves, truth)}
     path = measure.record_path(arguments.out, record["machine"]["device"], "reproduce", RECIPE, config.steps)
     measure.save_record(path, record)
     measure.save_figure(chart(curves), path.with_suffix(".png"))
@@ -62,9 +66,12 @@ def _steps(steps: int | None) -> dict[str, int]:
     return {"steps": steps, "eval_every": max(1, steps // 3), "eval_batches": 2, "warmup": min(10, steps)}
 
 
-def run_recipe(folder: Path, steps: int | None) -> float:
-    """The commands of the recipe's README, one after the other. Returns the seconds of its training."""
-    say = [sys.executable, "-m", "gpt2_fast"]
+def run_recipe(folder: Path, steps: int | None) -> float | None:
+    """The commands of the recipe's README, one after the other. Returns the seconds of its training.
+
+    None where some of it had been trained before: a run that was stopped goes on, one that ended says so.
+    """
+    say, fresh = [sys.executable, "-m", "gpt2_fast"], not (folder / "run").exists()
     subprocess.run([*say, "recipe", RECIPE, "--device", "cpu", "--out", folder], check=True)
     shorter = [s for name, value in _steps(steps).items() for s in (f"--{name.replace('_', '-')}", str(value))]
     started = time.perf_counter()
@@ -72,16 +79,27 @@ def run_recipe(folder: Path, steps: int | None) -> float:
     subprocess.run(train, check=True)
     seconds = time.perf_counter() - started
     subprocess.run([*say, "generate", "--model", folder / "run" / "checkpoint", "--seed", "1", "import "], check=True)
-    return seconds
+    return seconds if fresh else None
 
 
-def train_transformers(config: TrainConfig, folder: Path) -> Iterator[dict]:
+def ended(folder: Path, config: TrainConfig, dtype: str, steps: int) -> tuple[list[dict], float | None]:
+    """Lines and seconds of transformers' first steps in a dtype, made once: a folder keeps a run that ended."""
+    path = folder / f"transformers-{dtype}-{steps}-of-{config.steps}.json"
+    if path.exists():
+        return json.loads(path.read_text()), None
+    started = time.perf_counter()
+    lines = list(itertools.takewhile(lambda line: line["step"] <= steps, train_transformers(config, folder, dtype)))
+    measure.save_record(path, lines)
+    return lines, time.perf_counter() - started
+
+
+def train_transformers(config: TrainConfig, folder: Path, dtype: str = "float32") -> Iterator[dict]:
     """The lines that metrics.jsonl would have, of transformers' model in a plain loop."""
     from transformers import GPT2LMHeadModel
 
     initial = folder / "initial"
     build_model(config, torch.device("cpu")).save_pretrained(initial)
-    model = GPT2LMHeadModel.from_pretrained(initial, attn_implementation="eager").train()
+    model = GPT2LMHeadModel.from_pretrained(initial, attn_implementation="eager").to(getattr(torch, dtype)).train()
     train, val = load_data(config.data, context=config.context, vocab_size=model.config.vocab_size)
     parameters = list(model.parameters())
     groups = [
@@ -141,17 +159,31 @@ def farthest(curves: dict[str, Curves]) -> dict[str, float]:
     return {key: max(abs(ours[key][step] - theirs[key][step]) for step in ours[key]) for key in ours}
 
 
+def from_truth(curves: dict[str, Curves], truth: Curves) -> dict[str, float]:
+    """The largest difference of each program's training loss from that of float64, over the steps that it has."""
+    exact = truth["loss"]
+    return {name: max(abs(curve["loss"][s] - exact[s]) for s in exact) for name, curve in curves.items()}
+
+
 def text(record: dict) -> str:
     """The outcome as a table."""
     curves, last = record["curves"], record["steps"]
     rows = [
         (name, f"{curves[name]['val_loss'][0]:.4f}", f"{curves[name]['val_loss'][last]:.4f}",
-         f"{curves[name]['loss'][last]:.4f}", f"{record['seconds'][name]:,.0f}")
+         f"{curves[name]['loss'][last]:.4f}", _seconds(record["seconds"][name]))
         for name in curves
     ]  # fmt: skip
     header = ("program", "val loss, step 0", f"val loss, step {last}", "training loss", "seconds")
     apart = ", ".join(f"{key} {value:.2g}" for key, value in record["farthest"].items())
-    return f"{measure.text_table(header, rows)}\nfarthest apart at any step: {apart}"
+    lines = [measure.text_table(header, rows), f"farthest apart at any step: {apart}"]
+    if exact := record.get("float64"):
+        apart = ", ".join(f"{name} {value:.2g}" for name, value in exact["farthest"].items())
+        lines.append(f"farthest from float64 in the first {exact['steps']} steps: {apart}")
+    return "\n".join(lines)
+
+
+def _seconds(value: float | None) -> str:
+    return "not timed" if value is None else f"{value:,.0f}"
 
 
 def chart(curves: dict[str, Curves]):

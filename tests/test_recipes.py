@@ -273,21 +273,40 @@ def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
 
 
 def test_the_nano_recipe_runs_whole_beside_transformers(tmp_path, monkeypatch, capfd):
-    """Six steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
+    """Three steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
     monkeypatch.chdir(Path(__file__).parent.parent)
     commands = []
     # In this process: three of their own would be most of the time.
     here = lambda command, check: commands.append(main([*map(str, command[3:])]))
     monkeypatch.setattr(reproduce, "subprocess", types.SimpleNamespace(run=here))
     folder = tmp_path / "whole"
-    assert reproduce.main(["--steps", "6", "--folder", str(folder), "--out", str(tmp_path)]) == 0
+    arguments = ["--steps", "3", "--folder", str(folder), "--out", str(tmp_path)]
+    assert reproduce.main([*arguments, "--double", "1"]) == 0
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert commands == [0, 0, 0]
-    assert record["tokens"] == 6 * 2048
-    assert list(record["curves"]["gpt2_fast"]["val_loss"]) == ["0", "2", "4", "6"]
+    assert record["tokens"] == 3 * 2048
+    assert list(record["curves"]["gpt2_fast"]["val_loss"]) == ["0", "1", "2", "3"]
     assert record["farthest"]["loss"] < 2e-5 * 11
     assert record["farthest"]["val_loss"] < 2e-5 * 11
-    first, last = (record["curves"]["gpt2_fast"]["loss"][step] for step in ("1", "6"))
+    first, last = (record["curves"]["gpt2_fast"]["loss"][step] for step in ("1", "3"))
     assert last < first
     assert path.with_suffix(".png").stat().st_size > 10_000
+    exact = record["float64"]
+    assert list(exact["loss"]) == ["1"]
+    assert 0 < exact["farthest"]["gpt2_fast"] < 2e-5
+    assert 0 < exact["farthest"]["transformers"] < 2e-5
+    # What has ended is not trained again: neither by the recipe's own commands, nor here.
+    monkeypatch.setattr(reproduce, "train_transformers", None)
+    assert reproduce.main(arguments) == 0
+    again = json.loads(path.read_text())
+    assert again["curves"] == record["curves"]
+    assert again["seconds"] == {"gpt2_fast": None, "transformers": None}
+    assert "not timed" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("steps", ["-1", "7"])
+def test_float64_cannot_be_longer_than_the_run(steps, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--steps", "6", "--double", steps])
+    assert f"--double is {steps}; the run has 6 steps" in capsys.readouterr().err

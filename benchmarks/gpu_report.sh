@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The first ten minutes with any GPU: environment, build, tests, timings, a profile, and all of it in one archive.
+# The first ten minutes with any GPU: environment, build, checks, the configurations that this card wants, whole steps
+# beside all peers, then tests, a profile and single ops, and all of it in one archive.
 #
 #   benchmarks/gpu_report.sh [STAGE ...]      all stages, or those named, again
 #
@@ -7,7 +8,8 @@
 # Nothing is downloaded: it works with the Python packages that are there, and says first what is missing.
 # Without a GPU the same stages run on the CPU in a smoke size, which is how this script is tested.
 #
-# Environment: PYTHON (.venv's, else python3), OUT (out/gpu-report), LIMIT seconds a stage (540), TESTS (tests),
+# Environment: PYTHON (.venv's, else python3), OUT (out/gpu-report), LIMIT seconds a stage (540), TUNE seconds for
+# configurations (240), TESTS (tests),
 # JOBS files of tests at a time (1; 8 with a GPU).
 # shellcheck disable=SC2329  # stages are called by name
 set -uo pipefail
@@ -18,9 +20,9 @@ if [[ -z ${PYTHON:-} ]]; then
   [[ -x .venv/bin/python ]] && PYTHON=$PWD/.venv/bin/python
 fi
 OUT=$(realpath -m "${OUT:-out/gpu-report}")
-export PYTHON OUT LIMIT=${LIMIT:-540} TESTS=${TESTS:-tests}
+export PYTHON OUT LIMIT=${LIMIT:-540} TUNE=${TUNE:-240} TESTS=${TESTS:-tests}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
-STAGES=(environment build check tests train train-float32 profile ops generate sanitizer)
+STAGES=(environment build check tune train tests train-float32 profile ops generate sanitizer)
 
 gpu() { [[ ${GPU:=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null)} == 1 ]]; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
@@ -81,6 +83,15 @@ stage_check() {
   "$PYTHON" -m gpt2_fast.cli doctor || return 1
   "$PYTHON" -m benchmarks train --model smoke --batch-size 2 --context 32 --rounds 1 --warmup 2 --steps 3 \
     --programs gpt2_fast,gpt2_fast-graph,reference --dtype float32,bfloat16 --out "$OUT/check"
+}
+
+# Each candidate is held to float64, then timed; the winners become rows of kernels/configs/, which whole steps then run
+# with. What was timed is kept in tune.json: run again, it goes on with the rows that are left.
+stage_tune() {
+  gpu || skip "configurations are timed on a GPU"
+  has triton || skip "triton is not installed"
+  "$PYTHON" -m benchmarks tune --write --record "$OUT/tune.json" --seconds "$TUNE" --candidates "${CANDIDATES:-12}" || return 1
+  rm -rf "$OUT/configs" && cp -r kernels/configs "$OUT/configs"
 }
 
 # By file, so that a run that is cut off goes on where it was; one process each, so that a crash stays its own.

@@ -1,6 +1,7 @@
 """`python -m benchmarks tune`: chooses the configurations of kernels/configs/<op>.json, outside any run.
 
-On a GPU each candidate is timed in its op, at GPT-2 124M's shapes, by triton.testing.do_bench; the fastest wins.
+On a GPU each candidate is checked and timed in its op, at GPT-2 124M's shapes, by triton.testing.do_bench; the fastest
+wins (tune_time.py).
 Without one, or with --arch, candidates are compiled and ranked by what their machine code says, in this order:
 
 1. no spilled registers, and no more shared memory than a block of that architecture may have (sm_80: than one of
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from benchmarks.measure import text_table
+from benchmarks.measure import ROOT, command_line, text_table
 
 # Per multiprocessor (CUDA C++ Programming Guide, "Technical Specifications"): bytes of shared memory, warps.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -119,55 +120,6 @@ def by_machine_code(op: str, index: int, arch: int, pool, limit: int) -> list[tu
     return sorted(ranked, key=lambda entry: (entry[0][:-1], entry[1] != row["config"], entry[0][-1]))
 
 
-def by_time(op: str, index: int, limit: int) -> list[tuple[tuple, dict, float | str]]:
-    """(rank, candidate, milliseconds) of the candidates of one row, fastest first, on the GPU that is here."""
-    import torch
-    from gpt2_fast.kernels import tuning
-    from triton.testing import do_bench
-
-    row = tuning.rows(op)[index]
-    target, setup = _gpu_target(op, row)
-    timed = []
-    for candidate in candidates(op, row)[:limit]:
-        with tuning.trial(op, index, candidate):
-            try:
-                arguments = setup() if setup else ((), {})
-                ms = do_bench(lambda a=arguments: target(*a[0]), return_mode="median")
-            except Exception as error:  # too much shared memory, registers: this one is out
-                torch.cuda.synchronize()
-                timed.append(((math.inf,), candidate, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
-                continue
-        timed.append(((ms,), candidate, ms))
-    return sorted(timed, key=lambda entry: entry[0])
-
-
-def _gpu_target(op: str, row: dict):
-    """(target, setup) of the op that launches the row's kernel, as the benchmark of that op has them."""
-    import torch
-
-    from benchmarks.ops.harness import SIZES, Size
-
-    bench, name = {"bias": ("mlp", "case")}.get(op, (op, "case"))
-    module = importlib.import_module(f"benchmarks.ops.bench_{bench}")
-    shape, base = row.get("shape", {}), SIZES["cuda"]
-    width = shape.get("width", base.n_embd)
-    heads = max(1, width // shape["head_dim"]) if "head_dim" in shape else base.n_head
-    rows = 1 if row["kernel"] == "matmul" else base.B  # the product of few rows
-    size = Size(rows, 32 if rows == 1 else base.T, heads, width, product=base.product)
-    dtype = torch.float32 if row.get("itemsize", 2) == 4 else torch.bfloat16
-    case = getattr(module, name)(size, dtype, "cuda")
-    backward = row["kernel"].startswith(("backward", "gelu_backward", "reduce", "column"))
-    wanted = "backward" if backward else "forward+backward"
-    direction = wanted if wanted in case.cost else next(iter(case.cost))
-    target, setup = case.timed("gpt2_fast", direction)
-    if direction != "backward":
-        return target, setup
-    # do_bench calls it again and again: the graph has to outlive a call
-    leaves = [x for x in case.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return (lambda outputs: torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs],
-                                                retain_graph=True, allow_unused=True)), setup  # fmt: skip
-
-
 def _rows_to_tune(ops: Sequence[str], arch: int, kernel: str | None) -> Iterator[tuple[str, int]]:
     from gpt2_fast.kernels import cards, tuning
 
@@ -184,8 +136,6 @@ def _cells(candidate: dict, result, shipped: bool, arch: int) -> tuple[str, ...]
     tile += " (ships)" if shipped else ""
     if isinstance(result, str):
         return tile, "", "", "", "", result[:60]
-    if isinstance(result, float):
-        return tile, "", "", "", "", f"{result:.4f} ms"
     warps = resident_warps(result, candidate["num_warps"], arch)
     said = "; ".join(result["problems"]) or ", ".join(sorted(result["mma"])) or "no tensor cores"
     return tile, str(result["registers"]), str(result["spilled_bytes"]), str(result["shared_bytes"]), str(warps), said
@@ -199,6 +149,8 @@ def _arguments(argv: Sequence[str], known: Sequence[str]) -> argparse.Namespace:
                         help="rank by machine code for this architecture; default: the GPU here, else 90")  # fmt: skip
     parser.add_argument("--candidates", type=int, default=27, help="at most so many a row")
     parser.add_argument("--show", type=int, default=4, help="lines a row")
+    parser.add_argument("--record", metavar="FILE.json", help="on a GPU: keep what was timed there, and go on from it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU: begin no further row after so many")
     parser.add_argument("--write", action="store_true", help="put the best of each row into kernels/configs")
     return parser.parse_args(argv)
 
@@ -216,20 +168,44 @@ def main(argv: list[str]) -> int:
     wanted = list(_rows_to_tune(options.ops, arch, options.kernel))
     if not wanted:
         sys.exit(f"no kernel {options.kernel!r} in {', '.join(options.ops)} for {cards.label(arch)}")
+    if timed:
+        chosen, left = _by_time(options, wanted, argv)
+    else:
+        chosen, left = _by_machine_code(options, wanted, arch), []
+    for name in left:
+        print(f"not timed: {name}")
+    if options.write:
+        _write(chosen, arch, f"{by}, triton {triton.__version__}")
+    return 0
+
+
+def _by_machine_code(options: argparse.Namespace, wanted: Sequence[tuple[str, int]], arch: int) -> dict:
+    """The best candidate of each row by its machine code; prints the first few."""
+    from gpt2_fast.kernels import cards, tuning
+
     chosen: dict[tuple[str, int], dict] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for op, index in wanted:
             row = tuning.rows(op)[index]
-            ranked = by_time(op, index, options.candidates) if timed else by_machine_code(
-                op, index, arch, pool, options.candidates)  # fmt: skip
+            ranked = by_machine_code(op, index, arch, pool, options.candidates)
             title = " ".join([op, row["kernel"], cards.label(arch), str(row.get("shape", ""))]).strip()
             lines = [_cells(c, r, c == row["config"], arch) for _, c, r in ranked[: options.show]]
             print(text_table((title, "registers", "spilled", "shared", "warps", "says"), lines) + "\n", flush=True)
             if not isinstance(ranked[0][2], str):
                 chosen[op, index] = ranked[0][1]
-    if options.write:
-        _write(chosen, arch, f"{by}, triton {triton.__version__}")
-    return 0
+    return chosen
+
+
+def _by_time(options: argparse.Namespace, wanted: Sequence[tuple[str, int]], argv: list[str]) -> tuple[dict, list]:
+    from triton.testing import do_bench
+
+    from benchmarks import tune_time
+
+    sys.path.insert(0, str(ROOT / "tests"))  # numerics, the rule of what is right
+    record = tune_time.Record(options.record, command_line("tune", argv))
+    first = lambda op, row: candidates(op, row)[: options.candidates]
+    bench = lambda run: do_bench(run, return_mode="median")
+    return tune_time.time_rows(wanted, record, options.seconds, first, bench)
 
 
 def _write(chosen: dict[tuple[str, int], dict], arch: int, by: str) -> None:

@@ -140,9 +140,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
+PLACES = ("--out", "--folder", "--record")  # options that say where something lies, and nothing about a figure
+
+
 def command_line(name: str, argv: Sequence[str]) -> str:
-    """`python -m benchmarks name ...` as it was given, less --out and its folder, which say nothing about a figure."""
-    kept = [word for i, word in enumerate(argv) if word != "--out" and (i == 0 or argv[i - 1] != "--out")]
+    """`python -m benchmarks name ...` as it was given, less PLACES and what follows them."""
+    kept = [word for i, word in enumerate(argv) if word not in PLACES and (i == 0 or argv[i - 1] not in PLACES)]
     return " ".join(["python -m benchmarks", name, *kept])
 
 

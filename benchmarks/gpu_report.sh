@@ -22,7 +22,7 @@ fi
 OUT=$(realpath -m "${OUT:-out/gpu-report}")
 export PYTHON OUT LIMIT=${LIMIT:-540} TUNE=${TUNE:-240} TESTS=${TESTS:-tests}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
-STAGES=(environment build check tune train tests train-float32 profile ops generate sanitizer)
+STAGES=(environment build check tune train products tests train-float32 profile ops generate sanitizer)
 
 gpu() { [[ ${GPU:=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null)} == 1 ]]; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
@@ -130,6 +130,13 @@ whole_steps() {
 }
 stage_train() { whole_steps --dtype bfloat16 --batch-size 32 --context 1024; }
 stage_train-float32() { whole_steps --dtype float32 --batch-size 8 --context 1024; }
+
+# Where cuBLASLt's products add up to less than cuBLAS's, TORCH_BLAS_PREFER_CUBLASLT=1 is worth a run of whole steps.
+stage_products() {
+  local smoke=(--model smoke --batch-size 2 --context 32 --rounds 1)
+  gpu && smoke=()
+  "$PYTHON" -m benchmarks products --out "$OUT" "${smoke[@]}"
+}
 
 stage_profile() {
   if gpu; then

@@ -40,8 +40,8 @@ INSPECTED = 3  # configurations of one row that are compiled for a candidate, of
 
 
 def candidates(op: str, row: dict) -> list[dict[str, int]]:
-    """The shipped configuration and its neighbours, nearest first: every tile edge halved, kept or doubled, warps
-    likewise, and one stage more or less."""
+    """The shipped configuration, the row's own candidates, and the neighbours of what ships, nearest first: every tile
+    edge halved, kept or doubled, warps likewise, and one stage more or less."""
     shipped = row["config"]
     choices = {}
     for name, value in shipped.items():
@@ -55,7 +55,9 @@ def candidates(op: str, row: dict) -> list[dict[str, int]]:
         else:
             choices[name] = [value]
     found = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    return sorted(found, key=lambda c: sum(c[name] != shipped[name] for name in shipped))
+    near = sorted(found, key=lambda c: sum(c[name] != shipped[name] for name in shipped))
+    own = row.get("candidates", [])
+    return [shipped, *own, *(c for c in near if c != shipped and c not in own)]
 
 
 def affected(op: str, index: int, arch: int) -> list[int]:
@@ -222,6 +224,9 @@ def _write(chosen: dict[tuple[str, int], dict], arch: int, by: str) -> None:
                 table.append(row)
             if changed:
                 table.append({**row, "arch": arch, "config": best, "by": by})
-        table = [{key: row[key] for key in (*tuning.SELECTORS, "config", "by") if key in row} for row in table]
+                if "candidates" in row:  # what was launched so far stays within reach
+                    others = [row["config"], *row["candidates"]]
+                    table[-1]["candidates"] = [c for c in others if c != best]
+        table = [{key: row[key] for key in tuning.KEYS if key in row} for row in table]
         tuning.write(op, table)
         print(f"{tuning.path(op)}: {sum(row['by'] == by for row in table)} rows changed")

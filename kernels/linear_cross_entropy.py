@@ -6,6 +6,10 @@ One program a row and two passes over it: the first keeps a running maximum and 
 (Milakov, Gimelshein 2018, arXiv:1805.02867), the second writes the gradient where the logits were, so that a
 chunk of logits is all the memory there is. A row of 50257 starts at an odd element: tiles begin at the last
 16-byte boundary before it, and all but the first and last are read whole.
+
+The second pass finds its row in the L2 where all rows under way fit there, and reads it from memory where they do not.
+How many are under way is what the configuration says: a tile of many warps leaves room for few blocks on a
+multiprocessor. sm_90's "candidates" are such tiles (configs/linear_cross_entropy.json); what ships was timed.
 """
 
 from __future__ import annotations
@@ -149,20 +153,25 @@ def _config(arch: int, itemsize: int) -> dict[str, int]:
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every dtype, an odd row stride (50257) and an aligned one, with and without the gradient."""
+    """Every dtype, an odd row stride (50257) and an aligned one, with and without the gradient; candidates with it."""
     specs, flags = [], (False, True)
     for arch in ARCHS:
-        for dtype, write_grad, padded in itertools.product(forms_for(arch, TRITON_DTYPE.values()), flags, flags):
-            specs.append(_spec(dtype, 4 if dtype == "fp32" else 2, write_grad, padded, arch))
+        for dtype, padded in itertools.product(forms_for(arch, TRITON_DTYPE.values()), flags):
+            size = 4 if dtype == "fp32" else 2
+            specs += [_spec(dtype, size, write_grad, padded, arch, _config(arch, size)) for write_grad in flags]
+            for config in tuning.candidates("linear_cross_entropy", "softmax_xent", arch, size):
+                tile = f" {config['BLOCK_V']} in {config['num_warps']} warps"
+                specs.append(_spec(dtype, size, True, padded, arch, config, tile))
     return specs
 
 
-def _spec(dtype: str, size: int, write_grad: bool, padded: bool, arch: int) -> AotSpec:
-    config = _config(arch, size)
+def _spec(
+    dtype: str, size: int, write_grad: bool, padded: bool, arch: int, config: dict[str, int], tile: str = ""
+) -> AotSpec:
     types = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64"}
     types |= dict.fromkeys(("losses_ptr", "row_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("row_stride", "V", "ignore_index"), "i32")
     flags = {"ROW_SCALE": False, "WRITE_GRAD": write_grad, "ALIGN": 16 // size}
     sizes = ("V", "ignore_index") if padded else ("V", "ignore_index", "row_stride")
-    name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}"
+    name = f"softmax_xent {dtype}{' gradient' * write_grad}{' padded' * padded}{tile}"
     return make_spec(softmax_xent_kernel, name, types, flags, config, (arch,), unaligned=sizes)

@@ -11,6 +11,9 @@ none, sm_80's. Numbers are as far apart as the octaves
 between them, anything else that differs is half an octave, and a row without a shape is further than any with one: the
 default. `python -m benchmarks tune` writes these files; nothing is timed in a run.
 
+"candidates" in a row are configurations that a GPU has still to decide on: they compile without spills as what is
+launched does, are in tests/golden, and `python -m benchmarks tune` times them with the neighbours of "config".
+
 Where ptxas lets a thread spill to reach a number of registers of its own choice, "maxnreg" in a config names the most
 a thread may have instead.
 """
@@ -31,6 +34,7 @@ from .cards import Name, lineage
 
 FOLDER = Path(__file__).parent / "configs"
 SELECTORS = ("kernel", "arch", "itemsize", "shape")
+KEYS = (*SELECTORS, "config", "candidates", "by")
 FALLBACK_ARCH = 80  # asks for the least shared memory of those that have all rows
 _POWERS = ("num_warps", "ROWS")  # beside BLOCK*: Triton wants powers of two
 
@@ -73,11 +77,20 @@ def _problem(row: Any) -> str | None:
     """What is wrong with a row; None when nothing is."""
     if not isinstance(row, dict) or not isinstance(row.get("kernel"), str):
         return "it names no kernel"
-    if unknown := row.keys() - {*SELECTORS, "config", "by"}:
-        return f"{sorted(unknown)[0]!r} is not a key; a row has kernel, arch, itemsize, shape, config and by"
-    config = row.get("config")
+    if unknown := row.keys() - set(KEYS):
+        return f"{sorted(unknown)[0]!r} is not a key; a row has {', '.join(KEYS[:-1])} and {KEYS[-1]}"
+    if not isinstance(candidates := row.get("candidates", []), list):
+        return "candidates is no list of configurations"
+    found = [
+        _problem_of_config("config", row.get("config")),
+        *(_problem_of_config("a candidate", c) for c in candidates),
+    ]
+    return next((problem for problem in found if problem), None)
+
+
+def _problem_of_config(what: str, config: Any) -> str | None:
     if not isinstance(config, dict) or not isinstance(config.get("num_warps"), int):
-        return "config has no num_warps"
+        return f"{what} has no num_warps"
     for name, value in config.items():
         if type(value) is not int or value < 1:
             return f"{name} is {value!r}; it must be a whole number above 0"
@@ -118,10 +131,19 @@ def config(op: str, kernel: str, arch: Name, itemsize: int = 4, **shape: Any) ->
         itemsize: bytes an element.
         shape: what tells apart shapes that want configurations of their own, as the rows have it.
     """
-    found = _row(op, kernel, arch, itemsize, tuple(shape.items()))["config"]
-    if "maxnreg" in found and isinstance(arch, str):
-        return {key: value for key, value in found.items() if key != "maxnreg"}
-    return found
+    return _for_arch(_row(op, kernel, arch, itemsize, tuple(shape.items()))["config"], arch)
+
+
+def candidates(op: str, kernel: str, arch: Name, itemsize: int = 4, **shape: Any) -> list[dict[str, int]]:
+    """The candidates of the row that `config` takes; not to be changed."""
+    found = _row(op, kernel, arch, itemsize, tuple(shape.items())).get("candidates", [])
+    return [_for_arch(candidate, arch) for candidate in found]
+
+
+def _for_arch(config: dict[str, int], arch: Name) -> dict[str, int]:
+    if "maxnreg" in config and isinstance(arch, str):
+        return {key: value for key, value in config.items() if key != "maxnreg"}
+    return config
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from golden import kernels as golden
 from gpt2_fast.kernels import aot, attention_tiles, tuning
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,9 @@ def test_no_row_is_an_error_that_names_what_was_asked(table):
         ([_row(0)], "row 0: BLOCK is 0; it must be a whole number above 0"),
         ([_row(True)], "row 0: BLOCK is True; it must be a whole number"),
         ([{**_row(1), "archs": [80]}], "row 0: 'archs' is not a key"),
+        ([{**_row(1), "candidates": [{"BLOCK": 16}]}], "row 0: a candidate has no num_warps"),
+        ([{**_row(1), "candidates": [{"BLOCK": 3, "num_warps": 4}]}], "row 0: BLOCK is 3; it must be a power of two"),
+        ([{**_row(1), "candidates": {"BLOCK": 2}}], "row 0: candidates is no list of configurations"),
         ([_row(1, shape={"d": 1}), _row(2, shape={"d": 1})], "row 1: it is there twice"),
     ],
 )
@@ -201,6 +205,24 @@ def test_resident_warps_by_hand(registers, shared, warps, arch, expected):
     assert tune.resident_warps(_report(registers=registers, shared_bytes=shared), warps, arch) == expected
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.9.0"])
+def test_the_losss_candidates_leave_rows_in_the_l2_and_what_ships_does_not(version):
+    """Rows under way on an H100 or H200, which have 132 multiprocessors and 50 MB of L2 (NVIDIA, "H100 Tensor Core GPU
+    Architecture"), from the registers that tests/golden keeps."""
+    lines = golden.read(golden.path(version))
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        arguments = ("linear_cross_entropy", "softmax_xent", 90, itemsize)
+        shipped, candidates = tuning.config(*arguments), tuning.candidates(*arguments)
+        for config in (shipped, *candidates):
+            tile = "" if config is shipped else f" {config['BLOCK_V']} in {config['num_warps']} warps"
+            line = lines[f"softmax_xent {dtype} gradient padded{tile}", "90"]
+            assert line["spilled_bytes"] == "0"
+            report = {name: int(line[name]) for name in ("registers", "shared_bytes")}
+            blocks = tune.resident_warps(report, config["num_warps"], 90) // config["num_warps"]
+            stays = blocks * 132 * 50257 * itemsize < 50e6
+            assert stays == (config is not shipped), (dtype, config, blocks)
+
+
 def test_ranking_puts_what_cannot_ship_last_and_tensor_cores_before_tiles():
     small, large = {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_M": 128, "num_warps": 4}
     rank = lambda config, report: tune.rank("attention", "forward", 90, config, report)
@@ -263,6 +285,16 @@ def test_a_row_of_one_architecture_is_replaced_in_place(copied, monkeypatch):
     assert len(tuning.rows("linear_cross_entropy")) == count
     assert tuning.config("linear_cross_entropy", "softmax_xent", 90, 2)["BLOCK_V"] == 2 * shipped
     assert tuning.config("linear_cross_entropy", "softmax_xent", 80, 2)["BLOCK_V"] == other
+
+
+def test_a_rows_own_candidate_is_tried_and_what_it_replaces_stays_a_candidate(copied, monkeypatch):
+    arguments = ("linear_cross_entropy", "softmax_xent", 90, 2)
+    shipped, (first, *rest) = tuning.config(*arguments), tuning.candidates(*arguments)
+    assert first not in tune.candidates(arguments[0], {"config": shipped})  # no neighbour: nothing else would try it
+    monkeypatch.setattr(tune, "compile_candidate", lambda job: _report(registers=16 if job[3] == first else 255))
+    assert tune.main(["--ops", "linear_cross_entropy", "--arch", "90", "--candidates", "2", "--write"]) == 0
+    assert tuning.config(*arguments) == first
+    assert tuning.candidates(*arguments) == [shipped, *rest]
 
 
 def test_what_does_not_compile_is_never_written(copied, monkeypatch, capsys):

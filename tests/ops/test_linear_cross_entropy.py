@@ -67,6 +67,34 @@ def test_large_logits_and_confident_rows(impl):
     _check(x.detach() * 10, weight.detach(), hit, {"reduction": "none"}, torch.float32, impl)
 
 
+def _softmax_tiles():
+    """(itemsize, elements of a tile) of everything that is launched or may come to be, for any card."""
+    from gpt2_fast.kernels import tuning
+
+    rows = [r for r in tuning.rows("linear_cross_entropy") if r["kernel"] == "softmax_xent"]
+    return sorted({(r["itemsize"], c["BLOCK_V"]) for r in rows for c in (r["config"], *r.get("candidates", []))})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU num_warps belongs to a tile: the tests above run what ships")
+@pytest.mark.parametrize(("vocabulary", "stride"), [(5, 12), (8192, 8192), (20011, 20018)])
+def test_every_tile_that_a_card_may_get(monkeypatch, vocabulary, stride):
+    """Rows shorter than a tile, of whole tiles, and of a first and a last one in part; what pads a row stays."""
+    kernel = pytest.importorskip("gpt2_fast.kernels.linear_cross_entropy")
+    for itemsize, block in _softmax_tiles():
+        monkeypatch.setattr(kernel, "INTERPRETER_CONFIG", {"BLOCK_V": block, "num_warps": 4})
+        memory = torch.randn(3, stride).mul_(4).to(torch.float32 if itemsize == 4 else torch.bfloat16)
+        logits, before = memory[:, :vocabulary], memory.clone()
+        labels = torch.tensor([vocabulary - 1, -100, 0])
+        truth = before[:, :vocabulary].double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(truth, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(expected.sum() * 0.5, truth)
+        losses = torch.full((3,), float("nan"))
+        kernel.softmax_xent_(logits, labels, losses, -100, torch.tensor([0.5]), True)
+        torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits.double(), gradient, rtol=1e-5 if itemsize == 4 else 4e-3, atol=1e-6)
+        assert_same_bits([memory[:, vocabulary:]], [before[:, vocabulary:]])
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_all_rows_ignored(impl):
     """As in F.cross_entropy: the mean of nothing is nan, its gradients and the sum are 0."""

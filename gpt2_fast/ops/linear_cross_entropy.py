@@ -32,6 +32,7 @@ ROW_ALIGNMENT = 64  # a row of logits on a GPU is so many elements long, or a mu
 # Bytes of one chunk of logits: enough rows to keep the products at full speed, since every chunk reads the weight
 # twice and reads and writes its gradient.
 CHUNK_BYTES = {"cpu": 104 << 20, "cuda": 512 << 20}
+GPU_ROWS = 128  # a chunk's rows on a GPU are a multiple: whole tiles of cuBLAS's products
 
 
 def linear_cross_entropy_reference(
@@ -67,9 +68,18 @@ def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
         raise IndexError(f"linear_cross_entropy: label {int(labels[i])} at position {i} {where}")
 
 
-def chunk_rows(device_type: str, vocabulary: int, itemsize: int) -> int:
-    """How many rows of logits are in memory at once: CHUNK_BYTES of them, and at least one."""
-    return max(1, CHUNK_BYTES[device_type] // (vocabulary * itemsize))
+def chunk_rows(device_type: str, vocabulary: int, itemsize: int, n_rows: int | None = None) -> int:
+    """How many rows of logits are in memory at once: CHUNK_BYTES of them at most, and at least one.
+
+    n_rows: how many there are. On a GPU they are then cut into equal chunks but for GPU_ROWS, as a short chunk at the
+    end reads weight and gradient as the others do. On a CPU every chunk but the last has all the rows that it may.
+    """
+    most = max(1, CHUNK_BYTES[device_type] // (vocabulary * itemsize))
+    if device_type == "cpu" or n_rows is None or n_rows <= most:
+        return most
+    step = GPU_ROWS if most >= GPU_ROWS else 1
+    chunks = -(-n_rows // (most - most % step))
+    return -(-n_rows // (chunks * step)) * step
 
 
 def _aligned(weight: Tensor) -> Tensor:
@@ -107,7 +117,7 @@ def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | No
     if x.device.type == "cpu" and not (dtype == torch.bfloat16 and cpu_policy().native_bfloat16):
         x, weight = x.float(), weight.float()  # once, not once a chunk
     weight = _aligned(weight)
-    rows = chunk_rows(x.device.type, a.V, x.element_size())
+    rows = chunk_rows(x.device.type, a.V, x.element_size(), a.N)
     whole = rows >= a.N  # one chunk: nothing is sliced, and nothing copied
     losses = x.new_empty(a.N, dtype=torch.float32)
     dx = buffers.empty(x, x.shape, x.dtype) if need_dx and not whole else None

@@ -106,7 +106,7 @@ def predict(
     weights, averages, masters = s * parameters, 8 * parameters // world, (4 * parameters // world if s < 4 else 0)
     sums_kept = max(depth(grad_accum // world), min(world, 2)) if grad_accum > 1 else 0
     partial = 4 * parameters * sums_kept
-    whole, rows = N * layer_bytes(config, s, device_type), min(N, chunk_rows(device_type, V, wide))
+    whole, rows = N * layer_bytes(config, s, device_type), min(N, chunk_rows(device_type, V, wide, N))
     activations = L * 2 * s * row if recompute else L * whole
     logits = rows * V * wide
     block = whole if recompute else 0

@@ -185,6 +185,40 @@ def test_a_chunk_is_all_of_the_logits_that_exists():
     assert room.chunk_rows("cpu", 1 << 30, 4) == 1
 
 
+def _sizes(n_rows, most):
+    return [min(most, n_rows - start) for start in range(0, n_rows, most)]
+
+
+@pytest.mark.parametrize(("vocabulary", "itemsize"), [(50257, 2), (50257, 4), (1 << 23, 2), (1 << 40, 4)])
+@pytest.mark.parametrize("n_rows", [1, 127, 2671, 5341, 5342, 16384, 32000, 32768, 32769, 100_003])
+def test_chunks_of_a_gpu_are_equal_and_no_larger_than_before(n_rows, vocabulary, itemsize):
+    most = room.chunk_rows("cuda", vocabulary, itemsize)
+    sizes = _sizes(n_rows, room.chunk_rows("cuda", vocabulary, itemsize, n_rows))
+    step = 128 if most >= 128 else 1
+    assert sum(sizes) == n_rows
+    assert max(sizes) <= most
+    assert len(sizes) == 1 or all(size % step == 0 for size in sizes[:-1])
+    assert len(sizes) <= -(-n_rows // (most // step * step))
+    assert max(sizes) - sizes[-1] < step * len(sizes)  # rounding alone makes the last one shorter
+    assert room.chunk_rows("cpu", vocabulary, itemsize, n_rows) == room.chunk_rows("cpu", vocabulary, itemsize)
+
+
+def test_the_gpt2_step_has_seven_chunks_of_whole_tiles():
+    """32 texts of 1,024 tokens in bfloat16: it was 6 of 5,341 rows and one of 722."""
+    assert _sizes(32768, room.chunk_rows("cuda", 50257, 2, 32768)) == [4736] * 6 + [4352]
+
+
+def test_values_in_the_chunks_of_a_gpu(monkeypatch):
+    """300 rows where 140 fit: 128, 128 and 44."""
+    original, rows = room.chunk_rows, []
+    monkeypatch.setitem(room.CHUNK_BYTES, "cuda", 140 * 50 * 4)
+    monkeypatch.setattr(room, "chunk_rows", lambda _, *sizes: (rows.append(original("cuda", *sizes)), rows[-1])[1])
+    x, weight, labels = _inputs(300)
+    for options in ({}, {"reduction": "none"}):
+        _check(x.detach(), weight.detach(), labels, options, torch.float32, "auto")
+    assert set(rows) == {128}
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU every weight is aligned: the tests above")
 @pytest.mark.parametrize("rows", [100, 4], ids=["one chunk", "chunks"])
 def test_rows_of_zeros_that_align_the_weight_change_nothing(monkeypatch, rows):

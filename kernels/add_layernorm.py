@@ -250,8 +250,9 @@ def backward(
     site: int,
     x_dtype: torch.dtype,
     has_residual: bool,
+    sums_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dy, h [N, C], dh [N, C] or None -> dx in x_dtype, dresidual in h's dtype, dweight, dbias float32 [C].
+    """dy, h [N, C], dh [N, C] or None -> dx in x_dtype, dresidual in h's dtype, dweight, dbias [C] in sums_dtype.
 
     dx is None where it would be dresidual again (no dropout, one dtype) and where there is no residual: x's
     gradient is then dresidual.
@@ -266,7 +267,7 @@ def backward(
     partials = torch.empty((2, programs, channels), dtype=torch.float32, device=h.device)
     tensors = (dy, dh, h, weight, mean, rstd, dx, dresidual, partials)
     launch(backward_kernel, (programs,), *tensors, N=rows, **drop, **tile)
-    dweight, dbias = reduce_partials(partials)
+    dweight, dbias = reduce_partials(partials, sums_dtype)
     return dx, dresidual, dweight, dbias
 
 

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a chunk of logits, its gradient written over them.
+"""Softmax cross-entropy of a chunk of logits, its gradient written over them; gradients times the upstream one.
 
     lse = log(sum(exp(logits))),   loss = lse - logits[label],   dlogits = (softmax - onehot) * row_scale
 
@@ -108,6 +108,22 @@ def _gradient(x, at, top, inverse, at_label, scale, valid):
     return tl.where(valid, grad, 0.0)
 
 
+@triton.jit
+def scale_kernel(
+    gradient_ptr,  # [numel]
+    factor_ptr,  # float32 [1]
+    numel,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in tl.range(first, numel, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            scaled = tl.load(gradient_ptr + at, mask=at < numel, other=0.0).to(tl.float32) * factor
+            tl.store(gradient_ptr + at, cast(scaled, gradient_ptr.dtype.element_ty), mask=at < numel)
+
+
 def softmax_xent_(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -144,6 +160,18 @@ def softmax_xent_(
     )
 
 
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """gradient, contiguous, *= factor, float32 [1], in float32; where factor is 1, as it is, without a pass.
+
+    The host need not know the number, so it does not wait for the device.
+    """
+    if gradient.numel() == 0:
+        return
+    config = dict(tuning.config("linear_cross_entropy", "scale", config_arch(gradient.device)))
+    programs = min(config.pop("programs"), triton.cdiv(gradient.numel(), config["BLOCK"]))
+    launch(scale_kernel, (programs,), gradient, factor, gradient.numel(), **config)
+
+
 def _config(arch: int, itemsize: int) -> dict[str, int]:
     return (
         INTERPRETER_CONFIG
@@ -162,6 +190,10 @@ def aot_specs() -> list[AotSpec]:
             for config in tuning.candidates("linear_cross_entropy", "softmax_xent", arch, size):
                 tile = f" {config['BLOCK_V']} in {config['num_warps']} warps"
                 specs.append(_spec(dtype, size, True, padded, arch, config, tile))
+        config = tuning.config("linear_cross_entropy", "scale", arch)
+        for dtype in forms_for(arch, TRITON_DTYPE.values()):
+            types = {"gradient_ptr": f"*{dtype}", "factor_ptr": "*fp32", "numel": "i32"}
+            specs.append(make_spec(scale_kernel, f"scale_gradient {dtype}", types, {}, config, (arch,)))
     return specs
 
 

@@ -97,6 +97,7 @@ def _every_launcher(device: str) -> None:
     attention_decode.decode(empty(2, 2, 64), cache, cache, at, at, 0.125)
     logits, labels = empty(N, V + 6).narrow(1, 0, V), empty(N, dtype=torch.int64)
     linear_cross_entropy.softmax_xent_(logits, labels, float32(N), -100, float32(1), True)
+    linear_cross_entropy.scale_(rows, float32(1))
     table, chunks, norm = empty(3, 10, dtype=torch.int64), empty(7, dtype=torch.int32), float32(1)
     adamw.grad_norm(table, chunks, norm, True)
     adamw.step(table, chunks, empty(1, 6, dtype=torch.float64), norm, 1.0, True)

@@ -281,7 +281,7 @@ def test_a_row_of_one_architecture_is_replaced_in_place(copied, monkeypatch):
         tune, "compile_candidate", lambda job: _report(registers=16 if job[3]["BLOCK_V"] == 2 * shipped else 99)
     )
     count = len(tuning.rows("linear_cross_entropy"))
-    assert tune.main(["--ops", "linear_cross_entropy", "--arch", "90", "--write"]) == 0
+    assert tune.main(["--ops", "linear_cross_entropy", "--kernel", "softmax_xent", "--arch", "90", "--write"]) == 0
     assert len(tuning.rows("linear_cross_entropy")) == count
     assert tuning.config("linear_cross_entropy", "softmax_xent", 90, 2)["BLOCK_V"] == 2 * shipped
     assert tuning.config("linear_cross_entropy", "softmax_xent", 80, 2)["BLOCK_V"] == other
@@ -292,7 +292,22 @@ def test_a_rows_own_candidate_is_tried_and_what_it_replaces_stays_a_candidate(co
     shipped, (first, *rest) = tuning.config(*arguments), tuning.candidates(*arguments)
     assert first not in tune.candidates(arguments[0], {"config": shipped})  # no neighbour: nothing else would try it
     monkeypatch.setattr(tune, "compile_candidate", lambda job: _report(registers=16 if job[3] == first else 255))
-    assert tune.main(["--ops", "linear_cross_entropy", "--arch", "90", "--candidates", "2", "--write"]) == 0
+    assert (
+        tune.main(
+            [
+                "--ops",
+                "linear_cross_entropy",
+                "--kernel",
+                "softmax_xent",
+                "--arch",
+                "90",
+                "--candidates",
+                "2",
+                "--write",
+            ]
+        )
+        == 0
+    )
     assert tuning.config(*arguments) == first
     assert tuning.candidates(*arguments) == [shipped, *rest]
 

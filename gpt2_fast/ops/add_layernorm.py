@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_fast.ops.runtime import buffers, cpp
-from gpt2_fast.ops.runtime.contract import FLOAT, STREAM, Input
+from gpt2_fast.ops.runtime.contract import FLOAT, FLOATS, STREAM, Input
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast_dtype
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout, check_addition
@@ -52,9 +52,10 @@ def _outputs(a):
 
 
 def _gradients(a):
-    """dx only where it is not dresidual itself: with dropout between them, or in another dtype."""
+    """dx only where it is not dresidual itself: with dropout between them, or in another dtype. Triton's sums are
+    rounded as they are stored; C++ has them in float32."""
     separate = a.has_residual and (a.dropout.p > 0.0 or a.x_dtype != a.h.dtype)
-    of_parameters = ((a.C,), torch.float32)
+    of_parameters = ((a.C,), a.weight.dtype if a.impl == "triton" else torch.float32)
     return {
         "dx": (a.h.shape, a.x_dtype) if separate else None,
         "dresidual": (a.h.shape, a.h.dtype),
@@ -69,6 +70,7 @@ def _written(x_dtype: torch.dtype, y_dtype: torch.dtype) -> torch.dtype:
 
 
 def _forward_cpp(a, out):
+    a.weight, a.bias = a.weight.float(), a.bias.float()
     y = out.y = buffers.empty(a.x, a.x.shape, _written(a.x.dtype, a.y_dtype))
     h_dtype = (a.x if a.residual is None else a.residual).dtype
     cpp.add_layernorm_forward(out, a, h_dtype=h_dtype, y_dtype=y.dtype)
@@ -76,6 +78,7 @@ def _forward_cpp(a, out):
 
 
 def _backward_cpp(a, out):
+    a.weight = a.weight.float()
     a.dy = a.dy.to(_written(a.x_dtype, a.dy.dtype))
     chunks = min(a.N, PARTIAL_CHUNKS)
     partial = a.h.new_empty(chunks, 2, a.C, dtype=torch.float32)
@@ -109,8 +112,9 @@ def _backward_triton(a, out):
     from gpt2_fast.kernels import add_layernorm as kernel
 
     dx, dresidual, out.dweight, out.dbias = kernel.backward(
-        _rows(a.dy), _rows(a.dh), _rows(a.h), a.weight, a.mean, a.rstd, *a.dropout, a.x_dtype, a.has_residual
-    )
+        _rows(a.dy), _rows(a.dh), _rows(a.h), a.weight, a.mean, a.rstd, *a.dropout, a.x_dtype, a.has_residual,
+        a.weight.dtype,
+    )  # fmt: skip
     out.dx, out.dresidual = None if dx is None else dx.view(a.h.shape), dresidual.view(a.h.shape)
 
 
@@ -119,8 +123,8 @@ OP = Op(
     inputs=(
         Input("x", "... C", FLOAT),
         Input("residual", "... C", STREAM, optional=True),
-        Input("weight", "C", FLOAT, read=torch.float32),
-        Input("bias", "C", FLOAT, read=torch.float32),
+        Input("weight", "C", FLOAT),
+        Input("bias", "C", FLOAT),
     ),
     options={"eps": float, "dropout": Dropout, "y_dtype": torch.dtype},
     check=lambda x, residual, *_, dropout, **__: check_addition("add_layernorm", residual, dropout),
@@ -135,6 +139,15 @@ OP = Op(
     backends={"cpp": Backend(_forward_cpp, _backward_cpp), "triton": Backend(_forward_triton, _backward_triton)},
     on={"cpu": ("cpp",), "cuda": ("triton",)},
 )
+
+
+def _of_one_dtype(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Their gradients are stored in one dtype: no lower one than either's."""
+    floats = isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dtype in FLOATS and bias.dtype in FLOATS
+    if not floats or weight.dtype is bias.dtype:
+        return weight, bias
+    dtype = torch.promote_types(weight.dtype, bias.dtype)
+    return weight.to(dtype), bias.to(dtype)
 
 
 def add_layernorm(
@@ -165,6 +178,7 @@ def add_layernorm(
         ValueError: shapes, dtypes, devices or dropout that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
+    weight, bias = _of_one_dtype(weight, bias)
     y, h = OP(x, residual, weight, bias, eps=eps, dropout=dropout, y_dtype=autocast_dtype(x), impl=impl)
     return y, x if residual is None else h
 

@@ -24,6 +24,7 @@ from gpt2_fast.ops.runtime.contract import FLOAT, SAME, Input
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.ops.runtime.declare import Backend, Op, autocast
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
+from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.products import add_product, product
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -206,10 +207,26 @@ def _backward(a, out):
         out.dx, out.dweight = (None if g is None else _scaled(g, a, True) for g in (out.dx, out.dweight))
 
 
+def _scale_triton(gradient: Tensor, factor: Tensor) -> None:
+    from gpt2_fast.kernels import linear_cross_entropy as kernel
+
+    kernel.scale_(gradient, factor)
+
+
+_scale_in_place = register(
+    "linear_cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()",
+    _scale_triton,
+    lambda gradient, factor: None,
+)
+
+
 def _scaled(gradient: Tensor, a, in_place: bool) -> Tensor:
     """In float32 for float16: GradScaler's first factor, 65536, is beyond it."""
     factor = a.dloss if a.gain is None else a.dloss / a.gain
-    # The usual upstream gradient is 1; asking a GPU for its value would wait for it.
+    # The usual upstream gradient is 1. Asking a GPU for its value would wait for it: the kernel asks there.
+    if in_place and a.impl == "triton":
+        _scale_in_place(gradient, factor.float())
+        return gradient
     if in_place and factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient
     if gradient.dtype == torch.float16:  # a piece at a time: the whole in float32 would be twice its memory

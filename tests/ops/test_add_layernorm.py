@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import check_op
+from numerics import DTYPES, assert_same_bits, check_op
 
+from gpt2_fast.ops import add_layernorm as room
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.runtime.philox import Dropout, keep_rows
 
@@ -64,3 +65,33 @@ def test_dropout_of_nothing_is_refused():
     x, weight = torch.randn(3, 96), torch.randn(96)
     with pytest.raises(ValueError, match="dropout's p is 0.1 and residual is None; it acts on what is added"):
         add_layernorm(x, None, weight, weight, dropout=Dropout(0.1, torch.tensor([5])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_stores_the_parameters_gradients_in_their_dtype(dtype):
+    """The float32 sums, rounded once: no kernel casts them afterwards."""
+    kernel = pytest.importorskip("gpt2_fast.kernels.add_layernorm")
+    dy, h, weight = (torch.randn(*size, device=DEVICE).to(dtype) for size in ((33, 20), (33, 20), (20,)))
+    mean, rstd = h.float().mean(1), h.float().std(1)
+    made = room.OP.write_backward(
+        (dy, None, h, weight, mean, rstd, 1e-5, *Dropout().flat(), dtype, dtype, False, [True] * 4, "triton")
+    )
+    *_, dweight, dbias = kernel.backward(dy, None, h, weight, mean, rstd, 0.0, None, 0, dtype, False)
+    assert dweight.dtype == torch.float32
+    assert_same_bits([made["dweight"], made["dbias"]], [dweight.to(dtype), dbias.to(dtype)])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parameters_of_two_dtypes_have_gradients_of_their_own_accuracy(impl, swapped):
+    x, coarse, fine = torch.randn(33, 20, device=DEVICE).bfloat16(), torch.randn(20, device=DEVICE), torch.randn(20)
+    coarse, fine = coarse.bfloat16().requires_grad_(), fine.to(DEVICE).requires_grad_()
+    weight, bias = (fine, coarse) if swapped else (coarse, fine)
+    upstream = torch.randn(33, 20, device=DEVICE).bfloat16()
+    found = torch.autograd.grad(add_layernorm(x, None, weight, bias, impl=impl)[0], (coarse, fine), upstream)
+    assert [g.dtype for g in found] == [torch.bfloat16, torch.float32]
+    n = torch.nn.functional.layer_norm(x.double(), (20,))
+    of_weight, of_bias = (upstream.double() * n).sum(0), upstream.double().sum(0)
+    expected = (of_bias, of_weight) if swapped else (of_weight, of_bias)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=4e-3, atol=1e-4)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-4)

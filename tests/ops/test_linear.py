@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
 from gpt2_fast.ops.linear import linear, linear_reference, samples
@@ -25,6 +26,15 @@ def test_every_policy_is_right(policy, dtype, use_policy):
     use_policy(policy)
     for *inputs, _ in samples("cpu", dtype):
         check_op(linear, linear_reference, inputs, dtype, f"{policy} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpus_sum_is_rounded_once_to_the_parameters_dtype(dtype):
+    bias = pytest.importorskip("gpt2_fast.kernels.bias")
+    x = torch.randn(301, 70, device=DEVICE).to(dtype)
+    found = bias.column_sum(x)
+    torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-5)
+    assert_same_bits([bias.column_sum(x, dtype)], [found.to(dtype)])
 
 
 def test_policy_override(monkeypatch):

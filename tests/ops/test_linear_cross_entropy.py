@@ -167,11 +167,39 @@ def test_only_the_gradients_that_are_wanted(impl, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(frozen, x), torch.autograd.grad(expected, x))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where the interpreter's float16 becomes infinite
+@pytest.mark.parametrize("factor", [1.0, 0.375, 2.0**18, float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_multiplies_in_float32_and_leaves_where_the_factor_is_1(dtype, factor):
+    """2 programs of 1,024 numbers at a time, and what is left over."""
+    kernel = pytest.importorskip("gpt2_fast.kernels.linear_cross_entropy")
+    from gpt2_fast.kernels import tuning
+
+    gradient = torch.randn(5003, device=DEVICE).to(dtype)
+    expected = (gradient.float() * factor).to(dtype)
+    (index,) = [i for i, row in enumerate(tuning.rows("linear_cross_entropy")) if row["kernel"] == "scale"]
+    with tuning.trial("linear_cross_entropy", index, {"BLOCK": 1024, "num_warps": 4, "programs": 2}):
+        kernel.scale_(gradient, torch.tensor(factor, device=DEVICE))
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of a signalling NaN
+def test_where_the_upstream_gradient_is_1_nothing_is_read():
+    """A product would make a quiet NaN of a signalling one."""
+    kernel = pytest.importorskip("gpt2_fast.kernels.linear_cross_entropy")
+    signalling = torch.full((3000,), 0x7F800001, dtype=torch.int32, device=DEVICE)
+    kernel.scale_(signalling.view(torch.float32), torch.ones((), device=DEVICE))
+    assert (signalling == 0x7F800001).all()
+    kernel.scale_(signalling.view(torch.float32), torch.full((), 0.5, device=DEVICE))
+    assert (signalling != 0x7F800001).all()
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
-def test_weight_keeps_the_gradient_it_is_given(upstream):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weight_keeps_the_gradient_it_is_given(impl, upstream):
     """weight.grad is the buffer that the forward pass filled, not a copy of V x C numbers."""
     x, weight, labels = _inputs()
-    loss = linear_cross_entropy(x, weight, labels)
+    loss = linear_cross_entropy(x, weight, labels, impl=impl)
     address = loss.grad_fn.ahead[1].data_ptr()
     loss.backward(torch.tensor(upstream, device=DEVICE))
     assert weight.grad.data_ptr() == address

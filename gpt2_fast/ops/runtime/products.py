@@ -151,5 +151,5 @@ def bias_gradient(dy: Tensor) -> Tensor:
     if dy.is_cuda and dispatch.unavailable("triton", "cuda", dy.dtype, dy.get_device()) is None:
         from gpt2_fast.kernels.bias import column_sum
 
-        return column_sum(dy.contiguous()).to(dy.dtype)
+        return column_sum(dy.contiguous(), dy.dtype)
     return dy.sum(0)

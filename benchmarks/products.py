@@ -65,7 +65,7 @@ def products_of(model: str, batch_size: int, context: int, device: str, itemsize
             Product(f"{name} dx", rows, fan_out, fan_in, L, right=True),
             Product(f"{name} dW", fan_in, rows, fan_out, L, left=True),
         ]
-    chunk = min(rows, chunk_rows(device, V, itemsize))
+    chunk = min(rows, chunk_rows(device, V, itemsize, rows))
     calls = rows / chunk
     return [
         *found,

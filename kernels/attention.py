@@ -13,8 +13,13 @@ regenerated from coordinates (z = b H + h, row = i, column = j).
     dS = P * (dP - delta)   dQ = scale dS K          dK = scale dS^T Q
 
 Differs from the usual way: heads are read in place by strides, so nothing is transposed or copied and dqkv is
-written packed; delta is a by-product of the dQ kernel, not a pass of its own; dQ and dK, dV are two kernels
-that each own what they write, so there are no atomics and the same inputs give the same bits.
+written packed; delta is a by-product of the dQ kernel, not a pass of its own; that kernel leaves it and lse padded to
+whole tiles, which dK, dV's loop loads without masks; dQ and dK, dV are two kernels that each own what they write, so
+there are no atomics and the same inputs give the same bits.
+
+Each kernel takes the tiles on the diagonal first, and is told that there are some (`tl.assume`). Behind a loop that
+might not have run, accumulators meet others before they are complete, and ptxas then waits for each tensor-core product
+(its warning C7515, on sm_90).
 """
 
 from __future__ import annotations
@@ -82,8 +87,9 @@ def forward_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # running sum
     diagonal = start_m // BLOCK_N * BLOCK_N
     end = tl.minimum(start_m + BLOCK_M, T)
+    tl.assume(end > diagonal)
     scale2 = scale * LOG2E
-    for crossing in tl.static_range(2):  # the keys that every query sees, then those on the diagonal
+    for crossing in tl.static_range(1, -1, -1):  # the keys on the diagonal, then those that every query sees
         doc = document(segments_ptr, rows, T, SEGMENTS)
         if DROPOUT:
             key_lo, key_hi = load_key(rng_ptr)
@@ -153,9 +159,12 @@ def backward(
     """
     common = _common(qkv, scale, segments, Dropout(dropout_p, rng, site))
     dqkv = torch.empty_like(qkv)
-    delta = torch.empty_like(lse)
-    gradients = {"dout_ptr": dout, "lse_ptr": lse, "delta_ptr": delta, "dqkv_ptr": dqkv}
-    _launch("backward_dq", common, out_ptr=out, **gradients)
+    B, H, T = lse.shape
+    tiles = [_tile(name, common)["BLOCK_M"] for name in ("backward_dq", "backward_dkdv")]
+    padded = triton.cdiv(T, max(tiles)) * max(tiles)
+    stats = torch.empty((B, H, 2, padded), dtype=torch.float32, device=qkv.device)
+    gradients = {"dout_ptr": dout, "stats_ptr": stats, "R": padded, "dqkv_ptr": dqkv}
+    _launch("backward_dq", common, out_ptr=out, lse_ptr=lse, **gradients)
     _launch("backward_dkdv", common, **gradients)
     return dqkv
 
@@ -170,13 +179,17 @@ def _common(qkv: torch.Tensor, scale: float, segments: torch.Tensor | None, drop
     return {"qkv_ptr": qkv, "segments_ptr": segments, "scale": scale, **shapes, **arguments(dropout)}
 
 
-def _launch(name: str, common: dict[str, Any], **tensors: torch.Tensor) -> None:
+def _tile(name: str, common: dict[str, Any]) -> dict[str, int]:
+    qkv = common["qkv_ptr"]
+    return config(name, config_arch(qkv.device), qkv.element_size(), common["HEAD_DIM"], common["DROPOUT"])
+
+
+def _launch(name: str, common: dict[str, Any], **own: torch.Tensor | int) -> None:
     kernel, owned = KERNELS[name]
-    qkv, dropout = common["qkv_ptr"], common["DROPOUT"]
-    B, T, _, H, D = qkv.shape
-    tile = config(name, config_arch(qkv.device), qkv.element_size(), D, dropout)
+    B, T, _, H, _ = common["qkv_ptr"].shape
+    tile = _tile(name, common)
     grid = (triton.cdiv(T, tile["BLOCK_M" if owned == "queries" else "BLOCK_N"]), H, B)
-    launch(kernel, grid, **common, **tensors, **tile)
+    launch(kernel, grid, **common, **own, **tile)
 
 
 # What a program of each kernel owns: a block of queries or of keys.
@@ -190,7 +203,7 @@ KERNELS = {
 def aot_specs() -> list[AotSpec]:
     """Every shipped configuration with segments, its larger form; at head size 64 also without, and float16;
     beside head size 128 the padded 80."""
-    types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    types = {"rng_ptr": "*i64", "segments_ptr": "*i32", "lse_ptr": "*fp32", "stats_ptr": "*fp32", "R": "i32"}
     types |= {"scale": "fp32", "kept_scale": "fp32", "threshold": "i32", "site": "i32", "T": "i32", "H": "i32"}
     both = (True, True)
     forms = [(64, "bf16", 2, segments, dropout) for segments in (False, True) for dropout in (False, True)]

@@ -16,7 +16,7 @@ def backward_dq_kernel(
     out_ptr,  # [B, T, H, D]
     dout_ptr,  # [B, T, H, D]
     lse_ptr,  # [B, H, T] f32
-    delta_ptr,  # [B, H, T] f32, written
+    stats_ptr,  # [B, H, 2, R] f32, written: lse2 and delta, with which rows beyond T add nothing
     dqkv_ptr,  # [B, T, 3, H, D], part 0 written
     scale,  # f32, > 0
     kept_scale,  # f32, 1 / (1 - p)
@@ -24,6 +24,7 @@ def backward_dq_kernel(
     site,  # int32
     T,
     H,
+    R,  # T rounded up to a multiple of both kernels' BLOCK_M
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -44,14 +45,22 @@ def backward_dq_kernel(
     do = load_tile(dout_ptr + head_out, start_m, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     o = load_tile(out_ptr + head_out, start_m, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + (b * H + h) * T + rows, delta, mask=rows < T)
     lse2 = load_lse2(lse_ptr + (b * H + h) * T, rows, T, SEGMENTS)
+    lse2_ptr = stats_ptr + (b * H + h) * 2 * R
+    delta_ptr = lse2_ptr + R
+    tl.store(lse2_ptr + rows, lse2)
+    tl.store(delta_ptr + rows, delta)
+    if start_m + BLOCK_M >= T:  # the last tile: the rows that it leaves of R
+        for start in range(BLOCK_M, R - start_m, BLOCK_M):
+            tl.store(lse2_ptr + start + rows, tl.full([BLOCK_M], float("inf"), tl.float32))
+            tl.store(delta_ptr + start + rows, tl.zeros([BLOCK_M], tl.float32))
     q = load_tile(qkv_ptr + head, start_m, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     diagonal = start_m // BLOCK_N * BLOCK_N
     end = tl.minimum(start_m + BLOCK_M, T)
+    tl.assume(end > diagonal)
     scale2 = scale * LOG2E
-    for crossing in tl.static_range(2):  # the keys that every query sees, then those on the diagonal
+    for crossing in tl.static_range(1, -1, -1):  # the keys on the diagonal, then those that every query sees
         doc = document(segments_ptr, rows, T, SEGMENTS)
         if DROPOUT:
             key_lo, key_hi = load_key(rng_ptr)
@@ -78,8 +87,7 @@ def backward_dkdv_kernel(
     segments_ptr,  # [B, T] int32 or None
     rng_ptr,  # [1] int64 or None
     dout_ptr,  # [B, T, H, D]
-    lse_ptr,  # [B, H, T] f32
-    delta_ptr,  # [B, H, T] f32, from the dQ kernel
+    stats_ptr,  # [B, H, 2, R] f32, from the dQ kernel: lse2 and delta
     dqkv_ptr,  # [B, T, 3, H, D], parts 1 and 2 written
     scale,  # f32, > 0
     kept_scale,  # f32, 1 / (1 - p)
@@ -87,6 +95,7 @@ def backward_dkdv_kernel(
     site,  # int32
     T,
     H,
+    R,  # T rounded up to a multiple of both kernels' BLOCK_M
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,8 +112,8 @@ def backward_dkdv_kernel(
     v_head = k_head + H * HEAD_DIM
     q_ptr = qkv_ptr + q_head
     dout_ptr += (b * T * H + h) * HEAD_DIM
-    lse_ptr += (b * H + h) * T
-    delta_ptr += (b * H + h) * T
+    lse2_ptr = stats_ptr + (b * H + h) * 2 * R
+    delta_ptr = lse2_ptr + R
     if SEGMENTS:
         segments_ptr += b * T
     k = load_tile(qkv_ptr + k_head, start_n, row_stride, T, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -112,19 +121,21 @@ def backward_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = start_n // BLOCK_M * BLOCK_M
-    below = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, T)
+    below = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M
+    crossed = tl.minimum(below, T)
+    tl.assume(crossed > first)
     scale2 = scale * LOG2E
     cols = start_n + tl.arange(0, BLOCK_N)
     for crossing in tl.static_range(1, -1, -1):  # the queries on the diagonal, then those that see every key
         seg = load_segments(segments_ptr, cols, T, SEGMENTS)
         if DROPOUT:
             key_lo, key_hi = load_key(rng_ptr)
-        for start in range(first if crossing else below, below if crossing else T, BLOCK_M):
+        for start in range(first if crossing else below, crossed if crossing else T, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             q = load_tile(q_ptr, start, row_stride, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
             do = load_tile(dout_ptr, start, H * HEAD_DIM, T, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-            lse2 = load_lse2(lse_ptr, rows, T, SEGMENTS)
-            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+            lse2 = tl.load(lse2_ptr + rows)
+            delta = tl.load(delta_ptr + rows)
             doc = document(segments_ptr, rows, T, SEGMENTS)
             s = dot(k, tl.trans(q))
             s = hide(s, rows[None, :], cols[:, None], doc[None, :], seg[:, None], crossing == 1, SEGMENTS)

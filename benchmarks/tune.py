@@ -85,6 +85,7 @@ def compile_candidate(job: tuple[str, int, int, dict[str, int], tuple[int, ...]]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     worst = {key: max(r[key] for r in reports) for key in ("registers", "spilled_bytes", "shared_bytes")}
+    worst["loops"] = [loop for r in reports for loop in r["loops"]]
     worst["problems"] = aot.problems({**worst, "shared_limit": cards.ARCHS[86 if arch == 80 else arch].shared})
     worst["mma"] = set.intersection(*(set(r["mma"]) for r in reports))
     return worst

@@ -2,8 +2,8 @@
 
 Every kernel file lists the configurations it ships as `aot_specs() -> list[AotSpec]`. `compile_spec` builds
 one of them for an architecture of cards.py and `inspect` reads from the machine code what a review needs: registers,
-spills, shared memory and the tensor-core instructions. The tools it calls for NVIDIA's (cuobjdump, nvdisasm) come with
-the Triton wheel; AMD's assembly says it in words.
+spills, shared memory, the tensor-core instructions and what the loops around them hold. The tools it calls for NVIDIA's
+(cuobjdump, nvdisasm) come with the Triton wheel; AMD's assembly says it in words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import cards
+from . import cards, disassembly
 from .cards import INTERPRETER
 
 ARCHS = tuple(cards.ARCHS)
@@ -165,9 +165,8 @@ def inspect(compiled: Compiled) -> dict[str, Any]:
     """Reads the machine code of `compiled`.
 
     Returns registers (a thread), spilled_bytes (stack a thread: spills and local arrays), shared_bytes (a
-    block), shared_limit, mma: {tensor-core opcode: count in the code}, waits: how
-    often the code waits for sm_90's products (as many waits as products: they run one at a time), and sha256, the
-    `code_hash`.
+    block), shared_limit, mma: {tensor-core opcode: count in the code}, waits: how often the code waits for sm_90's
+    products, loops: a `disassembly.Loop` for each main loop, and sha256, the `code_hash`.
     """
     read = _read_amd if isinstance(compiled.arch, str) else _read_nvidia
     return {
@@ -194,6 +193,7 @@ def _read_nvidia(compiled: Compiled) -> dict[str, Any]:
         "spilled_bytes": int(resources[2]),
         "mma": dict(mma),
         "waits": len(_WAIT.findall(code)),
+        "loops": disassembly.main_loops(code),
     }
 
 
@@ -210,7 +210,8 @@ def _read_amd(compiled: Compiled) -> dict[str, Any]:
         raise RuntimeError(f"{compiled.spec.name}: AMD's metadata has no .{sorted(missing)[0]}")
     spilled = max(of["private_segment_fixed_size"], 4 * of["vgpr_spill_count"])
     mma = collections.Counter(_AMD_MMA.findall(code))
-    return {"registers": of["vgpr_count"], "spilled_bytes": spilled, "mma": dict(mma), "waits": 0}
+    loops = disassembly.main_loops(code)
+    return {"registers": of["vgpr_count"], "spilled_bytes": spilled, "mma": dict(mma), "waits": 0, "loops": loops}
 
 
 def code_hash(cubin: bytes) -> str:
@@ -236,13 +237,16 @@ def code_hash(cubin: bytes) -> str:
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """What in a report of `inspect` must not ship: spills, or more shared memory than a block can have."""
+    """What in a report of `inspect` must not ship: spills, more shared memory than a block can have, or tensor-core
+    products that run one at a time (ptxas says C7515: their accumulators are touched while they are incomplete)."""
     found = []
     if report["spilled_bytes"]:
         found.append(f"spills {report['spilled_bytes']} bytes a thread")
     limit = report["shared_limit"]
     if limit is not None and report["shared_bytes"] > limit:
         found.append(f"needs {report['shared_bytes']} bytes of shared memory, the limit is {limit}")
+    for loop in filter(lambda loop: loop.serialised, report["loops"]):
+        found.append(f"waits {loop.waits} times for the {loop.products} tensor-core products of a main loop")
     return found
 
 

@@ -25,9 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # tests whose names have one of these parts.
 SLOW_FILES = [
     "benchmarks", "benchmarks_compare", "benchmarks_generate", "benchmarks_scale", "build", "chapter8", "colab",
-    "compat", "distributed_loops", "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated", "golden",
-    "golden_kernels", "hf", "hub", "install", "loss_scale", "memory", "model_contract", "nanogpt", "no_extension",
-    "op_benchmarks", "parallel", "patch_ecosystem", "pretrained", "recipes", "run", "threads", "train",
+    "compat", "disassembly", "distributed_loops", "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated",
+    "golden", "golden_kernels", "hf", "hub", "install", "loss_scale", "memory", "model_contract", "nanogpt",
+    "no_extension", "op_benchmarks", "parallel", "patch_ecosystem", "pretrained", "recipes", "run", "threads", "train",
 ]  # fmt: skip
 SLOW_NAMES = re.compile(
     "compile|cuda_kernels_on_the_cpu|every_instruction_set|importing_the_formats|in_a_new_process|operator_contract"

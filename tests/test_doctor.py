@@ -108,7 +108,14 @@ def test_kernels_compile_without_spills_and_on_tensor_cores():
 def test_a_kernel_that_spills_is_a_failure():
     from gpt2_fast.kernels import aot
 
-    good = {"registers": 64, "spilled_bytes": 0, "shared_bytes": 1000, "shared_limit": 163 << 10, "mma": {}}
+    good = {
+        "registers": 64,
+        "spilled_bytes": 0,
+        "shared_bytes": 1000,
+        "shared_limit": 163 << 10,
+        "mma": {},
+        "loops": [],
+    }
     assert aot.problems(good) == []
     assert aot.problems({**good, "spilled_bytes": 8}) == ["spills 8 bytes a thread"]
     assert "the limit is" in aot.problems({**good, "shared_bytes": 1 << 20})[0]

@@ -98,7 +98,8 @@ def check_kernels(archs: tuple[cards.Name, ...] = tuple(cards.ARCHS), quick: boo
 
     quick: one configuration of each kernel, not every one.
 
-    Returns the number of failures: what does not compile, spills registers, or exceeds the target's shared memory.
+    Returns the number of failures: what does not compile, spills registers, exceeds the target's shared memory, or
+    waits for each of its tensor-core products.
     """
     if missing := dispatch.triton_missing():
         print(missing)
@@ -108,7 +109,8 @@ def check_kernels(archs: tuple[cards.Name, ...] = tuple(cards.ARCHS), quick: boo
 
     jobs = shipped.jobs(archs, quick)
     print(
-        f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions",
+        f"{'kernel':<64} {'target':<7} {'registers':>9} {'spilled':>7} {'shared':>7}  tensor-core instructions; "
+        "instructions:products:waits:copies of each main loop",
     )
     failures: Counter = Counter()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -118,6 +120,8 @@ def check_kernels(archs: tuple[cards.Name, ...] = tuple(cards.ARCHS), quick: boo
             line = f"{name:<64} {cards.label(arch):<7} "
             if result is not None:
                 mma = ", ".join(f"{k} {v}" for k, v in sorted(result["mma"].items())) or "none"
+                loops = (f"{x.instructions}:{x.products}:{x.waits}:{x.copies}" for x in result["loops"])
+                mma = "; ".join([mma, *filter(None, [" ".join(loops)])])
                 line += f"{result['registers']:>9} {result['spilled_bytes']:>7} {result['shared_bytes']:>7}  {mma}"
             print(line + (f"  FAILED: {'; '.join(found)}" if found else ""), flush=True)
     compiled = Counter(job.arch for job in jobs)

@@ -138,10 +138,8 @@ def _describable(matrix: torch.Tensor) -> bool:
     return right == 1 and down >= columns > 0 and aligned
 
 
-def config_for(
-    kernel: str, a: torch.Tensor, weight: torch.Tensor, wide: int, u: torch.Tensor | None = None
-) -> dict | None:
-    """The persistent kernel's configuration for a product [M, wide], or None where the product is the vendor's.
+def config_for(kernel: str, a: torch.Tensor, weight: torch.Tensor, u: torch.Tensor | None = None) -> dict | None:
+    """The persistent kernel's configuration for a product, or None where that is the vendor's.
 
     The vendor's are: what the table says so of, float32, tensors of several dtypes, and what TMA does not take: a
     result whose width is no multiple of 8, a matrix that begins, or whose rows begin, off a multiple of 16 bytes, and
@@ -149,12 +147,12 @@ def config_for(
 
     Args:
         kernel: "forward" or "backward".
-        a, weight, u: what the launcher of that name takes.
+        a, weight, u: what the launcher of that name takes; forward has no u.
     """
     found = tuning.config(OP, kernel, config_arch(a.device), a.element_size(), width=a.shape[1])
-    if found["product"] == "vendor" or a.element_size() != 2 or 2 * wide % ALIGNED:
-        return None
     matrices = [a, weight] if u is None else [a, weight, u]
+    if found["product"] == "vendor" or a.element_size() != 2 or 2 * matrices[-1].shape[1] % ALIGNED:
+        return None
     return found if all(t.dtype == a.dtype and _describable(t) for t in matrices) else None
 
 

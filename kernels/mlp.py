@@ -160,7 +160,7 @@ def forward(
     if x.shape[0] > FEW_ROWS:
         n, h, mean, rstd = add_layernorm.forward(x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype)
         weight, bias = weight.to(dtype), bias.to(dtype)
-        if config := linear_gelu.config_for("forward", n, weight, weight.shape[1]):
+        if config := linear_gelu.config_for("forward", n, weight):
             u, y = linear_gelu.forward(n, weight, bias, erf, config)
         else:
             u = torch.addmm(bias, n, weight)
@@ -225,7 +225,7 @@ def product_gelu_backward(
     dm: torch.Tensor, weight: torch.Tensor, u: torch.Tensor, erf: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gelu_backward` of dy = dm @ weight^T, dm [N, O], c_proj's weight [F, O], which may be a transposed view."""
-    if config := linear_gelu.config_for("backward", dm, weight, u.shape[1], u):
+    if config := linear_gelu.config_for("backward", dm, weight, u):
         return linear_gelu.backward(dm, weight, u, erf, config)
     return gelu_backward(torch.mm(dm, weight.t()), u, erf)
 

@@ -93,6 +93,7 @@ def _every_launcher(device: str) -> None:
         mlp.backward(du, None, h, mean, rstd, row, row, weight, P, key, 16, torch.bfloat16, True)
     for kernel, *others in ((linear_gelu.forward, empty(C, F), empty(F)), (linear_gelu.backward, empty(F, C), u)):
         kernel(rows, *others, False, tuning.config("linear_gelu", kernel.__name__, 90, 2))
+    mlp.gelu_backward(mlp.gelu_forward(u, False), u, False)
     bias.column_sum(rows)
     qkv, segments = empty(2, 40, 3, 2, 64), empty(2, 40, dtype=torch.int32)
     out, lse = attention.forward(qkv, 0.125, segments, P, key, 16)

@@ -12,7 +12,8 @@ Saved for backward: h, u and the row statistics; n is made again, and on a CPU f
 tensors there is one. On a GPU, where memory is seldom what a step waits for, f is kept. torch keeps h, n, u, f and the
 dropout mask, and takes seven passes around the first product where there are two here. On a GPU up to 64 rows are
 normalised tile by tile inside Triton's product, so n is never written; more are normalised in a pass, as the vendor's
-product is faster. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores
+product is faster. The passes for GELU and its derivative go where kernels/configs/linear_gelu.json takes Triton's
+persistent products. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores
 where it is this package's own; around the vendor's, the pass that adds the bias does both.
 
 Without proj_weight the operation ends at f: `layernorm_linear_gelu`, for a c_proj that is called as a module.

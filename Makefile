@@ -41,7 +41,7 @@ test-fast: $(VENV)/.installed-test lint
 	$(PYTEST) -m 'not install and not slow'
 
 # Every Triton configuration of every architecture, compiled and compared with the kept machine code: half an hour of one core
-# for 567 configurations, of which there are three times as many.
+# for 600 configurations, of which there are three times as many.
 test-kernels: $(VENV)/.installed-test
 	$(BIN)/python tests/golden/kernels.py
 	$(BIN)/gpt2-fast doctor --kernels

@@ -1,7 +1,7 @@
 """`python -m benchmarks tune`: chooses the configurations of kernels/configs/<op>.json, outside any run.
 
 On a GPU each candidate is checked and timed in its op, at GPT-2 124M's shapes, by triton.testing.do_bench; the fastest
-wins (tune_time.py).
+wins (tune_time.py). Where a kernel stands beside a vendor's product (`linear_gelu`), the vendor's is a candidate too.
 Without one, or with --arch, candidates are compiled and ranked by what their machine code says, in this order:
 
 1. no spilled registers, and no more shared memory than a block of that architecture may have (sm_80: than one of
@@ -34,14 +34,16 @@ SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS = 64
 REGISTERS = 65536
 BEST_MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-MATRIX = {"attention": ("forward", "backward_dq", "backward_dkdv"), "mlp": ("matmul",)}
+MATRIX = {"attention": ("forward", "backward_dq", "backward_dkdv"), "mlp": ("matmul",),
+          "linear_gelu": ("forward", "backward")}  # fmt: skip
 ENOUGH_WARPS = {True: 8, False: 32}
 INSPECTED = 3  # configurations of one row that are compiled for a candidate, of all that read the row
 
 
-def candidates(op: str, row: dict) -> list[dict[str, int]]:
+def candidates(op: str, row: dict, timed: bool = False) -> list[dict]:
     """The shipped configuration, the row's own candidates, and the neighbours of what ships, nearest first: every tile
-    edge halved, kept or doubled, warps likewise, and one stage more or less."""
+    edge halved, kept or doubled, warps likewise, and one stage more or less. timed: with the vendor's product, once,
+    where the row chooses; machine code says nothing of that choice."""
     shipped = row["config"]
     choices = {}
     for name, value in shipped.items():
@@ -50,11 +52,15 @@ def candidates(op: str, row: dict) -> list[dict[str, int]]:
             choices[name] = [value, *(v for v in (value // 2, value * 2) if v >= low)]
         elif name == "num_warps":
             choices[name] = [value, *(v for v in (value // 2, value * 2) if 1 <= v <= 16)]
+        elif name == "product" and timed:
+            choices[name] = ["vendor", "persistent"]
         elif name in ("num_stages", "STAGES"):
             choices[name] = [value, *(v for v in (value - 1, value + 1) if 1 <= v <= 5)]
         else:
             choices[name] = [value]
     found = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    if timed and "product" in shipped:  # whose tiles are not launched
+        found = [c for c in found if c == {**shipped, "product": "vendor"} or c["product"] == "persistent"]
     near = sorted(found, key=lambda c: sum(c[name] != shipped[name] for name in shipped))
     own = row.get("candidates", [])
     return [shipped, *own, *(c for c in near if c != shipped and c not in own)]
@@ -66,7 +72,8 @@ def affected(op: str, index: int, arch: int) -> list[int]:
 
     module = importlib.import_module(f"gpt2_fast.kernels.{op}")
     before = module.aot_specs()
-    probe = {name: 2 * value for name, value in tuning.rows(op)[index]["config"].items()}
+    shipped = tuning.rows(op)[index]["config"]
+    probe = {name: value if name == "product" else 2 * value for name, value in shipped.items()}
     with tuning.trial(op, index, probe):
         after = module.aot_specs()
     return [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b and arch in a.archs]
@@ -206,7 +213,7 @@ def _by_time(options: argparse.Namespace, wanted: Sequence[tuple[str, int]], arg
 
     sys.path.insert(0, str(ROOT / "tests"))  # numerics, the rule of what is right
     record = tune_time.Record(options.record, command_line("tune", argv))
-    first = lambda op, row: candidates(op, row)[: options.candidates]
+    first = lambda op, row: candidates(op, row, timed=True)[: options.candidates]
     bench = lambda run: do_bench(run, return_mode="median")
     return tune_time.time_rows(wanted, record, options.seconds, first, bench)
 

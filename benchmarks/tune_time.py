@@ -50,13 +50,14 @@ def dtype_of(row: dict, device: str) -> torch.dtype:
 
 def case_of(op: str, row: dict, device: str = "cuda") -> tuple[Case, str]:
     """The benchmark's case that launches the row's kernel, and the direction that does."""
-    bench = {"bias": "mlp"}.get(op, op)
+    bench, name = {"bias": ("mlp", "case"), "linear_gelu": ("mlp", "whole")}.get(op, (op, "case"))
     shape, base = row.get("shape", {}), SIZES["cuda" if device == "cuda" else "smoke"]
     width = shape.get("width", base.n_embd)
     heads = max(1, width // shape["head_dim"]) if "head_dim" in shape else base.n_head
     rows = 1 if row["kernel"] == "matmul" else base.B  # the product of few rows
     size = Size(rows, min(base.T, 32 if rows == 1 else base.T), heads, width, base.vocab_size, product=base.product)
-    case = importlib.import_module(f"benchmarks.ops.bench_{bench}").case(size, dtype_of(row, device), device)
+    make = getattr(importlib.import_module(f"benchmarks.ops.bench_{bench}"), name)
+    case = make(size, dtype_of(row, device), device)
     backward = row["kernel"].startswith(("backward", "gelu_backward", "reduce", "column"))
     wanted = "backward" if backward else "forward+backward"
     return case, wanted if wanted in case.cost else next(iter(case.cost))

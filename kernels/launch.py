@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .aot import LAUNCH_OPTIONS
 
@@ -30,9 +31,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, strided: tuple[s
     """
     index = None
     for name, value in (*zip(kernel.arg_names, arguments, strict=False), *keywords.items()):
+        if described := isinstance(value, TensorDescriptor):  # which has strides of its own
+            value = value.base
         if not isinstance(value, torch.Tensor):
             continue
-        if not value.is_contiguous() and name not in strided:
+        if not described and not value.is_contiguous() and name not in strided:
             raise ValueError(
                 f"{kernel_name(kernel)}: {name} must be contiguous, and has shape {tuple(value.shape)} and strides "
                 f"{value.stride()}; call .contiguous()"
@@ -59,6 +62,7 @@ def kernel_name(kernel: Any) -> str:
 
 
 def _failure(kernel: Any, grid: tuple[int, ...], keywords: dict[str, Any], error: Exception) -> str:
-    given = (f"{name}={value}" for name, value in keywords.items() if not isinstance(value, torch.Tensor))
+    tensors = (torch.Tensor, TensorDescriptor)
+    given = (f"{name}={value}" for name, value in keywords.items() if not isinstance(value, tensors))
     reason = next(iter(str(error).strip().splitlines()), "")
     return f"{kernel_name(kernel)}[{grid}]({', '.join(given)}): {type(error).__name__}: {reason}"

@@ -1,16 +1,16 @@
-"""The first half of GPT-2's MLP: LayerNorm, matmul, bias and GELU, forward and backward.
+"""The first half of GPT-2's MLP: LayerNorm, matmul, bias and GELU (gelu.py), forward and backward.
 
-    h = residual + dropout(x),    u = LayerNorm(h) @ weight + bias,    y = gelu(u) = u * gate(u)
-    by erf:   gate(u) = (1 + erf(u / sqrt(2))) / 2
-    by tanh:  gate(u) = sigmoid(2 z),    z = sqrt(2 / pi) * (u + 0.044715 u^3)      [= (1 + tanh z) / 2]
+    h = residual + dropout(x),    u = LayerNorm(h) @ weight + bias,    y = gelu(u)
 
-Many rows: LayerNorm in one pass, the vendor's product with its bias, GELU in one pass. Few rows (decoding), where
-launches are what counts: the row statistics, and a product that normalises the tiles of h as it loads them. For many
-rows that kernel is slower: normalising in registers keeps the tiles from going to shared memory asynchronously
-(benchmarks/NOTES.md has the measurement).
+Many rows: LayerNorm in one pass, the vendor's product with its bias, GELU in one pass; or, where the table says so, the
+product that has both in its epilogue (linear_gelu.py). Few rows (decoding), where launches are what counts: the row
+statistics, and a product that normalises the tiles of h as it loads them. For many rows that kernel is slower:
+normalising in registers keeps the tiles from going to shared memory asynchronously (benchmarks/NOTES.md has the
+measurement).
 
-Saved for backward: h, u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, two
-vendor products (the normalised rows are recomputed for one of them), and the LayerNorm backward that add_layernorm has.
+Saved for backward: h, u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, or in the
+epilogue of the product that dy comes of, two vendor products (the normalised rows are recomputed for one of them), and
+the LayerNorm backward that add_layernorm has.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import add_layernorm, tuning
+from . import add_layernorm, linear_gelu, tuning
 from .aot import ARCHS, INTERPRETER, TRITON_DTYPE, AotSpec, config_arch, forms_for, make_spec
 from .bias import reduce_partials
+from .gelu import gelu_derivative, gelu_gate
 from .interpreter import cast, dot
 from .launch import launch
 
@@ -31,26 +32,6 @@ OP = "mlp"
 FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU
 INTERPRETER_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 GROUP_M = 8
-
-
-@triton.jit
-def gelu_gate(u, ERF: tl.constexpr):
-    """What GELU multiplies u by."""
-    if ERF:
-        gate = 0.5 + 0.5 * tl.erf(0.7071067811865476 * u)
-    else:
-        gate = tl.sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
-    return gate
-
-
-@triton.jit
-def gelu_derivative(u, ERF: tl.constexpr):
-    gate = gelu_gate(u, ERF)
-    if ERF:
-        slope = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-    else:
-        slope = gate * (1.0 - gate) * 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * u * u)
-    return gate + u * slope
 
 
 @triton.jit
@@ -178,8 +159,13 @@ def forward(
     """
     if x.shape[0] > FEW_ROWS:
         n, h, mean, rstd = add_layernorm.forward(x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype)
-        u = torch.addmm(bias.to(dtype), n, weight.to(dtype))
-        return gelu_forward(u, erf), h, u, mean, rstd
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        if config := linear_gelu.config_for("forward", n, weight):
+            u, y = linear_gelu.forward(n, weight, bias, erf, config)
+        else:
+            u = torch.addmm(bias, n, weight)
+            y = gelu_forward(u, erf)
+        return y, h, u, mean, rstd
     h, mean, rstd = add_layernorm.statistics(x, residual, eps, dropout_p, rng, site)
     y, u = _few_rows(x if h is None else h, mean, rstd, ln_weight, ln_bias, weight.to(dtype), bias, erf)
     return y, h, u, mean, rstd
@@ -235,11 +221,19 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.T
     return du, reduce_partials(partials).squeeze(0)
 
 
+def product_gelu_backward(
+    dm: torch.Tensor, weight: torch.Tensor, u: torch.Tensor, erf: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gelu_backward` of dy = dm @ weight^T, dm [N, O], c_proj's weight [F, O], which may be a transposed view."""
+    if config := linear_gelu.config_for("backward", dm, weight, u):
+        return linear_gelu.backward(dm, weight, u, erf, config)
+    return gelu_backward(torch.mm(dm, weight.t()), u, erf)
+
+
 def backward(
-    dy: torch.Tensor,
+    du: torch.Tensor,
     dh: torch.Tensor | None,
     h: torch.Tensor,
-    u: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     ln_weight: torch.Tensor,
@@ -248,24 +242,22 @@ def backward(
     dropout_p: float,
     rng: torch.Tensor | None,
     site: int,
-    erf: bool,
     x_dtype: torch.dtype,
     has_residual: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """dy [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias float32 [C],
-    dweight [C, F] in weight's dtype, dbias float32 [F].
+    """du [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias float32 [C],
+    dweight [C, F] in weight's dtype.
 
     dx is None as in `add_layernorm.backward`.
     """
-    du, dbias = gelu_backward(dy, u, erf)
-    n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, u.dtype)
+    n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, du.dtype)
     dweight = torch.empty_like(weight)  # weight may be a transposed view, and its gradient is then one too
     torch.mm(n.t(), du, out=dweight)
-    dn = torch.mm(du, weight.to(u.dtype).t())
+    dn = torch.mm(du, weight.to(du.dtype).t())
     dx, dresidual, dln_weight, dln_bias = add_layernorm.backward(
         dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
     )
-    return dx, dresidual, dln_weight, dln_bias, dweight, dbias
+    return dx, dresidual, dln_weight, dln_bias, dweight
 
 
 def aot_specs() -> list[AotSpec]:

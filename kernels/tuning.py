@@ -14,6 +14,9 @@ default. `python -m benchmarks tune` writes these files; nothing is timed in a r
 "candidates" in a row are configurations that a GPU has still to decide on: they compile without spills as what is
 launched does, are in tests/golden, and `python -m benchmarks tune` times them with the neighbours of "config".
 
+Where a kernel stands beside a vendor's product, "product" in a config says which is taken, "vendor" or "persistent";
+what else is in it is the kernel's, and `{"product": "vendor"}` alone says that it does not ship.
+
 Where ptxas lets a thread spill to reach a number of registers of its own choice, "maxnreg" in a config names the most
 a thread may have instead.
 """
@@ -37,6 +40,7 @@ SELECTORS = ("kernel", "arch", "itemsize", "shape")
 KEYS = (*SELECTORS, "config", "candidates", "by")
 FALLBACK_ARCH = 80  # asks for the least shared memory of those that have all rows
 _POWERS = ("num_warps", "ROWS")  # beside BLOCK*: Triton wants powers of two
+PRODUCTS = ("vendor", "persistent")
 
 
 def path(op: str) -> Path:
@@ -89,9 +93,15 @@ def _problem(row: Any) -> str | None:
 
 
 def _problem_of_config(what: str, config: Any) -> str | None:
+    if config == {"product": "vendor"}:
+        return None
     if not isinstance(config, dict) or not isinstance(config.get("num_warps"), int):
         return f"{what} has no num_warps"
     for name, value in config.items():
+        if name == "product":
+            if value not in PRODUCTS:
+                return f"product is {value!r}; choose {' or '.join(PRODUCTS)}"
+            continue
         if type(value) is not int or value < 1:
             return f"{name} is {value!r}; it must be a whole number above 0"
         if (name.startswith("BLOCK") or name in _POWERS) and value & (value - 1):
@@ -123,7 +133,7 @@ def _row(op: str, kernel: str, arch: Name, itemsize: int, shape: tuple[tuple[str
     raise ValueError(f"{path(op)} has no row for kernel {kernel!r} and {itemsize} bytes an element; {_fix(op)}")
 
 
-def config(op: str, kernel: str, arch: Name, itemsize: int = 4, **shape: Any) -> dict[str, int]:
+def config(op: str, kernel: str, arch: Name, itemsize: int = 4, **shape: Any) -> dict[str, Any]:
     """Constexprs, num_warps and the other options of one launch; not to be changed. AMD's has no maxnreg.
 
     Args:
@@ -147,7 +157,7 @@ def _for_arch(config: dict[str, int], arch: Name) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def trial(op: str, index: int, candidate: dict[str, int]) -> Iterator[None]:
+def trial(op: str, index: int, candidate: dict[str, Any]) -> Iterator[None]:
     """While it lasts, row `index` of `op` has another configuration: how tune tries candidates."""
     row = rows(op)[index]
     shipped, row["config"] = row["config"], candidate

@@ -21,8 +21,10 @@ from gpt2_fast.kernels import (
     attention_decode,
     bias,
     linear_cross_entropy,
+    linear_gelu,
     mlp,
     shipped,
+    tuning,
 )
 from gpt2_fast.kernels.launch import launch
 
@@ -59,6 +61,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(aot, "_card_arch", lambda index: 90)
+    monkeypatch.setattr(linear_gelu, "_multiprocessors", lambda index: 132)
     recorders = {}
     for stem in shipped.stems():
         module = importlib.import_module(f"gpt2_fast.kernels.{stem}")
@@ -85,10 +88,12 @@ def _every_launcher(device: str) -> None:
         saved = mlp.forward(
             x, x, row, row, weight, empty(F), 1e-5, P, key, 16, False, torch.bfloat16
         )  # fmt: skip
-        y, h, u, mean, rstd = saved
-        mlp.backward(
-            y, None, h, u, mean, rstd, row, row, weight, P, key, 16, False, torch.bfloat16, True
-        )  # fmt: skip
+        _, h, u, mean, rstd = saved
+        du, _ = mlp.product_gelu_backward(empty(n, C), empty(F, C), u, False)
+        mlp.backward(du, None, h, mean, rstd, row, row, weight, P, key, 16, torch.bfloat16, True)
+    for kernel, *others in ((linear_gelu.forward, empty(C, F), empty(F)), (linear_gelu.backward, empty(F, C), u)):
+        kernel(rows, *others, False, tuning.config("linear_gelu", kernel.__name__, 90, 2))
+    mlp.gelu_backward(mlp.gelu_forward(u, False), u, False)
     bias.column_sum(rows)
     qkv, segments = empty(2, 40, 3, 2, 64), empty(2, 40, dtype=torch.int32)
     out, lse = attention.forward(qkv, 0.125, segments, P, key, 16)

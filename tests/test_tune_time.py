@@ -142,7 +142,9 @@ def test_a_record_of_another_triton_is_refused(tmp_path):
         tune_time.Record(str(path), "c")
 
 
-@pytest.mark.parametrize("op", ["attention", "add_layernorm", "mlp", "linear_cross_entropy", "bias", "adamw"])
+@pytest.mark.parametrize(
+    "op", ["attention", "add_layernorm", "mlp", "linear_gelu", "linear_cross_entropy", "bias", "adamw"]
+)
 def test_every_kernel_has_a_case_that_runs(op):
     """On a CPU, where other code answers: the shapes, the directions and the gradients that are asked for exist."""
     for kernel in dict.fromkeys(row["kernel"] for row in tuning.rows(op)):

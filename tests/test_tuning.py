@@ -132,6 +132,11 @@ def test_no_row_is_an_error_that_names_what_was_asked(table):
         ([{**_row(1), "candidates": [{"BLOCK": 16}]}], "row 0: a candidate has no num_warps"),
         ([{**_row(1), "candidates": [{"BLOCK": 3, "num_warps": 4}]}], "row 0: BLOCK is 3; it must be a power of two"),
         ([{**_row(1), "candidates": {"BLOCK": 2}}], "row 0: candidates is no list of configurations"),
+        (
+            [{"kernel": "k", "config": {"product": "cublas", "num_warps": 4}}],
+            "row 0: product is 'cublas'; choose vendor",
+        ),
+        ([{"kernel": "k", "config": {"product": "persistent"}}], "row 0: config has no num_warps"),
         ([_row(1, shape={"d": 1}), _row(2, shape={"d": 1})], "row 1: it is there twice"),
     ],
 )
@@ -188,6 +193,24 @@ def test_candidates_begin_with_what_ships_and_change_one_thing_first():
     assert min(c["BLOCK_N"] for c in found) == 16  # tl.dot takes no less
     assert min(c["num_stages"] for c in found) == 1
     assert max(c["num_warps"] for c in found) == 16
+
+
+def test_the_vendors_product_is_a_candidate_where_time_is_measured():
+    """Once, as its tiles are not launched; machine code cannot tell it from the other, so there the choice stays."""
+    tiles = {"BLOCK_M": 128, "num_warps": 8}
+    for shipped in ("vendor", "persistent"):
+        row = {"kernel": "forward", "config": {"product": shipped, **tiles}}
+        timed = tune.candidates("linear_gelu", row, timed=True)
+        assert timed[0] == row["config"]
+        assert [c for c in timed if c["product"] == "vendor"] == [{"product": "vendor", **tiles}]
+        assert {"product": "persistent", **tiles, "BLOCK_M": 64} in timed
+        assert {c["product"] for c in tune.candidates("linear_gelu", row)} == {shipped}
+
+
+def test_a_product_that_does_not_ship_is_not_tuned():
+    table = tuning.rows("linear_gelu")
+    for arch, expected in ((80, []), (90, [90, 90])):
+        assert [table[i]["arch"] for _, i in tune._rows_to_tune(["linear_gelu"], arch, None)] == expected
 
 
 @pytest.mark.parametrize(

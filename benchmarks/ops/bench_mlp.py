@@ -1,5 +1,13 @@
-"""mlp, and its half up to the GELU, beside F.layer_norm, F.linear and F.gelu."""
+"""mlp, and its half up to the GELU, beside F.layer_norm, F.linear and F.gelu.
 
+On a GPU with tiles in kernels/configs/linear_gelu.json mlp is timed once as that table chooses, and once by the
+persistent products, whatever it chooses.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -48,8 +56,37 @@ def case(size: Size, dtype: torch.dtype, device: str) -> Case:
     )
 
 
+def persistent(size: Size, dtype: torch.dtype, device: str) -> Case:
+    """`whole`, as a case of its own."""
+    from gpt2_fast.kernels import tuning
+    from gpt2_fast.kernels.aot import config_arch
+
+    found = tuning.config("linear_gelu", "forward", config_arch(torch.device(device)), dtype.itemsize)
+    if found["product"] != "persistent":
+        pytest.skip(f"no persistent product for {dtype} on this card")
+    return replace(whole(size, dtype, device), op="mlp, persistent products")
+
+
+@pytest.fixture
+def persistent_products():
+    """While a test lasts the products that have tiles are the persistent kernels'."""
+    if not torch.cuda.is_available():
+        pytest.skip("the persistent products are a GPU's")
+    from gpt2_fast.kernels import tuning
+
+    with contextlib.ExitStack() as stack:
+        for index, row in enumerate(tuning.rows("linear_gelu")):
+            if "num_warps" in row["config"]:
+                stack.enter_context(tuning.trial("linear_gelu", index, {**row["config"], "product": "persistent"}))
+        yield
+
+
 def test_mlp(measure):
     measure(whole)
+
+
+def test_mlp_persistent(persistent_products, measure):
+    measure(persistent)
 
 
 def test_layernorm_linear_gelu(measure):

@@ -12,7 +12,8 @@ Saved for backward: h, u and the row statistics; n is made again, and on a CPU f
 tensors there is one. On a GPU, where memory is seldom what a step waits for, f is kept. torch keeps h, n, u, f and the
 dropout mask, and takes seven passes around the first product where there are two here. On a GPU up to 64 rows are
 normalised tile by tile inside Triton's product, so n is never written; more are normalised in a pass, as the vendor's
-product is faster. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores
+product is faster. The passes for GELU and its derivative go where kernels/configs/linear_gelu.json takes Triton's
+persistent products. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores
 where it is this package's own; around the vendor's, the pass that adds the bias does both.
 
 Without proj_weight the operation ends at f: `layernorm_linear_gelu`, for a c_proj that is called as a module.
@@ -106,19 +107,14 @@ def _project(a, out, f: Tensor) -> None:
     out.m = torch.ops.aten._unsafe_view(f, [*a.x.shape[:-1], f.shape[1]])
 
 
-def _project_backward(a, out, f: Tensor | None) -> Tensor:
-    """The gradients of c_proj; returns df [N, F]. f: None where it has to be made from u."""
+def _project_gradients(a, out, f: Tensor | None) -> None:
+    """The gradients of c_proj's parameters. f: None where it has to be made from u."""
     dm, kind = a.dm.view(a.N, -1), Gelu(a.kind)
-    if a.proj_weight is None:
-        return dm
     if a.needs["proj_weight"]:  # before df, so that it and a remade f are not in memory together
         f = gelu(a.u.view(a.N, -1), kind) if f is None else f.view(a.N, -1)
         out.dproj_weight = weight_gradient(f, dm, a.proj_weight)
-    del f
-    df = product(dm, a.proj_weight.t())
     if a.needs["proj_bias"]:
         out.dproj_bias = bias_gradient(dm)
-    return df
 
 
 def _forward_cpp(a, out):
@@ -136,7 +132,10 @@ def _forward_cpp(a, out):
 
 
 def _backward_cpp(a, out):
-    df = _project_backward(a, out, None)
+    df = a.dm.view(a.N, -1)
+    if a.proj_weight is not None:
+        _project_gradients(a, out, None)
+        df = product(df, a.proj_weight.t())
     wide = _product_dtype(a.fc_weight.dtype)
     du, out.dfc_bias = bias_gelu_backward(df, a.u.view(a.N, a.F), wide, Gelu(a.kind))
     del df
@@ -172,10 +171,15 @@ def _forward_triton(a, out):
 def _backward_triton(a, out):
     from gpt2_fast.kernels import mlp as kernel
 
-    df = _project_backward(a, out, a.f)
-    dx, dresidual, out.dln_weight, out.dln_bias, dfc_weight, out.dfc_bias = kernel.backward(
-        df, _rows(a.dh), _rows(a.h), _rows(a.u), a.mean, a.rstd, a.ln_weight, a.ln_bias, a.fc_weight, *a.dropout,
-        bool(a.kind), a.x_dtype, a.has_residual,
+    dm, u, erf = a.dm.view(a.N, -1), _rows(a.u), bool(a.kind)
+    if a.proj_weight is None:
+        du, out.dfc_bias = kernel.gelu_backward(dm, u, erf)
+    else:
+        _project_gradients(a, out, a.f)
+        du, out.dfc_bias = kernel.product_gelu_backward(dm, a.proj_weight, u, erf)
+    dx, dresidual, out.dln_weight, out.dln_bias, dfc_weight = kernel.backward(
+        du, _rows(a.dh), _rows(a.h), a.mean, a.rstd, a.ln_weight, a.ln_bias, a.fc_weight, *a.dropout, a.x_dtype,
+        a.has_residual,
     )  # fmt: skip
     out.dx, out.dresidual = None if dx is None else dx.view(a.h.shape), dresidual.view(a.h.shape)
     out.dfc_weight = dfc_weight if a.needs["fc_weight"] else None

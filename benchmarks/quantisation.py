@@ -1,12 +1,16 @@
-"""`python -m benchmarks quantisation MODEL --text FILE`: what packing weights in bfloat16 or int8 costs in perplexity.
+"""`python -m benchmarks quantisation MODEL --text FILE`: what packing in bfloat16, int8 or int4 costs in perplexity.
 
 Windows of text are fed to `ops.decode_step` a token at a time, as generation does, so its activations, cache and
 arithmetic are in the figure as well. Perplexity is the exponential of the mean loss of all but a window's first token.
+Beside them stand llama.cpp's Q8_0 and Q4_0, by the gguf package: every matrix rounded so, then the arithmetic of
+float32, so that what differs from int8 and int4 is the format's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -19,7 +23,8 @@ from gpt2_fast import GPT2LMHeadModel, get_tokenizer
 from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 
-WEIGHTS = ("float32", "bfloat16", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+PEERS = ("q8_0", "q4_0")
 
 
 def packed_perplexity(model: GPT2LMHeadModel, windows: Tensor, weights: str) -> float:
@@ -31,6 +36,27 @@ def packed_perplexity(model: GPT2LMHeadModel, windows: Tensor, weights: str) -> 
         for t in range(windows.shape[1] - 1)
     ]
     return math.exp(torch.stack(losses).double().mean().item())
+
+
+@torch.no_grad()
+def rounded_as_gguf(model: GPT2LMHeadModel, kind: str) -> GPT2LMHeadModel:
+    """A copy whose matrices, positions aside, are what llama.cpp's format `kind` makes of them."""
+    from benchmarks.peers import gguf_file
+
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "wpe" not in name:
+            by_output = parameter if "wte" in name or "lm_head" in name else parameter.t()
+            by_output.copy_(torch.from_numpy(gguf_file.rounded(by_output.contiguous().numpy(), kind)))
+    return model
+
+
+def measure(model: GPT2LMHeadModel, windows: Tensor) -> dict[str, float]:
+    """Perplexity by format; those of llama.cpp where gguf is installed."""
+    found = {weights: packed_perplexity(model, windows, weights) for weights in WEIGHTS}
+    for kind in PEERS if importlib.util.find_spec("gguf") else ():
+        found[kind] = packed_perplexity(rounded_as_gguf(model, kind), windows, "float32")
+    return found
 
 
 def cut_windows(text: str, context: int, count: int) -> Tensor:
@@ -57,13 +83,16 @@ def main(argv: list[str]) -> int:
     try:
         model = GPT2LMHeadModel.from_pretrained(args.model, dtype=torch.float32)
         windows = cut_windows(args.text.read_text(encoding="utf-8"), args.context, args.windows)
-        perplexities = {weights: packed_perplexity(model, windows, weights) for weights in WEIGHTS}
+        perplexities = measure(model, windows)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     base = perplexities["float32"]
     print(f"{windows.numel() - len(windows):,} tokens scored, {len(windows)} windows of {windows.shape[1]}")
     for weights, value in perplexities.items():
         print(f"{weights:10} {value:12.4f} {value / base - 1:+.4%}")
+    for kind in PEERS:
+        if kind not in perplexities:
+            print(f"not measured: {kind}: gguf is not installed")
     if args.json:
         args.json.write_text(json.dumps({"model": args.model, "windows": list(windows.shape), **perplexities}) + "\n")
     return 0

@@ -173,10 +173,12 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
       __m512i hi = _mm512_setzero_si512(), lo = _mm512_set1_epi32(offset[r]);
 #pragma GCC unroll 8
       for (int q = 0; q < QUADS; ++q) {
-        int32_t bytes[2];
-        memcpy(bytes, x + 8 * (R * q + r), sizeof(bytes));
-        add_products(hi, weight[q], _mm512_set1_epi32(bytes[0]));
-        add_products(lo, weight[q], _mm512_set1_epi32(bytes[1]));
+        // Each from memory by itself: read as one, they would take the port that the shuffles need.
+        int32_t hi_bytes, lo_bytes;
+        memcpy(&hi_bytes, x + 8 * (R * q + r), sizeof(hi_bytes));
+        memcpy(&lo_bytes, x + 8 * (R * q + r) + 4, sizeof(lo_bytes));
+        add_products(hi, weight[q], _mm512_set1_epi32(hi_bytes));
+        add_products(lo, weight[q], _mm512_set1_epi32(lo_bytes));
       }
       const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo);
       sum[r] = multiply_add((vf)_mm512_cvtepi32_ps(total), scale, sum[r]);

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks import quantisation
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
+from gpt2_fast.generate.decoders import parameters_of
+from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4
 
@@ -42,6 +44,16 @@ def test_perplexities_are_the_models_own(folder, tmp_path, capsys):
     for weights in ("bfloat16", "int8", "int4"):
         assert measured[weights] != measured["float32"]
         assert math.log(measured[weights]) == pytest.approx(loss, rel=0.05)
+    assert abs(measured["divergence"]["float32"]) < 1e-9
+    for weights in ("bfloat16", "int8", "int4"):
+        rounded = PackedModel(parameters_of(model), weights, impl="reference", dtype=torch.float64)
+        exact = PackedModel(parameters_of(model), "float32", impl="reference", dtype=torch.float64)
+        logits = [p.prefill(windows[:, :1], PackedCache(p, 3, 16)) for p in (rounded, exact)]
+        found = (logits[1].softmax(-1) * (logits[1].log_softmax(-1) - logits[0].log_softmax(-1))).sum(-1).mean().item()
+        once = quantisation.cost(rounded, exact, windows[:, :2]).divergence
+        assert once == pytest.approx(found, rel=1e-9)
+        assert once > 0
+    assert measured["divergence"]["int8"] < 0.1 * measured["divergence"]["int4"]
 
 
 def test_a_peers_format_rounds_the_matrices_alone(folder, monkeypatch):

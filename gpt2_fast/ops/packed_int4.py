@@ -67,7 +67,7 @@ def quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty(N, K, dtype=torch.uint8), torch.empty(N, K // GROUP, dtype=torch.bfloat16)
     rows = max(1, CHUNK * GROUP // K)
     for begin in range(0, N, rows):
-        part = matrix[begin : begin + rows].float().reshape(-1, GROUP)
+        part = matrix[begin : begin + rows].float().contiguous().view(-1, GROUP)
         code, scale = _best(part)
         codes[begin : begin + rows] = code.view(-1, K)
         scales[begin : begin + rows] = scale.view(-1, K // GROUP)

@@ -44,6 +44,16 @@ def test_panels_mean_what_was_quantised(N, K):
     assert torch.equal(_meant(matrix), meant)
 
 
+@pytest.mark.parametrize("K", [32, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_strides_and_dtype(K, dtype):
+    matrix = torch.randn(21, K, dtype=dtype)
+    expected = quantised(matrix.float())
+    for same in (matrix, matrix.t().contiguous().t(), torch.stack([matrix, matrix + 1], 2)[..., 0]):
+        for a, b in zip(quantised(same), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_codes_are_the_nearest_levels_and_scales_have_the_room_of_float32():
     matrix = torch.randn(61, 96) * torch.logspace(-30, 30, 61).unsqueeze(1)
     codes, scales = quantised(matrix)

@@ -49,7 +49,8 @@ def _best(groups: Tensor) -> tuple[Tensor, Tensor]:
     high, low = groups.amax(1, keepdim=True), groups.amin(1, keepdim=True)
     largest = torch.where(-low > high, low, high)
     exponent = largest.frexp().exponent.clamp(min=-126)  # without it squares of large weights are infinite
-    groups, largest = groups.ldexp(-exponent), largest.ldexp(-exponent)
+    unit = torch.ones_like(largest).ldexp(-exponent)
+    groups, largest = groups * unit, largest * unit
     least, scale = torch.full_like(largest, torch.inf), largest
     for start in STARTS:
         levels = _nearest(groups, largest / start, LEVEL_OF_HALF)

@@ -3,7 +3,7 @@
 Each program runs in a process of its own; rounds alternate them, so a machine that drifts slows all alike, and what
 is quoted is the ratio. All load the same weights, and the tokens of each are laid beside the reference's: they part at
 a near tie, sooner the more a program rounds, but one whose rows do not even begin alike computes something else and
-gets no speed.
+gets no speed. With 4 bits random weights keep too little of themselves for that: int4 and q4_0 are not held to it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.programs import SIZES
 REFERENCE = "transformers float32"
 SMOKE = {"model": "smoke", "batch_sizes": "1,3", "prompt": 4, "new": 8, "prefill": 16, "prefills": 2, "rounds": 1}
 BEGINNING, ENOUGH = 4, 0.5  # a row begins alike when its first 4 tokens are; so must half of them
+COARSE = ("int4", "q4_0")  # tests hold int4 to its own rounded weights, `benchmarks quantisation` measures the rounding
 PACKAGES = ("ctranslate2", "llama_cpp_python", "gguf")
 
 
@@ -136,7 +137,8 @@ def _compare(rows: list[dict]) -> None:
             decode["ratio"] = measure.ratio(decode["rounds"], base["decode"][size]["rounds"])
         row["prefill"]["ratio"] = measure.ratio(row["prefill"]["rounds"], base["prefill"]["rounds"])
         row.update(_same(row["tokens"], base["tokens"]))
-        row["wrong"] = row["same_beginnings"] < ENOUGH * row["compared_rows"]
+        coarse = row["program"].endswith(COARSE)
+        row["wrong"] = not coarse and row["same_beginnings"] < ENOUGH * row["compared_rows"]
     for row in rows:
         del row["tokens"]
 

@@ -55,7 +55,7 @@ Generate = Callable[[Tensor, int, Ticks], list[list[int]]]
 def _gpt2_fast(folder: Path, dtype: str, device: str) -> Generate:
     from gpt2_fast import GPT2LMHeadModel
 
-    weights = {"float32": None, "bfloat16": None, "int8": "int8"}[dtype]
+    weights = None if dtype in PLAIN else dtype
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     model = model.to(device)
 
@@ -177,10 +177,10 @@ class Program:
 
 PLAIN = ("float32", "bfloat16")
 PROGRAMS = {
-    "gpt2_fast": Program(_gpt2_fast, {"cpu": (*PLAIN, "int8"), "cuda": PLAIN}, "gpt2_fast"),
+    "gpt2_fast": Program(_gpt2_fast, {"cpu": (*PLAIN, "int8", "int4"), "cuda": PLAIN}, "gpt2_fast"),
     "transformers": Program(_transformers, {"cpu": PLAIN, "cuda": PLAIN}, "transformers"),
     "ctranslate2": Program(_ctranslate2, {"cpu": ("float32", "int8"), "cuda": ("float32", "bfloat16")}, "ctranslate2"),
-    "llama.cpp": Program(_llama, {"cpu": (*PLAIN, "q8_0")}, "llama_cpp"),
+    "llama.cpp": Program(_llama, {"cpu": (*PLAIN, "q8_0", "q4_0")}, "llama_cpp"),
 }
 
 

@@ -50,6 +50,7 @@ struct Dense {
 
   static constexpr int GROUP = GROUP_OF<E>;
   static constexpr int sums(int rows) { return rows * PV; }
+  static int64_t pitch(int64_t steps) { return steps * LINE; }
 };
 
 // out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels `pitch` bytes apart, over `steps` lines of each.
@@ -107,6 +108,7 @@ struct Split {
 
   static constexpr int GROUP = 4;
   static constexpr int sums(int rows) { return 2 * rows; }
+  static int64_t pitch(int64_t steps) { return steps * LINE; }
 };
 
 // sum += four products of unsigned and signed bytes in every lane. The intrinsic makes g++ 12 copy its accumulators.

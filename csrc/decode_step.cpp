@@ -4,7 +4,7 @@
 // else by rows or heads; between these the region meets at a barrier. An output's sum runs over its inputs in order,
 // in one thread, whatever the number of threads and of rows. Of the last layer, what comes after its keys and values is
 // computed for the newest rows alone.
-#include "decode_panels.h"
+#include "decode_int4.h"
 #include "gelu.h"
 #include "kernels.h"
 
@@ -65,18 +65,24 @@ struct Worker {
   int64_t S16() const { return round_up(c.S, 16); }
   int64_t split_stride() const { return C16() > F16() ? C16() : F16(); }
 
+  // wte[n, k]
+  float weight_of(int64_t n, int64_t k) const {
+    const char* wte = m.wte.panels;
+    switch (m.weights) {
+      case DECODE_F32: return value(element<float>(wte, m.C, n, k));
+      case DECODE_BF16: return value(element<bf16>(wte, m.C, n, k));
+      case DECODE_INT8: return value(element<uint8_t>(wte, m.C, n, k)) * m.wte.scale[n];
+      default: return int4_value(wte, m.levels, m.C, n, k);
+    }
+  }
+
   // h = wte[token] + wpe[position]
   void embed(const int64_t* tokens, const int32_t* positions, int64_t rows) const {
     for (int64_t r = first(rows); r < last(rows); ++r) {
       float* h = c.h + r * C16();
       const float* position = m.wpe + positions[r] * m.C;
-      const int64_t n = tokens[r], C = m.C;
-      const char* wte = m.wte.panels;
       memset(h, 0, C16() * sizeof(float));
-      for (int64_t k = 0; k < C; ++k)
-        h[k] = position[k] + (m.weights == DECODE_F32    ? value(element<float>(wte, C, n, k))
-                              : m.weights == DECODE_BF16 ? value(element<bf16>(wte, C, n, k))
-                                                         : value(element<uint8_t>(wte, C, n, k)) * m.wte.scale[n]);
+      for (int64_t k = 0; k < m.C; ++k) h[k] = position[k] + weight_of(tokens[r], k);
     }
   }
 
@@ -100,7 +106,8 @@ struct Worker {
   }
 
 #if defined(__AVX512VNNI__)
-  bool splits() const { return m.weights == DECODE_INT8; }
+  bool splits() const { return m.weights == DECODE_INT8 || m.weights == DECODE_INT4; }
+  int64_t split_groups() const { return ceil_div(split_stride(), INT4_GROUP); }
 
   // Row r of `rows` in c.split from x, whose width is a multiple of 16.
   void prepare(const float* x, int64_t width, int64_t r, int64_t rows) const {
@@ -110,6 +117,7 @@ struct Worker {
     const float largest = hmax(high), inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
     const int64_t tile = r / ROWS * ROWS, pitch = 8 * tile_rows(rows - tile);
     int8_t* to = c.split + 2 * tile * split_stride() + 8 * (r - tile);
+    int32_t* offset = c.split_offsets + tile * split_groups() + (r - tile);
     __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
     for (int64_t k = 0; k < width; k += W) {
       const __m512i q = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
@@ -125,10 +133,16 @@ struct Worker {
       _mm_storel_pd((double*)(to + 2 * pitch), (__m128d)second);
       _mm_storeh_pd((double*)(to + 3 * pitch), (__m128d)second);
       to += 4 * pitch;
+      if (m.weights == DECODE_INT4 && k % INT4_GROUP + W == INT4_GROUP) {
+        *offset = -128 * (128 * _mm512_reduce_add_epi32(hi_sum) + _mm512_reduce_add_epi32(lo_sum));
+        offset += pitch / 8;
+        hi_sum = lo_sum = _mm512_setzero_si512();
+      }
     }
+    c.split_scales[r] = largest / 16256.0f;
+    if (m.weights == DECODE_INT4) return;
     c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
     c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
-    c.split_scales[r] = largest / 16256.0f;
   }
 #else
   bool splits() const { return false; }
@@ -151,7 +165,7 @@ struct Worker {
     for (int64_t p = first(panels); p < last(panels); p += COLUMNS) {
       const int64_t count = last(panels) - p < COLUMNS ? last(panels) - p : COLUMNS, column = p * PANEL;
       for (int64_t r = 0; r < rows; r += ROWS) {
-        panel_rows(w.panels + p * steps * LINE, steps * LINE, steps, a, r, tile_rows(rows - r), count, sum,
+        panel_rows(w.panels + p * A::pitch(steps), A::pitch(steps), steps, a, r, tile_rows(rows - r), count, sum,
                    COLUMNS * PANEL);
         finish_tile(sum, rows - r < ROWS ? rows - r : ROWS, count * PANEL, w.scale ? w.scale + column : nullptr,
                     w.bias ? w.bias + column : nullptr, finish, out + r * ldo + column, ldo, limit - column);
@@ -166,11 +180,17 @@ struct Worker {
       multiply(Dense<float>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
     else if (m.weights == DECODE_BF16)
       multiply(Dense<bf16>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
-    else
 #if defined(__AVX512VNNI__)
+    else if (m.weights == DECODE_INT8)
       multiply(Split{c.split, c.split_offsets, c.split_scales, split_stride()}, w, N, K, rows, finish, out, ldo, limit);
+    else
+      multiply(SplitGroups{c.split, c.split_offsets, c.split_scales, split_stride(), split_groups(), m.levels}, w, N, K,
+               rows, finish, out, ldo, limit);
 #else
+    else if (m.weights == DECODE_INT8)
       multiply(Dense<uint8_t>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+    else
+      multiply(Grouped{x, stride, m.levels}, w, N, K, rows, finish, out, ldo, limit);
 #endif
   }
 

@@ -17,23 +17,23 @@ namespace gpt2 {
   M(float*, ln_2_weight) M(float*, ln_2_bias) M(DecodeMatrix, c_fc) M(DecodeMatrix, mlp_proj)
 
 // erf: GELU by erf, not tanh. constants [L + 1]: what each layer multiplies its scores by, and the LayerNorms' epsilon.
-// wpe [n_positions, C].
+// wpe [n_positions, C]. levels [16]: what the codes of int4 mean.
 #define GPT2_DECODE_MODEL(M) \
   M(int64_t, weights) M(int64_t, erf) M(int64_t, L) M(int64_t, C) M(int64_t, H) M(int64_t, D) M(int64_t, F) \
-  M(int64_t, V) M(float*, constants) M(DecodeMatrix, wte) M(DecodeMatrix, lm_head) M(float*, wpe) \
-  M(float*, ln_f_weight) M(float*, ln_f_bias)
+  M(int64_t, V) M(float*, constants) M(int8_t*, levels) M(DecodeMatrix, wte) M(DecodeMatrix, lm_head) \
+  M(float*, wpe) M(float*, ln_f_weight) M(float*, ln_f_bias)
 
 // A cache and the scratch of a call. Widths C16, F16, S16, D16: rounded up to 16; R: `chunk` rows and 16 to spare.
 // keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, D16 / 16, S16 / G, 16, G]: float32, G = 1, or
 // bfloat16, G = 2; zero before their first use. h and y [R, C16], qkv [R, 3 C rounded up], f [R, F16],
-// newest [B, C16], scores [threads, 12, S16]; split [2 R, max(C16, F16)], with int32 [2 R] and float32 [R]: see Split in
-// decode_panels.h.
+// newest [B, C16], scores [threads, 12, S16]; split [2 R, max(C16, F16)], with float32 [R] and int32 [R, max(2, groups of
+// max(C16, F16))]: see Split in decode_panels.h and SplitGroups in decode_int4.h.
 #define GPT2_DECODE_CACHE(M) \
   M(char*, keys) M(char*, values) M(int64_t, B) M(int64_t, S) M(int64_t, chunk) M(float*, h) M(float*, y) \
   M(float*, qkv) M(float*, f) M(float*, newest) M(float*, scores) M(int8_t*, split) M(int32_t*, split_offsets) \
   M(float*, split_scales)
 
-enum DecodeWeights : int64_t { DECODE_F32 = 0, DECODE_BF16 = 1, DECODE_INT8 = 2 };
+enum DecodeWeights : int64_t { DECODE_F32 = 0, DECODE_BF16 = 1, DECODE_INT8 = 2, DECODE_INT4 = 3 };
 
 struct DecodeMatrix {
   GPT2_DECODE_MATRIX(GPT2_MEMBER)

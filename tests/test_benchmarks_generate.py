@@ -42,9 +42,14 @@ def test_tokens_that_differ_are_counted_and_named():
         "program": name, "tokens": tokens, "decode": {"1": dict(measured)}, "prefill": dict(measured)
     }  # fmt: skip
     wrong = {"1": [[1, 2, 3, 0, 5]], "8": [[5, 6, 7], [0, 9, 10]]}
-    rows = [make("transformers float32", reference), make("a float32", other), make("b int8", wrong)]
+    rows = [
+        make("transformers float32", reference),
+        make("a float32", other),
+        make("b int8", wrong),
+        make("c int4", wrong),
+    ]
     generate._compare(rows)
-    assert [row["wrong"] for row in rows] == [False, False, True]
+    assert [row["wrong"] for row in rows] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_hooks_that_generation_would_not_call_are_refused():
     assert generate(model, [[1, 2]], 2)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_generation_with_packed_weights(weights):
     """Greedy text of the packed model; float32 is the model's own to the token, left padding included."""
     _, model = pair_on_cpu()

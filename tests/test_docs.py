@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +31,11 @@ from gpt2_fast import cli, config
 from gpt2_fast.checkpoint import convert
 from gpt2_fast.data import load_data, load_tokens
 from gpt2_fast.data.tokenizer import get_tokenizer
+from gpt2_fast.ops.packed_int4 import LEVELS, quantised
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+BITSANDBYTES = 'from_pretrained("gpt2", quantization_config=BitsAndBytesConfig(load_in_{}bit=True))'
 SIZES = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
@@ -198,14 +201,25 @@ def pipes(world, left, right):
     assert printed(world, *right) == expected + "\n"
 
 
-def generates_int8(world, left, right):
-    """Greedy text is that of transformers' model, every matrix rounded to 127 steps either side, a scale an output."""
+def to_int8(matrix):
+    """127 steps either side, a scale an output."""
+    scale = matrix.abs().amax(1, keepdim=True) / 127
+    return (matrix / scale).round() * scale
+
+
+def to_int4(matrix):
+    """16 levels, a scale for 32 inputs."""
+    codes, scales = quantised(matrix)
+    return LEVELS.float()[codes.long()] * scales.float().repeat_interleave(32, 1)
+
+
+def generates_rounded(rounding, world, left, right):
+    """Greedy text is that of transformers' model, every matrix rounded."""
     rounded = copy.deepcopy(world.hf)
     for name, weight in rounded.named_parameters():
         if weight.ndim == 2 and "wpe" not in name:
             by_output = weight.data if "wte" in name else weight.data.t()  # Conv1D keeps [in, out]
-            scale = by_output.abs().amax(1, keepdim=True) / 127
-            by_output.copy_((by_output / scale).round() * scale)
+            by_output.copy_(rounding(by_output))
     ids = torch.tensor([get_tokenizer().encode("Hello, I'm")])
     expected = rounded.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=50256)[0]
     assert printed(world, *right) == get_tokenizer().decode(expected) + "\n"
@@ -307,7 +321,8 @@ CHECKS = {
     "ids = model.generate(input_ids, max_new_tokens=8, do_sample=False)": generates,
     "Trainer(model, arguments, train_dataset=dataset).train()": trains_with_trainer,
     'pipeline("text-generation", "gpt2")("Hello, I\'m", max_new_tokens=8, do_sample=False)': pipes,
-    'from_pretrained("gpt2", quantization_config=BitsAndBytesConfig(load_in_8bit=True))': generates_int8,
+    BITSANDBYTES.format(8): partial(generates_rounded, to_int8),
+    BITSANDBYTES.format(4): partial(generates_rounded, to_int4),
     'the loop of its "Perplexity of fixed-length models"': measures_perplexity,
     "lm_eval --model hf --model_args pretrained=gpt2 --tasks hellaswag,lambada_openai": measures_tasks,
     "from model import GPT, GPTConfig": is_nanogpt,

@@ -90,7 +90,7 @@ def test_usage_shows_what_can_be_chosen(capsys):
             "train",
             ["--dtype {float32,bfloat16", "--order {random,epoch}", "{nano,distilgpt2,gpt2,", "{jsonl,tensorboard"],
         ),
-        ("generate", ["--weights {float32,bfloat16,int8}", "--impl {auto,reference,cpp,triton}"]),
+        ("generate", ["--weights {float32,bfloat16,int8,int4}", "--impl {auto,reference,cpp,triton}"]),
         ("eval", ["--dtype {float32,bfloat16,float16}", "--impl {auto,reference,cpp,triton}"]),
     ):
         out = " ".join(told(capsys, command, "--help")[1].split())

@@ -12,13 +12,18 @@ from torch import Tensor
 from gpt2_fast.config import GPT2Config
 
 TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16,
-         "q8_0": gguf.GGMLQuantizationType.Q8_0}  # fmt: skip
+         "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}  # fmt: skip
 FILE_TYPES = {"float32": gguf.LlamaFileType.ALL_F32, "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-              "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}  # fmt: skip
+              "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}  # fmt: skip
 LAYER = {
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
     "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
+
+
+def rounded(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """The matrix [N, K] that its blocks of 32 inputs in `kind` mean, float32."""
+    return gguf.quants.dequantize(gguf.quants.quantize(matrix, TYPES[kind]), TYPES[kind])
 
 
 def _renamed(name: str) -> str:

@@ -36,8 +36,9 @@ def add(commands) -> None:
     add("--stop", action="append", default=[], metavar="STRING", help="end in front of it (may be repeated)")
     add("--slide", action="store_true", help="past n_positions, go on with the newest half of the text")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
-    add("--weights", choices=("float32", "bfloat16", "int8"),
-        help="on a CPU, pack the weights so; int8: one scale a row (default: the model's dtype)")  # fmt: skip
+    add("--weights", choices=("float32", "bfloat16", "int8", "int4"),
+        help="on a CPU, pack the weights so; int8: one scale a row, int4: one for 32 weights (default: the model's "
+        "dtype)")  # fmt: skip
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--impl", default="auto", metavar=choice(IMPLEMENTATIONS), help="of every op which has it (default auto)")
     parser.set_defaults(run=run, offline=OFFLINE)

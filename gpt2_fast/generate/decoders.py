@@ -8,7 +8,7 @@ A decoder has `n_positions` (how many it can hold), `length` (how many it holds)
 starts says how many positions of padding each row begins with. Logits are of the token after the newest, and may be
 overwritten by the next call. `make_decoder` chooses one of three:
 
-    PackedDecoder    CPU: one call into C++ a token, on weights packed in float32, bfloat16 or int8
+    PackedDecoder    CPU: one call into C++ a token, on weights packed in float32, bfloat16, int8 or int4
     GraphDecoder     GPU: the model, its step replayed as one CUDA graph
     ModelDecoder     the model, op by op, on any device
 
@@ -191,7 +191,7 @@ def parameters_of(model: Model) -> Parameters:
 def packed_model(model: Model, weights: str) -> PackedModel:
     """The model's weights packed for `ops.decode_step`, kept beside the model until they change.
 
-    A model has one packing at a time. Its size in bytes is 4, 2 or 1 a weight, beside the model's own. Changed
+    A model has one packing at a time. Its size in bytes is 4, 2, 1 or 0.5625 a weight, beside the model's own. Changed
     parameters are known by their addresses and version counters, and by PROBES values of each, since a write through
     `.data` moves no counter. Raises as `parameters_of` does.
     """
@@ -212,11 +212,12 @@ def make_decoder(
 ) -> ModelDecoder | GraphDecoder | PackedDecoder:
     """The decoder for a model where it is.
 
-    weights: "float32", "bfloat16" or "int8" packs them so, on a CPU. None packs a float32 or bfloat16 model as it is
-        where C++ can run it, unless it is in training mode, whose weights are about to change.
+    weights: "float32", "bfloat16", "int8" or "int4" packs them so, on a CPU. None packs a float32 or bfloat16 model as
+        it is where C++ can run it, unless it is in training mode, whose weights are about to change.
 
     Raises ValueError for weights that are unknown, asked for on a GPU or of a model with modules that are not this
-    package's; and for hooks on the model itself, which generation does not call.
+    package's; for int4 of a model whose widths are no multiples of 32; and for hooks on the model itself, which
+    generation does not call.
     """
     if has_hooks(model):
         raise ValueError("the model has hooks, and generation calls its transformer and lm_head: register them there")

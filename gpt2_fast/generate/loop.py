@@ -41,7 +41,7 @@ def generate(
             here, after this token. Rows that have ended repeat their last token until all have.
         context: "slide" goes on past n_positions: where they are used up, the newest half of them is prefilled
             again with positions counted from 0. None refuses.
-        weights: "float32", "bfloat16" or "int8" on a CPU, see `make_decoder`.
+        weights: "float32", "bfloat16", "int8" or "int4" on a CPU, see `make_decoder`.
 
     Raises:
         ValueError: an empty prompt, or prompt and new tokens beyond n_positions.

@@ -6,7 +6,7 @@
 
 On a CPU all of this is one call into C++ and one parallel region: through Python a step of the 124M model is a
 hundred calls, which cost more than its arithmetic. Its bound is reading every weight once, so the weights are packed
-once, in the order in which they are read (`packed_weights`), in float32, bfloat16 or int8.
+once, in the order in which they are read (`packed_weights`), in float32, bfloat16, int8 or int4.
 
 Row b begins at starts[b]; what is left of it is padding, which is neither computed nor stored. A row's keys and
 values are indexed by its own positions, so it decodes to the same bits alone and in any batch.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2_fast.ops.packed_int4 import GROUP, LEVELS, check_inputs
 from gpt2_fast.ops.packed_weights import CODES, GROUPS, PANEL, HugePages, PackedMatrix, padded
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import check_dense
@@ -32,7 +33,7 @@ OP = "decode_step"
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
 SPARE = 16  # rows that a tile may go beyond them
 TILE_ROWS = 12  # the most rows of a tile, in csrc/decode_panels.h
-CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+CACHE_DTYPES = {weights: torch.float32 if weights == "float32" else torch.bfloat16 for weights in CODES}
 
 
 Affine = tuple[Tensor, Tensor | None]  # weight and bias: of a LayerNorm [C] both, of a product [out, in] and [out]
@@ -73,15 +74,17 @@ class PackedModel:
     Args:
         model: its tensors on the CPU, which are copied; `gpt2_fast.generate.decoders.parameters_of` has them.
         weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
-            output. Sums are float32. Activations too, but where int8 meets a processor with VNNI: there a row's are
-            multiples of its largest magnitude / 16256. Biases, LayerNorms and positions stay float32.
+            output, "int4" to 16 levels with one scale for 32 inputs. Sums are float32. Activations too, but where int8
+            or int4 meets a processor with VNNI: there a row's are multiples of its largest magnitude / 16256. Biases,
+            LayerNorms and positions stay float32.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
         dtype: what impl="reference" computes in.
 
     Attributes:
         nbytes: of the packed weights.
 
-    Raises ValueError for a model that is not on the CPU, or unknown `weights`.
+    Raises ValueError for a model that is not on the CPU, unknown `weights`, or int4 and a width that is no multiple
+    of 32.
     """
 
     def __init__(self, model: Parameters, weights: str, *, impl: str = "auto", dtype: torch.dtype = torch.float32):
@@ -90,6 +93,9 @@ class PackedModel:
         device = model.wte.device
         if device.type != "cpu":
             raise ValueError(f"{OP}: the model is on {device}; move it to the CPU")
+        if weights == "int4":
+            check_inputs(f"{OP}: n_embd", model.config.n_embd)
+            check_inputs(f"{OP}: n_inner", model.config.n_inner_)
         self.impl = dispatch.choose(OP, impl, device, torch.float32)
         self.config, self.weights, self.dtype = model.config, weights, dtype
         self.cache_dtype = CACHE_DTYPES[weights]
@@ -107,8 +113,9 @@ class PackedModel:
         c, (ln_f_weight, ln_f_bias) = self.config, self.ln_f
         model = cpp.struct(
             "DecodeModel", weights=CODES[self.weights], erf=ACTIVATIONS[c.activation_function], L=c.n_layer, C=c.n_embd,
-            H=c.n_head, D=c.head_dim, F=c.n_inner_, V=c.vocab_size, constants=self._constants, wte=self.wte.table(),
-            lm_head=self.lm_head.table(), wpe=self.wpe, ln_f_weight=ln_f_weight, ln_f_bias=ln_f_bias,
+            H=c.n_head, D=c.head_dim, F=c.n_inner_, V=c.vocab_size, constants=self._constants, levels=LEVELS,
+            wte=self.wte.table(), lm_head=self.lm_head.table(), wpe=self.wpe, ln_f_weight=ln_f_weight,
+            ln_f_bias=ln_f_bias,
         )  # fmt: skip
         return [*model, *(entry for layer in self.layers for entry in layer.table())]
 
@@ -214,7 +221,7 @@ class PackedCache:
             "newest": torch.empty(self.batch_size, C16),
             "scores": torch.empty(self.threads, TILE_ROWS, S),
             "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8),
-            "split_offsets": torch.empty(2 * rows, dtype=torch.int32),
+            "split_offsets": torch.empty(rows * max(2, round_up(max(C16, F16), GROUP) // GROUP), dtype=torch.int32),
             "split_scales": torch.empty(rows),
         }  # fmt: skip
         sizes = {"B": self.batch_size, "S": self.n_positions, "chunk": CHUNK}

@@ -7,6 +7,7 @@ inputs of an output lie together, as the instructions that sum pairs or quads ta
 float32    1   as they are
 bfloat16   2   rounded to nearest even
 int8       4   q + 128 in uint8 with q = round(w / scale) in [-127, 127], one float32 scale an output
+int4       32  codes of 4 bits and a bfloat16 scale for 32 inputs of an output, see `packed_int4`
 =========  ==  =====================================================================================
 """
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2_fast.ops import packed_int4
 from gpt2_fast.ops.runtime import cpp
 from gpt2_fast.ops.runtime.memory import large_pages, round_up
 
 PANEL = 16
 GROUPS = {"float32": 1, "bfloat16": 2, "int8": 4}
-CODES = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/decode_step.h
+CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # csrc/decode_step.h
 
 
 def padded(vector: Tensor | None) -> Tensor | None:
@@ -62,18 +64,25 @@ class PackedMatrix:
 
     Args:
         matrix: [N, K], any floating dtype and strides.
-        weights: "float32", "bfloat16" or "int8".
+        weights: "float32", "bfloat16", "int8" or "int4".
         bias: [N], kept in float32.
         memory: where the panels go.
 
     Attributes:
         panels: as above. scale, bias: float32, zero up to a multiple of 16, or None.
+
+    Raises ValueError in int4 where K is no multiple of 32.
     """
 
     def __init__(self, matrix: Tensor, weights: str, bias: Tensor | None = None, *, memory: HugePages):
         self.shape, self.weights = matrix.shape, weights
         self.bias = padded(bias)
         self.scale = None
+        if weights == "int4":
+            packed_int4.check_inputs("K", matrix.shape[1])
+            panels = packed_int4.to_panels(*packed_int4.quantised(matrix.detach()), PANEL)
+            self.panels = memory.zeros(panels.shape, panels.dtype).copy_(panels)
+            return
         matrix = matrix.detach().float()
         if weights == "int8":
             largest = matrix.abs().amax(1)
@@ -94,6 +103,8 @@ class PackedMatrix:
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] that the stored numbers mean."""
         N, K = self.shape
+        if self.weights == "int4":
+            return packed_int4.dequantised(self.panels, N, K, PANEL, dtype)
         matrix = self.panels.transpose(1, 2).reshape(-1, self.panels.shape[1] * self.panels.shape[3])[:N, :K].to(dtype)
         return matrix if self.scale is None else (matrix - 128) * self.scale[:N].to(dtype).unsqueeze(1)
 

@@ -20,10 +20,12 @@ MODELS = [
     {"n_layer": 2, "n_embd": 80, "n_head": 5, "vocab_size": 301, "scale_attn_by_inverse_layer_idx": True},
     {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 37, "tie_word_embeddings": False},
     {"n_layer": 1, "n_embd": 70, "n_head": 5, "n_inner": 33, "vocab_size": 37, "activation_function": "gelu"},
+    {"n_layer": 2, "n_embd": 96, "n_head": 3, "n_inner": 160, "vocab_size": 45},
 ]
 INPUTS = ("tokens", "token", "cache", "starts", "row", "packed", "weights", "model", "batch_size", "impl")
 POSITIONS = 40
 WEIGHTS = ["float32", "bfloat16", "int8"]
+GROUPED = [4]  # models whose widths int4 takes
 _seldom = st.sampled_from([False] * 4 + [True])
 
 
@@ -32,9 +34,11 @@ def calls(draw) -> Description:
     """A prompt and some steps after it; every fifth call with something wrong in it."""
     B, prompt, steps = draw(st.integers(1, 5)), draw(st.integers(1, 12)), draw(st.integers(0, 4))
     starts = draw(st.lists(st.integers(0, prompt - 1), min_size=B, max_size=B))
+    model = draw(st.integers(0, len(MODELS) - 1))
+    weights = draw(st.sampled_from([*WEIGHTS, "int4"] if model in GROUPED else WEIGHTS))
     described = {
-        "op": "decode_step", "model": draw(st.integers(0, len(MODELS) - 1)), "seed": draw(st.integers(0, 1000)),
-        "weights": draw(st.sampled_from(WEIGHTS)), "impl": draw(st.sampled_from(["auto", "cpp"])),
+        "op": "decode_step", "model": model, "seed": draw(st.integers(0, 1000)),
+        "weights": weights, "impl": draw(st.sampled_from(["auto", "cpp"])),
         "B": B, "prompt": prompt, "steps": steps, "room": prompt + steps + draw(st.integers(0, 5)),
         "starts": draw(st.sampled_from([None, starts])), "layout": draw(st.sampled_from(build.LAYOUTS)),
         "change": None, "valid": True,
@@ -45,7 +49,7 @@ def calls(draw) -> Description:
             ["room", draw(st.integers(-1, 60))], ["B", draw(st.integers(0, 6))],
             ["tokens", draw(st.sampled_from(build.CHANGES))],
             ["starts", draw(st.sampled_from(build.CHANGES))], ["starts of", draw(st.integers(-2, 50))],
-            ["cache of another model", draw(st.integers(0, len(MODELS) - 1))], ["weights", "int4"],
+            ["cache of another model", draw(st.integers(0, len(MODELS) - 1))], ["weights", "int3"],
             ["cache of other weights", draw(st.sampled_from(WEIGHTS))],
         ]))  # fmt: skip
         described |= {"change": change, "valid": False}
@@ -70,10 +74,10 @@ def _packed(index: int, weights: str, impl: str, dtype: torch.dtype = torch.floa
 
 def _run(description: Description, impl: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     d, (change, how) = description, description["change"] or (None, None)
-    packed = _packed(d["model"], "int4" if change == "weights" else d["weights"], impl, dtype)
+    packed = _packed(d["model"], "int3" if change == "weights" else d["weights"], impl, dtype)
     owner = packed
     if change == "cache of another model":
-        owner = _packed(how, d["weights"], impl, dtype)
+        owner = _packed(how, "int8" if d["weights"] == "int4" and how not in GROUPED else d["weights"], impl, dtype)
     elif change == "cache of other weights":
         owner = _packed(d["model"], how, impl, dtype)
     starts = None if d["starts"] is None else torch.tensor(d["starts"], dtype=torch.int32)
@@ -103,7 +107,7 @@ def judge(description: Description) -> Outcome:
         eager, truth = (_run(description, "reference", dtype) for dtype in (torch.float32, torch.float64))
     except Exception as error:
         return Outcome(WRONG, f"runs what the reference refuses: {type(error).__name__}: {error}")
-    # Keys and values may round to a neighbour in bfloat16, and with VNNI int8's activations have 15 bits.
+    # Keys and values may round to a neighbour in bfloat16, and with VNNI activations have 15 bits.
     dtype = torch.float32 if description["weights"] == "float32" else torch.float16
     problem = differs(actual, eager, truth, dtype)
     return Outcome(WRONG, f"logits: {problem}") if problem else Outcome(RIGHT)

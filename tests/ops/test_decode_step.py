@@ -14,7 +14,7 @@ from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, sam
 from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
 from gpt2_fast.ops.runtime import cpp
 
-WEIGHTS = ["float32", "bfloat16", "int8"]
+WEIGHTS = ["float32", "bfloat16", "int8", "int4"]
 
 
 def _model(n_positions: int = 64, **sizes) -> GPT2LMHeadModel:
@@ -44,9 +44,11 @@ def _run(packed: PackedModel, tokens, starts=None, prompt: int | None = None) ->
 def test_every_instruction_set(isa, threads, weights):
     # Beside the sums' own rounding, keys and values may round to a bfloat16 neighbour; VNNI's activations have 15 bits.
     threads(1)
-    vnni = weights == "int8" and isa == "avx512bf16"
+    vnni = weights in ("int8", "int4") and isa == "avx512bf16"
     allowed = torch.float32 if weights == "float32" else torch.bfloat16 if vnni else torch.float16
     for sizes, tokens, starts in samples():
+        if weights == "int4" and sizes["n_embd"] % 32:
+            continue
         model = _model(**sizes)
         actual = _run(PackedModel(parameters_of(model), weights, impl="cpp"), tokens, starts)
         eager = _run(PackedModel(parameters_of(model), weights, impl="reference"), tokens, starts)
@@ -153,8 +155,8 @@ def test_sizes():
 
 def test_what_is_refused():
     model = _model(n_layer=1, n_embd=16, n_head=2, vocab_size=50)
-    with pytest.raises(ValueError, match="weights is 'int4'; choose float32, bfloat16, int8"):
-        PackedModel(parameters_of(model), "int4")
+    with pytest.raises(ValueError, match="weights is 'int3'; choose float32, bfloat16, int8, int4"):
+        PackedModel(parameters_of(model), "int3")
     with pytest.raises(ValueError, match="model is on meta; move it to the CPU"):
         PackedModel(parameters_of(copy.deepcopy(model).to("meta")), "int8")
     packed = PackedModel(parameters_of(model), "int8")

@@ -42,7 +42,9 @@ def test_what_a_process_takes(options):
     done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(options)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     predicted = memory.predict_run(TrainConfig(**options), GPT2Config.from_preset("nano"), "cpu").step
-    assert predicted == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
+    taken = int(done.stdout.split()[-1])  # which threads' timing moves by a few percent
+    # Too low a prediction ends in a process that is killed; too high a one in a smaller micro-batch.
+    assert 0.9 * taken < predicted < 1.2 * taken
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

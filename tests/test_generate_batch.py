@@ -167,7 +167,7 @@ def test_generator_is_used(models):
         ({"stop_strings": "a"}, "pass tokenizer="),
         ({"seed": 1, "generator": torch.Generator(), "do_sample": True}, "seed and generator are both given"),
         ({"context": "ring"}, "context is 'ring'"),
-        ({"weights": "int4"}, "int4"),
+        ({"weights": "int3"}, "int3"),
         ({"attention_mask": torch.tensor([[1] * 5 + [0]])}, "padding after a token; pad on the left"),
         ({"attention_mask": torch.ones(1, 5)}, r"attention_mask is \(1, 5\) and input_ids \(1, 6\)"),
         ({"attention_mask": torch.zeros(1, 6)}, "padding after a token"),

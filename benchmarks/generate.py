@@ -130,7 +130,8 @@ def _same(tokens: dict[str, list[list[int]]], reference: dict[str, list[list[int
 
 def _compare(rows: list[dict]) -> None:
     """Adds what stands beside the reference: ratios, tokens that are the same, and who is wrong."""
-    base = next((row for row in rows if row["program"] == REFERENCE), rows[-1])
+    exact = [row for row in rows if not row["program"].endswith(COARSE)] or rows
+    base = next((row for row in rows if row["program"] == REFERENCE), exact[-1])
     for row in rows:
         row["base"] = base["program"]
         for size, decode in row["decode"].items():

@@ -50,6 +50,9 @@ def test_tokens_that_differ_are_counted_and_named():
     ]
     generate._compare(rows)
     assert [row["wrong"] for row in rows] == [False, False, True, False]
+    rows = [make("a float32", reference), make("b int8", other), make("c int4", wrong)]
+    generate._compare(rows)  # without transformers: never beside 4 bits
+    assert {row["base"] for row in rows} == {"b int8"}
 
 
 @pytest.mark.parametrize(

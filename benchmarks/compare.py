@@ -92,6 +92,22 @@ def checkout(name: str, build: Callable[[Path], None] | None = None) -> tuple[Pa
     return folder, found[:12]
 
 
+def own(folder: Path) -> dict[str, str]:
+    """The environment in which Python finds this side's package before any that is installed or on PYTHONPATH."""
+    return {"PYTHONPATH": str(folder)}
+
+
+def check_own(folder: Path) -> None:
+    """Exits with one line where `import gpt2_fast` is not of the folder: both sides would be one."""
+    say = "import gpt2_fast, gpt2_fast.kernels as k; print(gpt2_fast.__file__, *k.__path__, sep='\\n')"
+    command, env = [sys.executable, "-c", say], {**os.environ, **own(folder)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    found = done.stdout.split("\n")[:-1]
+    if done.returncode != 0 or not all(Path(path).is_relative_to(folder) for path in found):
+        last = next(iter(reversed(found or done.stderr.strip().splitlines())), "nothing")
+        sys.exit(f"gpt2_fast in {folder} is not what Python imports there: {last}")
+
+
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", "-C", str(measure.ROOT), *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -160,7 +176,9 @@ def outcome(old: object, new: object) -> str:
 def run_case(case: str, folders: dict[str, Path], options: argparse.Namespace, weights: str) -> list[dict]:
     """The rows of one case: for each figure old, new and their ratio in every round. Raises ProgramFailed."""
     module, worker = _worker(case, options, weights)
-    run = lambda side, index: measure.run_worker(module, worker, options.timeout, root=folders[side])
+    run = lambda side, index: measure.run_worker(
+        module, worker, options.timeout, own(folders[side]), root=folders[side]
+    )
     note = lambda side, index, result: (
         f"{case}: {next(iter(_figures(case, result, options)[0].values())):,.1f} tokens/s"
     )
@@ -194,6 +212,8 @@ def main(argv: list[str]) -> int:
     """Runs the cases, prints the table and writes its record; 1 where something is slower or did not run."""
     options = _arguments(argv)
     (old, old_name), (new, new_name) = checkout(options.old), checkout(options.new)
+    for folder in (old, new):
+        check_own(folder)
     rows, failed = [], {}
     with tempfile.TemporaryDirectory() as weights:
         if any(CASES[case][0] == "generate" for case in options.cases):

@@ -86,7 +86,7 @@ stage_check() {
 }
 
 # Each candidate is held to float64, then timed; the winners become rows of kernels/configs/, which whole steps then run
-# with. What was timed is kept in tune.json: run again, it goes on with the rows that are left.
+# with. What was timed is kept in tune.json: cut off, or named again, the stage goes on with the rows that are left.
 stage_tune() {
   gpu || skip "configurations are timed on a GPU"
   has triton || skip "triton is not installed"

@@ -54,6 +54,7 @@ def _run(speeds: dict[str, float], losses: dict[str, list[float]]):
 def test_slower_is_said_and_is_the_status(tmp_path, capsys, monkeypatch, new, status, word):
     folders = {side: tmp_path / side for side in compare.SIDES}
     monkeypatch.setattr(compare, "checkout", lambda name: (folders[name], name))
+    monkeypatch.setattr(compare, "check_own", lambda folder: None)
     monkeypatch.setattr(
         measure, "run_worker", _run({"old": 100.0, "new": new}, {"old": [2.0, 1.0], "new": [2.0, 1.25]})
     )
@@ -75,6 +76,7 @@ def test_a_side_that_fails_is_named_and_not_run_again(tmp_path, capsys, monkeypa
         return {"seconds": [1.0], "losses": [1.0]}
 
     monkeypatch.setattr(compare, "checkout", lambda name: (tmp_path / name, name))
+    monkeypatch.setattr(compare, "check_own", lambda folder: None)
     monkeypatch.setattr(measure, "run_worker", run_worker)
     arguments = ["old", "new", "--cases", "train float32", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert compare.main(arguments) == 1
@@ -82,6 +84,16 @@ def test_a_side_that_fails_is_named_and_not_run_again(tmp_path, capsys, monkeypa
     assert "failed: train float32: old: status 2: unknown dtype" in out
     assert "nothing was measured" in out
     assert tried == ["old", "new"]
+
+
+def test_a_side_is_its_own_package_or_refused(tmp_path):
+    """Without a package of its own, the installed one would answer for the folder."""
+    with pytest.raises(SystemExit, match=f"gpt2_fast in {tmp_path} is not what Python imports there: "):
+        compare.check_own(tmp_path)
+    for part in ("", "kernels"):
+        (tmp_path / "gpt2_fast" / part).mkdir()
+        (tmp_path / "gpt2_fast" / part / "__init__.py").touch()
+    compare.check_own(tmp_path)
 
 
 def test_tokens_are_compared_row_by_row():

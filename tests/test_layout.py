@@ -166,6 +166,20 @@ def _state(path: Path) -> list[str]:
     return found
 
 
+TOP = (
+    ".ci .github .gitignore CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md SECURITY.md benchmarks"
+    " constraints.txt csrc docs examples gpt2_fast kernels mkdocs.yml pyproject.toml release setup.py tests"
+)
+
+
+def test_nothing_strange_is_committed():
+    """A run's folder, left here by a test or by hand, is soon committed with the rest."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("git does not say what is committed: a source distribution, or another user's checkout")
+    assert {name.partition("/")[0] for name in done.stdout.split("\0") if name} <= set(TOP.split())
+
+
 def test_state_of_the_process_is_named():
     """What outlives a call stands in the docstring of its package, or of a module that is in none."""
     for module, path in MODULES.items():

@@ -214,8 +214,12 @@ def test_out_may_be_in_the_home(tmp_path, monkeypatch, capsys):
 def test_commands_are_what_a_shell_takes(tmp_path):
     folder = tmp_path / "my runs"
     for name in recipes.RECIPES:
-        for _, command in recipes.commands(recipes.get(name), folder):
-            assert all(word.startswith(str(folder)) for word in shlex.split(command) if "my runs" in word)
+        plain, quoted = (
+            [shlex.split(command) for _, command in recipes.commands(recipes.get(name), path)]
+            for path in (tmp_path / "runs", folder)
+        )
+        assert quoted == [[word.replace(str(tmp_path / "runs"), str(folder)) for word in words] for words in plain]
+        assert all(str(folder) in " ".join(words) for words in quoted)
 
 
 def test_gpt2_124m_is_ten_billion_tokens():

@@ -86,8 +86,9 @@ class PackedMatrix:
         matrix = matrix.detach().float()
         if weights == "int8":
             largest = matrix.abs().amax(1)
-            scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-            matrix = (matrix / scale.unsqueeze(1)).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+            # NaN and inf stay in the scale: what whole numbers make of them is lost.
+            scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+            matrix = (matrix / scale.unsqueeze(1)).nan_to_num_(0).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
             self.scale = padded(scale)
         elif weights == "bfloat16":
             matrix = matrix.bfloat16()

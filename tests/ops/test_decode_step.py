@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -222,3 +223,16 @@ def test_a_struct_takes_what_its_members_are():
     ]:
         with pytest.raises(TypeError, match=message):
             cpp.struct("DecodeMatrix", **wrong)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_int8_row_that_is_not_finite_stays_so(bad):
+    """Rounded to whole numbers it would be weights that nobody had."""
+    matrix = torch.randn(18, 24)
+    matrix[3, 5] = bad
+    matrix[7] = 0.0
+    meant = PackedMatrix(matrix, "int8", memory=HugePages()).dequantised(torch.float64)
+    assert not meant[3].isfinite().any()
+    others = [n for n in range(18) if n != 3]
+    assert torch.equal(meant[7], torch.zeros(24, dtype=torch.float64))
+    torch.testing.assert_close(meant[others].float(), matrix[others], rtol=0, atol=matrix[others].abs().max() / 253)

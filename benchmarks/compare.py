@@ -212,7 +212,7 @@ def main(argv: list[str]) -> int:
     """Runs the cases, prints the table and writes its record; 1 where something is slower or did not run."""
     options = _arguments(argv)
     (old, old_name), (new, new_name) = checkout(options.old), checkout(options.new)
-    for folder in (old, new):
+    for folder in {old, new}:
         check_own(folder)
     rows, failed = [], {}
     with tempfile.TemporaryDirectory() as weights:

@@ -8,7 +8,6 @@ float32. What differs is the arithmetic of two programs.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -88,13 +87,13 @@ def ended(folder: Path, config: TrainConfig, dtype: str, steps: int) -> tuple[li
     if path.exists():
         return json.loads(path.read_text()), None
     started = time.perf_counter()
-    lines = list(itertools.takewhile(lambda line: line["step"] <= steps, train_transformers(config, folder, dtype)))
+    lines = list(train_transformers(config, folder, dtype, steps))
     measure.save_record(path, lines)
     return lines, time.perf_counter() - started
 
 
-def train_transformers(config: TrainConfig, folder: Path, dtype: str = "float32") -> Iterator[dict]:
-    """The lines that metrics.jsonl would have, of transformers' model in a plain loop."""
+def train_transformers(config: TrainConfig, folder: Path, dtype: str, steps: int) -> Iterator[dict]:
+    """The lines that metrics.jsonl would have, of the first steps of transformers' model in a plain loop."""
     from transformers import GPT2LMHeadModel
 
     initial = folder / "initial"
@@ -108,7 +107,7 @@ def train_transformers(config: TrainConfig, folder: Path, dtype: str = "float32"
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8)
     yield {"step": 0, "val_loss": validation(model, val, config)}
-    for step in range(config.steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(step)
         loss = sum(backward(model, train, config, step, micro) for micro in range(config.grad_accum))

@@ -277,23 +277,23 @@ def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
 
 
 def test_the_nano_recipe_runs_whole_beside_transformers(tmp_path, monkeypatch, capfd):
-    """Three steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
+    """Two steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
     monkeypatch.chdir(Path(__file__).parent.parent)
     commands = []
     # In this process: three of their own would be most of the time.
     here = lambda command, check: commands.append(main([*map(str, command[3:])]))
     monkeypatch.setattr(reproduce, "subprocess", types.SimpleNamespace(run=here))
     folder = tmp_path / "whole"
-    arguments = ["--steps", "3", "--folder", str(folder), "--out", str(tmp_path)]
+    arguments = ["--steps", "2", "--folder", str(folder), "--out", str(tmp_path)]
     assert reproduce.main([*arguments, "--double", "1"]) == 0
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert commands == [0, 0, 0]
-    assert record["tokens"] == 3 * 2048
-    assert list(record["curves"]["gpt2_fast"]["val_loss"]) == ["0", "1", "2", "3"]
+    assert record["tokens"] == 2 * 2048
+    assert list(record["curves"]["gpt2_fast"]["val_loss"]) == ["0", "1", "2"]
     assert record["farthest"]["loss"] < 2e-5 * 11
     assert record["farthest"]["val_loss"] < 2e-5 * 11
-    first, last = (record["curves"]["gpt2_fast"]["loss"][step] for step in ("1", "3"))
+    first, last = (record["curves"]["gpt2_fast"]["loss"][step] for step in ("1", "2"))
     assert last < first
     assert path.with_suffix(".png").stat().st_size > 10_000
     exact = record["float64"]

@@ -41,12 +41,14 @@ X86_ISAS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
+X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-bf16"
 # An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
 PARTIAL = {
     "avx512bf16": (
         "avx512",
         ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],
-    )
+    ),
+    "amx": ("avx512bf16", ["linear"]),
 }
 # Python's stable ABI: one build for 3.10 and every later one. The free-threaded builds of Python have none so far.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -71,7 +73,11 @@ def known_isas(cxx: str) -> dict[str, str]:
     probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
     known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0
     wanted = os.environ.get("GPT2_FAST_ISAS", " ".join(X86_ISAS)).split()
-    return {isa: march for isa, march in X86_ISAS.items() if isa in wanted and (isa not in PARTIAL or known(march))}
+    isas = {}
+    for isa, march in X86_ISAS.items():
+        if isa in wanted and (isa not in PARTIAL or (PARTIAL[isa][0] in isas and known(march))):
+            isas[isa] = march
+    return isas
 
 
 def isa_flags(stem: str, isa: str) -> str | None:
@@ -79,10 +85,13 @@ def isa_flags(stem: str, isa: str) -> str | None:
     if isa not in PARTIAL:
         return f"-DGPT2_ISA={isa}"
     base, stems = PARTIAL[isa]
+    flags = f"-DGPT2_ISA={isa} -DGPT2_BASE_ISA={base}"
     if stem != "table":
-        return f"-DGPT2_ISA={isa}" if stem in stems else None
-    own = " ".join(f"GPT2_{s.upper()}_KERNELS(KERNEL)" for s in stems)
-    return f"-DGPT2_ISA={isa} -DGPT2_BASE_ISA={base} '-DGPT2_OWN_KERNELS(KERNEL)={own}'"
+        return flags if stem in stems else None
+    kernels_of = lambda stems: " ".join(f"GPT2_{s.upper()}_KERNELS(KERNEL)" for s in stems)
+    root, of_base = PARTIAL.get(base, (base, None))
+    middle = f" '-DGPT2_BASE_KERNELS(KERNEL)={kernels_of(of_base)}'" if of_base else ""
+    return f"{flags} -DGPT2_ROOT_ISA={root}{middle} '-DGPT2_OWN_KERNELS(KERNEL)={kernels_of(stems)}'"
 
 
 def nvcc_flags(nvcc: str) -> str:

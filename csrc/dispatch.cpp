@@ -1,5 +1,10 @@
 // Picks the widest instruction set that both this build and this processor have.
 #include <string.h>
+#ifdef GPT2_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -14,6 +19,9 @@ extern const Kernels kernels_avx512;
 #endif
 #ifdef GPT2_HAVE_AVX512BF16
 extern const Kernels kernels_avx512bf16;
+#endif
+#ifdef GPT2_HAVE_AMX
+extern const Kernels kernels_amx;
 #endif
 
 namespace {
@@ -41,8 +49,21 @@ bool has_avx512bf16() {
 }
 #endif
 
+#ifdef GPT2_HAVE_AMX
+// Linux hands out the tile registers on demand: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA, for the whole process.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx = 0;
+  const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  const bool has_tiles = has_leaf && (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
+  return has_avx512bf16() && has_tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
+
 // Widest first.
 const Isa isas[] = {
+#ifdef GPT2_HAVE_AMX
+    {"amx", &kernels_amx, has_amx},
+#endif
 #ifdef GPT2_HAVE_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, has_avx512bf16},
 #endif

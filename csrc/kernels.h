@@ -38,6 +38,9 @@ using i64 = addr;
 using i8 = addr;
 using u8 = addr;
 
+// A kernel as a declaration, in the namespace of an instruction set.
+#define GPT2_DECLARE(name, params) void name params;
+
 struct Kernels {
 #define GPT2_SLOT(name, params) void(*name) params;
   GPT2_KERNEL_LIST(GPT2_SLOT)
@@ -47,6 +50,6 @@ struct Kernels {
 // The table of the instruction set in use, and its name.
 const Kernels& kernels();
 const char* isa_name();
-// Chooses by name ("baseline", "avx2", "avx512", "avx512bf16"); false when this processor or build has it not.
+// Chooses by name ("baseline", "avx2", "avx512", "avx512bf16", "amx"); false when this processor or build has it not.
 bool set_isa(const char* name);
 }  // namespace gpt2

@@ -11,7 +11,11 @@
 // An output's sum runs over its inputs in order, CHAIN steps at a time, whatever the number of threads.
 #include "gelu.h"
 #include "kernels.h"
-#include "linear_pack.h"
+#if defined(__AMX_BF16__)
+#include "linear_tile_amx.h"
+#else
+#include "linear_tile.h"
+#endif
 
 namespace gpt2 {
 namespace GPT2_ISA {
@@ -21,7 +25,6 @@ constexpr int64_t CHAIN = 384;         // steps that are added up one after anot
 constexpr int64_t MAX_DEPTH = 1536;    // steps of a block
 constexpr int64_t CACHED = 192 << 10;  // units (4 bytes) of A that stay in the second-level cache
 constexpr int64_t PACKED_A = 2 << 20, PACKED_B = 512 << 10;  // units that are packed at a time
-constexpr int64_t AHEAD_A = 64, AHEAD_B = 16;                // steps that are fetched before their use
 
 // n cut into equal blocks of at most `most`, each a multiple of `step`.
 GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
@@ -29,53 +32,7 @@ GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
   return round_up(ceil_div(n, ceil_div(n, most)), step);
 }
 
-// ---- the tile ----
-
-// A unit (4 bytes: a float or a pair of bfloat16), which in place is aligned as its elements are.
-GPT2_INLINE float unit_at(const char* p) {
-  float x;
-  memcpy(&x, p, sizeof(x));
-  return x;
-}
-
-// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, whose units are `next_row` and `next_step` apart, and
-// a panel of B. Every third row has an address of its own: those between are one and two strides on.
-template <int G, bool IN_PLACE>
-__attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int64_t next_row, const float* b, bool add,
-                                             float* sums) {
-  const char* third[(TILE_M + 2) / 3];
-  for (int i = 0; i < (TILE_M + 2) / 3; ++i) third[i] = (const char*)a + 3 * i * next_row;
-  vf sum[TILE_M][TILE_V];
-#pragma GCC unroll 32
-  for (int i = 0; i < TILE_M * TILE_V; ++i) sum[i / TILE_V][i % TILE_V] = vf{};
-  for (int64_t s = 0; s < steps; ++s) {
-    if (!IN_PLACE) __builtin_prefetch(a + AHEAD_A * TILE_M);  // half of it was packed, and is held, by another core
-    vf column[TILE_V];
-#pragma GCC unroll 4
-    for (int v = 0; v < TILE_V; ++v) {
-      column[v] = load(b + v * W);
-      __builtin_prefetch(b + AHEAD_B * TILE_N + v * W);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE_M; ++r) {
-      const vf x = splat(IN_PLACE ? unit_at(third[r / 3] + r % 3 * next_row) : a[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < TILE_V; ++v) add_lanes<G>(sum[r][v], column[v], x);
-    }
-    a += TILE_M;
-    b += TILE_N;
-    if (IN_PLACE)
-#pragma GCC unroll 4
-      for (int i = 0; i < (TILE_M + 2) / 3; ++i) third[i] += sizeof(float);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < TILE_M; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < TILE_V; ++v) {
-      float* to = sums + r * TILE_N + v * W;
-      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-    }
-}
+// ---- what becomes of a tile's sums ----
 
 struct Result {
   char *c, *u;
@@ -121,8 +78,8 @@ struct Plan {
   int64_t steps, depth, rows, columns, packed_a, packed_b, last_inputs, partial;
 
   Plan(int64_t M, int64_t N, int64_t K, int64_t group) {
-    steps = ceil_div(K, group);
-    depth = block_of(steps, MAX_DEPTH, 1);
+    steps = round_up(ceil_div(K, group), TILE_STEPS);
+    depth = block_of(steps, MAX_DEPTH, TILE_STEPS);
     rows = block_of(M, PACKED_A / depth, TILE_N);  // A is packed in panels of TILE_M, but TILE_N at a time
     columns = block_of(N, PACKED_B / depth, TILE_N);
     packed_a = rows * depth;
@@ -146,7 +103,10 @@ struct Product {
   int64_t M, N, K, group, thread, threads;
   float *packed_a, *packed_b, *last_inputs, *partial;
 
-  bool in_place() const { return a.step == 1 && a.dtype == (group == 2 ? BF16 : F32); }
+  bool in_place() const {
+    const bool whole = TILE_STEPS == 1 || K % (TILE_STEPS * group) == 0;  // else a tile would read what is not A's
+    return whole && a.step == 1 && a.dtype == (group == 2 ? BF16 : F32);
+  }
 
   // A grid of threads over a block of `panels_m` x `panels_n` tiles: as even as can be, then more along the columns.
   int64_t threads_along_columns(int64_t panels_m, int64_t panels_n) const {
@@ -217,14 +177,15 @@ struct Product {
   void pack_a(const Block& block, int64_t first, int64_t count) const {
     const Panels panels{packed_a, TILE_M, block.steps};
     if (!in_place()) {
-      pack(a, group, block.row, smaller(plan.rows, M - block.row), first, count, panels, thread, threads);
+      pack_left(a, group, block.row, smaller(plan.rows, M - block.row), first, count, panels, thread, threads);
       return;
     }
-    pack(a, group, M / TILE_M * TILE_M, M % TILE_M, first, count, panels, thread, threads);
-    if (block.last && K % group) pack(a, group, 0, M, K - 1, 1, {last_inputs, TILE_M, 1}, thread, threads);
+    pack_left(a, group, M / TILE_M * TILE_M, M % TILE_M, first, count, panels, thread, threads);
+    if (block.last && K % group) pack_left(a, group, 0, M, K - 1, 1, {last_inputs, TILE_M, 1}, thread, threads);
   }
 
   void run() const {
+    [[maybe_unused]] const TileRegisters registers;
     Block block{};
     for (; block.step < plan.steps; block.step += plan.depth) {
       block.steps = smaller(plan.depth, plan.steps - block.step);
@@ -248,8 +209,20 @@ struct Product {
 int64_t group_of(bool pairs) { return pairs ? PAIR : 1; }
 
 }  // namespace
+}  // namespace GPT2_ISA
+
+#if defined(__AMX_BF16__)
+namespace GPT2_BASE_ISA {
+GPT2_LINEAR_KERNELS(GPT2_DECLARE)
+}
+#endif
+
+namespace GPT2_ISA {
 
 void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, addr bytes) {
+#if defined(__AMX_BF16__)
+  if (!pairs) return GPT2_BASE_ISA::linear_workspace(M, N, K, pairs, bytes);
+#endif
   const Plan plan(M, N, K, group_of(pairs));
   const int64_t units = plan.packed_a + plan.packed_b + plan.last_inputs + plan.partial;
   *(int64_t*)bytes = units * (int64_t)sizeof(float);
@@ -258,6 +231,11 @@ void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, addr bytes) {
 void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, int64_t b_dtype, int64_t b_k,
                     int64_t b_n, addr bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, int64_t N,
                     int64_t K, bool pairs, addr workspace, int64_t threads) {
+#if defined(__AMX_BF16__)
+  if (!pairs)
+    return GPT2_BASE_ISA::linear_product(a, a_dtype, a_m, a_k, b, b_dtype, b_k, b_n, bias, c, u, c_dtype, finish, M, N,
+                                         K, pairs, workspace, threads);
+#endif
   const int64_t group = group_of(pairs);
   const Plan plan(M, N, K, group);
   float *packed_a = (float*)workspace, *packed_b = packed_a + plan.packed_a;

@@ -11,7 +11,9 @@ namespace GPT2_ISA {
 namespace {
 
 // Sums, a row of B's panel and one number of A fit the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AMX_BF16__)
+constexpr int TILE_M = 32, TILE_V = 2;  // two by two tile registers; of pairs alone
+#elif defined(__AVX512F__) || defined(__aarch64__)
 constexpr int TILE_M = 8, TILE_V = 3;
 #elif defined(__AVX2__)
 constexpr int TILE_M = 4, TILE_V = 3;
@@ -103,7 +105,8 @@ GPT2_INLINE void pack_along_steps(const T* x, int64_t stride, int64_t lanes, int
     }
 }
 
-// TILE_N lanes from `lane` on, of the `lanes` that there are, and `count` inputs from `first` on; the rest is zero.
+// TILE_N lanes from `lane` on, of the `lanes` that there are, and `count` inputs from `first` on; the rest, up to the
+// depth of the panels, is zero.
 template <int G, class T>
 __attribute__((noinline)) void pack_lanes(const Operand& from, int64_t origin, int64_t lane, int64_t lanes,
                                           int64_t first, int64_t count, const Panels& to) {
@@ -112,6 +115,8 @@ __attribute__((noinline)) void pack_lanes(const Operand& from, int64_t origin, i
     pack_along_lanes<G>(x, from.step, lanes - lane, count, to, lane);
   else
     pack_along_steps<G>(x, from.lane, lanes - lane, count, to, lane);
+  for (int64_t step = ceil_div(count, G); step < to.depth; ++step)
+    for (int64_t i = 0; i < TILE_N; i += W) to.put(lane + i, step, vf{});
 }
 
 // This thread's part of a block: `lanes` from `origin` on.

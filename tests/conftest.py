@@ -63,7 +63,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def isa(request):
     """Each instruction set that this build and processor have, in turn."""
     from gpt2_fast.ops.runtime import dispatch

@@ -29,7 +29,13 @@ THREADS_OPTIONS = {
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1 abort_on_error=1 report_thread_leaks=0",
     "OMP_NUM_THREADS": "3",
 }
-NEEDS = {"avx2": "avx2", "avx512": "avx512f", "avx512bf16": "avx512_bf16"}  # as /proc/cpuinfo calls it
+# Instruction sets as /proc/cpuinfo calls them.
+NEEDS = {
+    "avx2": "avx2",
+    "avx512": "avx512f",
+    "avx512bf16": "avx512_bf16",
+    "amx": "amx_bf16",
+}  
 
 
 class Finder:

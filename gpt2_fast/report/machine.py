@@ -15,7 +15,7 @@ import torch
 
 from gpt2_fast.kernels import cards
 from gpt2_fast.ops.runtime import dispatch
-from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
+from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, CpuPolicy, cpu_policy
 
 PACKAGES = ("torch", "triton", "transformers", "tiktoken", "safetensors", "numpy")
 # Dense TFLOP/s by the makers' data sheets: (bfloat16 with float32 sums, float32 without tensor cores).
@@ -64,6 +64,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _multiplies_tiles(policy: CpuPolicy) -> bool:
+    """Whether bfloat16 alone is multiplied by this package."""
+    here = dispatch.unavailable("cpp", "cpu", torch.bfloat16) is None
+    return here and not policy.own and policy.takes_own(torch.bfloat16, dispatch.extension().isa())
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a run depend on, in words: versions, and who computes."""
     found = {"gpt2_fast": version("gpt2_fast"), "torch": torch.__version__.split("+")[0]}
@@ -71,6 +77,8 @@ def environment(device: torch.device) -> dict[str, str]:
         return found | {"device": torch.cuda.get_device_name(device), "triton": version("triton")}
     policy = cpu_policy()
     products = "gpt2_fast's own products" if policy.own else policy.float32
+    if _multiplies_tiles(policy):
+        products += ", gpt2_fast's own in bfloat16"
     found["device"] = f"CPU, {products}, bfloat16 {'native' if policy.native_bfloat16 else 'widened'}"
     if not policy.own:  # a vendor's library adds in an order that depends on them
         found["number of threads"] = str(torch.get_num_threads())
@@ -135,7 +143,9 @@ def machine_rows() -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version(name)}" for name in ("gpt2_fast", *PACKAGES))
     native = "native" if policy.native_bfloat16 else "widened to float32"
     by = f"own (of {MIN_ROWS} rows or more, else {policy.float32})" if policy.own else policy.float32
-    yield "CPU products", f"{by}, bfloat16 {native} ({policy.reason})"
+    if _multiplies_tiles(policy):
+        by += f", own in bfloat16 of {MIN_ROWS} rows or more"
+    yield "CPU products", f"{by}; bfloat16 {native} ({policy.reason})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p, (_, card) = torch.cuda.get_device_properties(index), cards.of_device(index)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("losses.json")
 COMMAND = "python -m tests.golden losses"
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 STEPS, MICRO_BATCHES, B, T, V = 20, 2, 4, 65, 301
 DTYPES = ("float32", "bfloat16")
 

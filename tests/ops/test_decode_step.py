@@ -45,7 +45,7 @@ def _run(packed: PackedModel, tokens, starts=None, prompt: int | None = None) ->
 def test_every_instruction_set(isa, threads, weights):
     # Beside the sums' own rounding, keys and values may round to a bfloat16 neighbour; VNNI's activations have 15 bits.
     threads(1)
-    vnni = weights in ("int8", "int4") and isa == "avx512bf16"
+    vnni = weights in ("int8", "int4") and isa in ("avx512bf16", "amx")
     allowed = torch.float32 if weights == "float32" else torch.bfloat16 if vnni else torch.float16
     for sizes, tokens, starts in samples():
         if weights == "int4" and sizes["n_embd"] % 32:

@@ -9,14 +9,16 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
 from gpt2_fast.ops.linear import linear, linear_reference, samples
+from gpt2_fast.ops.runtime import cpu_policy as cpu_policy_module
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu, gelu
 from gpt2_fast.ops.runtime.products import add_product, gelu_product, product
 
 OWN = [CpuPolicy("mkl", native, "", own=True) for native in (False, True)]
 POLICIES = [*OWN, CpuPolicy("onednn", True, ""), CpuPolicy("mkl", True, "")]
-# (M, N, K): one number; less than a tile; tiles and what is left over; two blocks of inputs; two of rows and of inputs.
-SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (65, 130, 97), (33, 65, 3101), (1600, 49, 1601)]
+# (M, N, K): one number; less than a tile; tiles and what is left over; inputs that fill every set's tile; two blocks of
+# inputs; two of rows and of inputs.
+SIZES = [(1, 1, 1), (5, 3, 2), (37, 51, 20), (70, 51, 96), (65, 130, 97), (33, 65, 3101), (1600, 49, 1601)]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -46,6 +48,28 @@ def test_policy_override(monkeypatch):
     monkeypatch.setenv("GPT2_FAST_GEMM", "blas")
     with pytest.raises(ValueError, match="'blas'; set it to cpp, onednn, mkl, or unset it"):
         choose()
+
+
+def test_tile_registers_take_bfloat16_alone(monkeypatch):
+    """Of Intel's AMX, and where they are in use: a build or a system without them leaves bfloat16 to the vendor."""
+    choose = cpu_policy.__wrapped__
+    monkeypatch.delenv("GPT2_FAST_GEMM", raising=False)
+    flags = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"})
+    monkeypatch.setattr(cpu_policy_module, "_vendor_and_flags", lambda: ("GenuineIntel", flags))
+    taken = {(str(t), isa) for t in DTYPES for isa in ("avx512bf16", "amx") if choose().takes_own(t, isa)}
+    assert taken == {("torch.bfloat16", "amx")}
+    monkeypatch.setenv("GPT2_FAST_GEMM", "mkl")
+    assert not choose().takes_own(torch.bfloat16, "amx")
+
+
+def test_the_own_product_and_the_vendors_take_turns(use_policy):
+    """Both set up the tile registers of a thread for themselves, where there are any."""
+    use_policy(OWN[1])
+    a, b = torch.randn(70, 96).bfloat16(), torch.randn(96, 80).bfloat16()
+    truth = a.double() @ b.double()
+    for _ in range(3):
+        assert_as_exact(product(a, b, impl="cpp"), a @ b, truth, "in turns", torch.bfloat16)
+        assert_as_exact(product(a, b, impl="aten"), a @ b, truth, "in turns", torch.bfloat16)
 
 
 def _matrix(rows, columns, dtype, transposed):
@@ -88,7 +112,7 @@ def test_elements_upon_each_other(policy, use_policy):
 @pytest.mark.parametrize("policy", [*OWN, CpuPolicy("onednn", False, ""), CpuPolicy("mkl", False, "")], ids=str)
 def test_sum_of_products(policy, use_policy):
     use_policy(policy)
-    for M, N, K in SIZES[:5]:
+    for M, N, K in SIZES[:6]:
         total, a, b = torch.randn(M, N), torch.randn(M, K), torch.randn(K, N)
         truth, eager = total.double() + a.double() @ b.double(), total + a @ b
         add_product(total, a, b)
@@ -101,7 +125,7 @@ def test_product_with_gelu(isa, dtype, kind, use_policy):
     """u is rounded once, and y is GELU of u as it was rounded; nothing else is written without u."""
     use_policy(OWN[1])
     gelu = lambda u: F.gelu(u, approximate=kind.approximate)
-    for M, N, K in SIZES[:5]:
+    for M, N, K in SIZES[:6]:
         a, b, bias = (torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
         y, u = gelu_product(a, b, bias, dtype, True, kind)
         assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", dtype)

@@ -126,9 +126,9 @@ def _warn_of_card(reason: str) -> None:
     warnings.warn(f"gpt2_fast: {reason}; that is what runs now", RuntimeWarning, stacklevel=2)
 
 
-def _slower(op: str, impl: str) -> str | None:
+def _slower(op: str, impl: str, dtype: torch.dtype) -> str | None:
     """Why an implementation that could run is not the first choice on this processor; None when it is."""
-    if (op, impl) == ("linear", "cpp") and not cpu_policy().own:
+    if (op, impl) == ("linear", "cpp") and not cpu_policy().takes_own(dtype, extension().isa()):
         return f"{cpu_policy().float32}'s products are known to be fast on this processor, ours are not measured there"
     return None
 
@@ -176,7 +176,7 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, lis
     """What ``impl="auto"`` chooses, and for each implementation before it why it was passed over."""
     passed = []
     for name in TABLE[op].get(device.type, ("reference",)):
-        reason = unavailable(name, device.type, dtype, device.index) or _slower(op, name)
+        reason = unavailable(name, device.type, dtype, device.index) or _slower(op, name, dtype)
         if reason is None:
             return name, passed
         passed.append((name, reason))

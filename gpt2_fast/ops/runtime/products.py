@@ -89,8 +89,9 @@ def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.
 
 def takes_own_product(a: Tensor) -> bool:
     """Whether a @ b is this package's own product where nobody asks for one or the other."""
-    own = a.is_cpu and cpu_policy().own and dispatch.unavailable("cpp", "cpu", a.dtype) is None
-    return own and a.shape[0] >= MIN_ROWS
+    if not a.is_cpu or a.shape[0] < MIN_ROWS or dispatch.unavailable("cpp", "cpu", a.dtype) is not None:
+        return False
+    return cpu_policy().takes_own(a.dtype, dispatch.extension().isa())
 
 
 def product(

@@ -48,7 +48,7 @@ PARTIAL = {
         "avx512",
         ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],
     ),
-    "amx": ("avx512bf16", ["linear"]),
+    "amx": ("avx512bf16", ["attention", "linear"]),
 }
 # Python's stable ABI: one build for 3.10 and every later one. The free-threaded builds of Python have none so far.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -1,10 +1,23 @@
 // Intel's tile registers: 8 of 16 rows of 64 bytes. One instruction adds the products of 16 x 32 bfloat16, rows of A, and
-// 16 x 16 pairs, steps of B, to 16 x 16 float32. Only sources compiled for them include this.
+// 16 x 16 pairs, steps of B, to 16 x 16 float32. Where a source is compiled for other sets, there are none.
 //
 // Not the compiler's intrinsics: g++ 12's do not say that they read memory.
 #pragma once
 
 #include "isa.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+#if defined(__AMX_BF16__)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+struct TileRegisters {};  // what a thread makes before its first tile
+#endif
+}  // namespace GPT2_ISA
+}  // namespace gpt2
+
+#if defined(__AMX_BF16__)
 
 #define GPT2_TILE_LOAD(tile, from, stride) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(stride)) : "memory")
@@ -44,3 +57,4 @@ class TileRegisters {
 }  // namespace
 }  // namespace GPT2_ISA
 }  // namespace gpt2
+#endif

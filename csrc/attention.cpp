@@ -53,6 +53,7 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
       }
     }
     if (G == 2 && rows % 2) store(s + rows / 2 * BLOCK + c, pair_of(even, vf{}));
+    clear_missing_pairs(s + c, rows);
     store(high + c, now);
     store(total + c, load(total + c) * factor + sum);
     store(shrink + c, factor);
@@ -62,17 +63,18 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
   return shrunk;
 }
 
-// O^T += V^T P^T for one tile.
+// O^T += V^T P^T for one tile. v is [steps][D], or where tile registers multiply its transpose.
 template <int G>
 GPT2_INLINE void add_values(const Tile& t, const Shape& shape, const float* v, const float* p, float* o) {
-  const int64_t ld = shape.stride(), columns = t.columns();
+  constexpr ALayout LAYOUT = HAS_TILES ? A_ROWS : A_COLUMNS;
+  const int64_t ld = HAS_TILES ? BY_KEYS : shape.stride(), columns = t.columns();
   if (!t.diagonal()) {
-    gemm<A_COLUMNS, ADD, G>(shape.D, columns, steps<G>(t.keys), v, ld, p, BLOCK, o, BLOCK);
+    gemm<LAYOUT, ADD, G>(shape.D, columns, steps<G>(t.keys), v, ld, p, BLOCK, o, BLOCK);
     return;
   }
   for (int64_t r = 0; r < t.keys; r += CHUNK)
-    gemm<A_COLUMNS, ADD, G>(shape.D, columns - r, steps<G>(smaller(CHUNK, t.keys - r)), v + r / G * ld, ld,
-                            p + r / G * BLOCK + r, BLOCK, o + r, BLOCK);
+    gemm<LAYOUT, ADD, G>(shape.D, columns - r, steps<G>(smaller(CHUNK, t.keys - r)), v + r / G * (HAS_TILES ? 1 : ld),
+                         ld, p + r / G * BLOCK + r, BLOCK, o + r, BLOCK);
 }
 
 // One block of queries in flight.
@@ -153,7 +155,8 @@ struct Forward {
       t.j0 = j * BLOCK;
       t.keys = smaller(BLOCK, T - t.j0);
       pack_columns<G>(k, k_rows + t.j0 * row, row, t.keys, shape);
-      pack_steps<G>(v, v_rows + t.j0 * row, row, t.keys, shape);
+      pack_steps<G>(HAS_TILES ? s : v, v_rows + t.j0 * row, row, t.keys, shape);
+      if (HAS_TILES) transpose_tile(v, BY_KEYS, s, ld, steps<G>(t.keys), D);
       for (int64_t n = j < first ? 0 : j - first; n < count; ++n) {
         t.i0 = (first + n) * BLOCK;
         t.queries = smaller(BLOCK, T - t.i0);
@@ -176,19 +179,38 @@ struct Forward {
     // Blocks of queries are independent, so how many share a task changes no bit.
     while (span > 1 && heads * ((blocks + span - 1) / span) < 2 * threads) span /= 2;
     const int64_t spans = (blocks + span - 1) / span, tasks = heads * spans;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
-    for (int64_t n = 0; n < tasks; ++n) {
-      const int64_t first = (spans - 1 - n / heads) * span;  // the longest rows go first
-      task(n % heads, first, smaller(span, blocks - first));
+#pragma omp parallel if (tasks > 1)
+    {
+      [[maybe_unused]] const TileRegisters registers;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = 0; n < tasks; ++n) {
+        const int64_t first = (spans - 1 - n / heads) * span;  // the longest rows go first
+        task(n % heads, first, smaller(span, blocks - first));
+      }
     }
   }
 };
 
 }  // namespace
+}  // namespace GPT2_ISA
+
+#if defined(__AMX_BF16__)
+namespace GPT2_BASE_ISA {
+GPT2_ATTENTION_KERNELS(GPT2_DECLARE)
+}
+#define GPT2_OTHER_DTYPES(kernel, ...) \
+  if (dtype != BF16) return GPT2_BASE_ISA::kernel(__VA_ARGS__)
+#else
+#define GPT2_OTHER_DTYPES(kernel, ...)
+#endif
+
+namespace GPT2_ISA {
 
 void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, int64_t T, int64_t H, int64_t D,
                        double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
-                        double dropout_scale, int64_t dropout_site) {
+                       double dropout_scale, int64_t dropout_site) {
+  GPT2_OTHER_DTYPES(attention_forward, qkv, out, lse, segments, B, T, H, D, scale, dtype, dropout_key,
+                    dropout_threshold, dropout_scale, dropout_site);
   const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {
@@ -199,6 +221,8 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
                         int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
                         double dropout_scale, int64_t dropout_site) {
+  GPT2_OTHER_DTYPES(attention_backward, dout, qkv, out, lse, segments, dqkv, partial, B, T, H, D, scale, dtype,
+                    dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {

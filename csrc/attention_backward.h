@@ -48,7 +48,13 @@ __attribute__((noinline)) void gradient_tile(const Tile& t, float* s, float* d, 
       }
     }
     if (G == 2 && rows % 2) store(pairs + rows / 2 * BLOCK + c, pair_of(even, vf{}));
+    clear_missing_pairs(pairs + c, rows);
   }
+  if (HAS_TILES && t.columns() % 32 != 0)  // of what a tile register reads beside them, q_steps and g_steps have zeros
+    for (int64_t r = 0; r < t.keys; ++r) {
+      store((bf16*)(s + r * BLOCK) + t.columns(), vf{});
+      store((bf16*)(d + r * BLOCK) + t.columns(), vf{});
+    }
 }
 
 // The tiles of one backward task. Those of steps and columns are operands of `pack_steps` and `pack_columns`.
@@ -56,15 +62,15 @@ struct Gradients {
   float *dk, *dv;                                        // [GROUP][D], float32
   float *k_steps, *k_columns, *v_columns;                // [GROUP][D]
   float *q_steps, *q_columns, *g_steps, *g_columns, *dq;  // [BLOCK][D]; columns are transposed; g is dO
-  float *s, *ds, *pairs;                                 // [BLOCK][BLOCK]
+  float *s, *ds, *pairs, *by_queries;                    // [BLOCK][BLOCK]; the last is the transpose of pairs
   Gradients(int64_t ld, int64_t extra) {
     const int64_t area = BLOCK * ld, group = GROUP * ld, tile = BLOCK * BLOCK;
-    dk = scratch.reserve(5 * group + 5 * area + 3 * tile + extra);
+    dk = scratch.reserve(5 * group + 5 * area + 4 * tile + extra);
     dv = dk + group, k_steps = dv + group, k_columns = k_steps + group, v_columns = k_columns + group;
     q_steps = v_columns + group, q_columns = q_steps + area, g_steps = q_columns + area, g_columns = g_steps + area;
-    dq = g_columns + area, s = dq + area, ds = s + tile, pairs = ds + tile;
+    dq = g_columns + area, s = dq + area, ds = s + tile, pairs = ds + tile, by_queries = pairs + tile;
   }
-  float* extra() const { return pairs + BLOCK * BLOCK; }
+  float* extra() const { return by_queries + BLOCK * BLOCK; }
 };
 
 // dV += P dO, dK += dS Q, dQ += dS^T K for one tile whose keys begin at row `at` of the group.
@@ -72,12 +78,15 @@ template <int G>
 GPT2_INLINE void add_gradients(const Tile& t, const Shape& shape, const Gradients& x, int64_t at) {
   const int64_t ld = shape.stride(), width = shape.width();
   float *dk = x.dk + at * ld, *dv = x.dv + at * ld;
-  const float *k = x.k_steps + at / G * ld, *by_keys = G == 2 ? x.pairs : x.ds;
+  const float *k = x.k_steps + at / G * ld, *left = HAS_TILES ? x.by_queries : G == 2 ? x.pairs : x.ds;
+  constexpr ALayout LAYOUT = HAS_TILES ? A_ROWS : A_COLUMNS;
+  const int64_t ld_left = HAS_TILES ? BY_KEYS : BLOCK;
+  if (HAS_TILES) transpose_tile(x.by_queries, BY_KEYS, x.pairs, BLOCK, round_up(steps<G>(t.keys), W), t.columns());
   if (!t.diagonal()) {
     const int64_t queries = steps<G>(t.queries);
     gemm<A_ROWS, ADD, G>(t.keys, width, queries, x.s, BLOCK, x.g_steps, ld, dv, ld);
     gemm<A_ROWS, ADD, G>(t.keys, width, queries, x.ds, BLOCK, x.q_steps, ld, dk, ld);
-    gemm<A_COLUMNS, ADD, G>(t.queries, width, steps<G>(t.keys), by_keys, BLOCK, k, ld, x.dq, ld);
+    gemm<LAYOUT, ADD, G>(t.queries, width, steps<G>(t.keys), left, ld_left, k, ld, x.dq, ld);
     return;
   }
   for (int64_t r = 0; r < t.keys; r += CHUNK) {
@@ -85,7 +94,8 @@ GPT2_INLINE void add_gradients(const Tile& t, const Shape& shape, const Gradient
     const int64_t corner = r * BLOCK + r / G, first = r / G * ld;
     gemm<A_ROWS, ADD, G>(rows, width, queries, x.s + corner, BLOCK, x.g_steps + first, ld, dv + r * ld, ld);
     gemm<A_ROWS, ADD, G>(rows, width, queries, x.ds + corner, BLOCK, x.q_steps + first, ld, dk + r * ld, ld);
-    gemm<A_COLUMNS, ADD, G>(rows, width, steps<G>(r + rows), by_keys + r, BLOCK, k, ld, x.dq + r * ld, ld);
+    gemm<LAYOUT, ADD, G>(rows, width, steps<G>(r + rows), left + r * (HAS_TILES ? ld_left : 1), ld_left, k, ld,
+                         x.dq + r * ld, ld);
   }
 }
 
@@ -118,6 +128,14 @@ struct Backward {
   void row_products(const Gradients& x, Elements o_rows, const Tile& t, float* product) const {
     // The tiles of scores are together [BLOCK][2 * BLOCK] floats, and ld is at most that.
     pack_columns<G>(x.s, o_rows, shape.H * shape.D, t.queries, shape);
+    if constexpr (HAS_TILES) {
+      for (int64_t c = 0; c < t.columns(); c += W) {
+        gemm<A_ROWS, SET, G>(W, W, steps<G>(shape.D), x.s + c * shape.stride(), shape.stride(), x.g_columns + c, BLOCK,
+                             x.pairs, W);
+        for (int64_t i = 0; i < W; ++i) product[c + i] = c + i < t.queries ? x.pairs[i * W + i] : 0.0f;
+      }
+      return;
+    }
     transpose_tile(x.dq, BLOCK, x.s, shape.stride(), t.queries, steps<G>(shape.D));
     for (int64_t c = 0; c < t.columns(); c += W) {
       vf sum{};
@@ -196,6 +214,7 @@ struct Backward {
     const int64_t heads = shape.B * shape.H, count = groups();
 #pragma omp parallel if (heads * count > 1)
     {
+      [[maybe_unused]] const TileRegisters registers;
       if (partial) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < heads * count; ++task) run_group(task % heads, task / heads);

@@ -13,7 +13,8 @@ namespace gpt2 {
 namespace GPT2_ISA {
 
 constexpr int64_t BLOCK = 64;  // queries of a block and keys of a tile
-constexpr int64_t CHUNK = 16;  // a diagonal tile is worked on in steps of CHUNK keys
+constexpr int64_t CHUNK = HAS_TILES ? 32 : 16;  // a diagonal tile is worked on in steps of CHUNK keys
+constexpr int64_t BY_KEYS = BLOCK / 2;  // units of a row of pairs of keys: the left side of a product in tile registers
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 constexpr float NOTHING = -1e30f;  // the running maximum before any key was seen
 
@@ -170,6 +171,14 @@ static inline Tile make_tile(int64_t T, double scale, const Dropout& dropout) {
     } \
   } while (0)
 
+// Tile registers multiply pairs alone: other dtypes go to the set that this one is based on.
+#if defined(__AMX_BF16__)
+#define GPT2_GROUP(dtype, G, ...) \
+  do { \
+    constexpr int G = PAIR; \
+    __VA_ARGS__; \
+  } while (0)
+#else
 #define GPT2_GROUP(dtype, G, ...) \
   do { \
     if (PAIR == 2 && (dtype) == BF16) { \
@@ -180,6 +189,7 @@ static inline Tile make_tile(int64_t T, double scale, const Dropout& dropout) {
       __VA_ARGS__; \
     } \
   } while (0)
+#endif
 
 // out[key][query] = rows(A) . columns of packed Q or dO, all of pack_columns; above the diagonal only where a chunk needs it.
 template <int G>
@@ -203,6 +213,12 @@ GPT2_INLINE void leave(float* column, int64_t r, vf& even, vf x) {
     store(column + r / 2 * BLOCK, pair_of(even, x));
   else
     even = x;
+}
+
+// Rows of a column of vectors that are pairs of keys and that tile registers read beside those of `keys` keys: 0.
+GPT2_INLINE void clear_missing_pairs(float* column, int64_t keys) {
+  if (HAS_TILES)
+    for (int64_t r = ceil_div(keys, 2); r % 16; ++r) store(column + r * BLOCK, vf{});
 }
 
 // ---- scratch ----

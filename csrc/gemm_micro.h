@@ -6,8 +6,12 @@
 // float32 tiles, straight or transposed; it is the only place where the element type appears.
 #pragma once
 
+#include "amx.h"
 #include "isa.h"
 #include "transpose.h"
+#if defined(__AMX_BF16__)
+#include "gemm_tiles.h"
+#endif
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -81,10 +85,15 @@ static __attribute__((noinline)) void micro_panel(int64_t m_count, int64_t k_cou
   }
 }
 
-// n_count is a multiple of W; B and C rows are readable and writable up to it.
+// n_count is a multiple of W; B and C rows are readable and writable up to it. Where there are tile registers, A lies by
+// rows, and gemm_tiles.h says what has to be zero.
 template <ALayout LAYOUT, Update UPDATE, int G = 1>
 GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const float* a, int64_t lda,
                       const float* b, int64_t ldb, float* c, int64_t ldc) {
+#if defined(__AMX_BF16__)
+  static_assert(LAYOUT == A_ROWS && G == 2, "what tile registers multiply");
+  return gemm_tiles<UPDATE == ADD>(m_count, n_count, k_count, a, lda, b, ldb, c, ldc);
+#endif
   const int64_t vectors = n_count / W, panels = (vectors + MICRO_V - 1) / MICRO_V;
   for (int64_t panel = 0, v = 0; panel < panels; ++panel) {
     // Panels of nearly equal width: five vectors go as 3 + 2, since a single one cannot hide the latency.
@@ -138,7 +147,7 @@ GPT2_OUT_OF_LINE void pack_pairs(float* dst, int64_t ldd, Elements src, int64_t 
 }
 
 // dst[rows / 2][ldd] from src[rows][lds], bfloat16: the same column of two rows is a pair; a row that is missing is 0, and
-// so are columns n..roundup(n, W).
+// so are columns n..roundup(n, W) and, for tile registers, the pairs up to a multiple of 16.
 GPT2_OUT_OF_LINE void pack_row_pairs(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
   const bf16* x = (const bf16*)src.data;
   for (int64_t r = 0; r < rows; r += 2, dst += ldd, x += 2 * lds)
@@ -146,6 +155,8 @@ GPT2_OUT_OF_LINE void pack_row_pairs(float* dst, int64_t ldd, Elements src, int6
       const vf low = load_n(x + d, n - d), high = r + 1 < rows ? load_n(x + lds + d, n - d) : vf{};
       store(dst + d, as<vf>((as<vu>(low) >> 16) | as<vu>(high)));
     }
+  if (HAS_TILES)
+    for (int64_t r = ceil_div(rows, 2); r % 16; ++r, dst += ldd) memset(dst, 0, round_up(n, W) * sizeof(float));
 }
 
 #if defined(__AVX512BF16__)

@@ -1,6 +1,7 @@
 // The tile of linear.cpp in vector registers: TILE_M x TILE_N sums, of multiply-adds of one step after another.
 #pragma once
 
+#include "amx.h"
 #include "linear_pack.h"
 
 namespace gpt2 {
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int64_t TILE_STEPS = 1;              // steps that a tile takes at once
 constexpr int64_t AHEAD_A = 64, AHEAD_B = 16;  // steps that are fetched before their use
-
-struct TileRegisters {};  // what a thread has to set up before its first tile
 
 // A is packed as B is.
 GPT2_INLINE void pack_left(const Operand& from, int64_t group, int64_t origin, int64_t lanes, int64_t first,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -36,6 +38,26 @@ def _check(qkv, options, impl):
 @pytest.mark.parametrize("T", [1, 17, 63, 65, 129])
 def test_sizes(isa, T, D):
     _check(torch.randn(1, T, 3, 2, D), {}, "cpp")
+
+
+@pytest.mark.parametrize("T", [1, 17, 40, 63, 65, 129])
+def test_sizes_by_pairs(isa, T):
+    """Of bfloat16. Nothing that an earlier call left in a thread's memory shows: here that is NaN."""
+    for D in (20, 64, 128):
+        left = torch.full((1, 129, 3, 2, D), math.nan, dtype=torch.bfloat16, requires_grad=True)
+        attention(left, impl="cpp").sum().backward()
+        _check(torch.randn(1, T, 3, 2, D).bfloat16(), {}, "cpp")
+
+
+def test_a_query_that_sees_one_key_moves_neither(isa):
+    """O is V in bfloat16 then, and dO V and dO O are summed in the same order: dS is 0, not nearly."""
+    segments = segments_from(torch.ones(1, 40), torch.arange(40)[None])
+    for D in (20, 64, 128):
+        qkv = torch.randn(1, 40, 3, 2, D).bfloat16().requires_grad_()
+        out = attention(qkv, segments=segments, impl="cpp")
+        out.backward(torch.randn(out.shape).bfloat16())
+        assert torch.count_nonzero(qkv.grad[:, :, :2]) == 0
+        assert torch.count_nonzero(qkv.grad[:, :, 2]) > 0
 
 
 @pytest.mark.parametrize("T", [257, 530])

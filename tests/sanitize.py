@@ -35,7 +35,7 @@ NEEDS = {
     "avx512": "avx512f",
     "avx512bf16": "avx512_bf16",
     "amx": "amx_bf16",
-}  
+}
 
 
 class Finder:

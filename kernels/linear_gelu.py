@@ -204,16 +204,21 @@ def forward(
 
 
 def backward(
-    dm: torch.Tensor, weight: torch.Tensor, u: torch.Tensor, erf: bool, config: dict
+    dm: torch.Tensor,
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    erf: bool,
+    config: dict,
+    sums_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dm [M, K], weight [N, K], u [M, N] -> du [M, N] = (dm @ weight^T) * gelu'(u), and its sum over the rows, float32
-    [N]. config: `config_for`'s."""
+    """dm [M, K], weight [N, K], u [M, N] -> du [M, N] = (dm @ weight^T) * gelu'(u), and its sum over the rows, [N] in
+    sums_dtype. config: `config_for`'s."""
     du = torch.empty_like(u)
     partials = torch.empty(
         (1, triton.cdiv(u.shape[0], config["BLOCK_M"]), u.shape[1]), dtype=torch.float32, device=u.device
     )
     _launch(backward_kernel, dm, weight, erf, config, u_desc=u, du_desc=du, partial_ptr=partials)
-    return du, reduce_partials(partials).squeeze(0)
+    return du, reduce_partials(partials, sums_dtype).squeeze(0)
 
 
 def aot_specs() -> list[AotSpec]:

@@ -209,8 +209,10 @@ def gelu_forward(u: torch.Tensor, erf: bool) -> torch.Tensor:
     return y
 
 
-def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, float32 [F]."""
+def gelu_backward(
+    dy: torch.Tensor, u: torch.Tensor, erf: bool, sums_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy, u [N, F] -> du [N, F] = dy * gelu'(u) in u's dtype, and its sum over the rows, [F] in sums_dtype."""
     rows, features = u.shape
     du = torch.empty_like(u)
     config = dict(tuning.config(OP, "gelu_backward", config_arch(u.device)))
@@ -218,16 +220,16 @@ def gelu_backward(dy: torch.Tensor, u: torch.Tensor, erf: bool) -> tuple[torch.T
     partials = torch.empty((1, programs, features), dtype=torch.float32, device=u.device)
     grid = (triton.cdiv(features, config["BLOCK_F"]), programs)
     launch(gelu_backward_kernel, grid, dy, u, du, partials, rows, features, ERF=erf, **config)
-    return du, reduce_partials(partials).squeeze(0)
+    return du, reduce_partials(partials, sums_dtype).squeeze(0)
 
 
 def product_gelu_backward(
-    dm: torch.Tensor, weight: torch.Tensor, u: torch.Tensor, erf: bool
+    dm: torch.Tensor, weight: torch.Tensor, u: torch.Tensor, erf: bool, sums_dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gelu_backward` of dy = dm @ weight^T, dm [N, O], c_proj's weight [F, O], which may be a transposed view."""
     if config := linear_gelu.config_for("backward", dm, weight, u):
-        return linear_gelu.backward(dm, weight, u, erf, config)
-    return gelu_backward(torch.mm(dm, weight.t()), u, erf)
+        return linear_gelu.backward(dm, weight, u, erf, config, sums_dtype)
+    return gelu_backward(torch.mm(dm, weight.t()), u, erf, sums_dtype)
 
 
 def backward(
@@ -245,7 +247,7 @@ def backward(
     x_dtype: torch.dtype,
     has_residual: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """du [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias float32 [C],
+    """du [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias [C] in ln_weight's dtype,
     dweight [C, F] in weight's dtype.
 
     dx is None as in `add_layernorm.backward`.
@@ -255,7 +257,7 @@ def backward(
     torch.mm(n.t(), du, out=dweight)
     dn = torch.mm(du, weight.to(du.dtype).t())
     dx, dresidual, dln_weight, dln_bias = add_layernorm.backward(
-        dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual
+        dn, dh, h, ln_weight, mean, rstd, dropout_p, rng, site, x_dtype, has_residual, ln_weight.dtype
     )
     return dx, dresidual, dln_weight, dln_bias, dweight
 

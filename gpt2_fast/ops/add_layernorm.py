@@ -141,7 +141,7 @@ OP = Op(
 )
 
 
-def _of_one_dtype(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def of_one_dtype(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Their gradients are stored in one dtype: no lower one than either's."""
     floats = isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dtype in FLOATS and bias.dtype in FLOATS
     if not floats or weight.dtype is bias.dtype:
@@ -178,7 +178,7 @@ def add_layernorm(
         ValueError: shapes, dtypes, devices or dropout that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    weight, bias = _of_one_dtype(weight, bias)
+    weight, bias = of_one_dtype(weight, bias)
     y, h = OP(x, residual, weight, bias, eps=eps, dropout=dropout, y_dtype=autocast_dtype(x), impl=impl)
     return y, x if residual is None else h
 

@@ -78,16 +78,18 @@ def _outputs(a):
 
 
 def _gradients(a):
+    """Triton's sums over rows are rounded as they are stored; C++ has them in float32."""
     separate = a.has_residual and (a.dropout.p > 0.0 or a.x_dtype != a.h.dtype)
-    of_ln, needs = ((a.C,), torch.float32), a.needs
+    of_ln, of_bias = (a.ln_weight.dtype, a.u.dtype) if a.impl == "triton" else (torch.float32, torch.float32)
+    needs = a.needs
     weight = lambda w: (w.shape, w.dtype, is_transposed(w))
     return {
         "dx": (a.h.shape, a.x_dtype) if separate else None,
         "dresidual": (a.h.shape, a.h.dtype),
-        "dln_weight": of_ln,
-        "dln_bias": of_ln,
+        "dln_weight": ((a.C,), of_ln),
+        "dln_bias": ((a.C,), of_ln),
         "dfc_weight": weight(a.fc_weight) if needs["fc_weight"] else None,
-        "dfc_bias": ((a.F,), torch.float32),
+        "dfc_bias": ((a.F,), of_bias),
         "dproj_weight": weight(a.proj_weight) if needs["proj_weight"] else None,
         "dproj_bias": ((a.O,), a.dm.dtype) if needs["proj_bias"] else None,
     }
@@ -173,10 +175,10 @@ def _backward_triton(a, out):
 
     dm, u, erf = a.dm.view(a.N, -1), _rows(a.u), bool(a.kind)
     if a.proj_weight is None:
-        du, out.dfc_bias = kernel.gelu_backward(dm, u, erf)
+        du, out.dfc_bias = kernel.gelu_backward(dm, u, erf, u.dtype)
     else:
         _project_gradients(a, out, a.f)
-        du, out.dfc_bias = kernel.product_gelu_backward(dm, a.proj_weight, u, erf)
+        du, out.dfc_bias = kernel.product_gelu_backward(dm, a.proj_weight, u, erf, u.dtype)
     dx, dresidual, out.dln_weight, out.dln_bias, dfc_weight = kernel.backward(
         du, _rows(a.dh), _rows(a.h), a.mean, a.rstd, a.ln_weight, a.ln_bias, a.fc_weight, *a.dropout, a.x_dtype,
         a.has_residual,
@@ -258,6 +260,7 @@ def mlp(
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     kind, dtype = kind_of("mlp", activation), autocast_dtype(x)
+    ln_weight, ln_bias = add_layernorm.of_one_dtype(ln_weight, ln_bias)
     weights = {"fc_weight": fc_weight, "fc_bias": fc_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
     for name, t in weights.items():
         if isinstance(t, Tensor) and isinstance(x, Tensor) and t.dtype != dtype:

@@ -154,6 +154,73 @@ def test_what_is_kept_for_backward(impl, dtype):
     assert all(t.grad.isfinite().all() and t.grad.any() for t in inputs)
 
 
+def _kernels():
+    """The launchers, by Triton's interpreter where there is no GPU."""
+    return pytest.importorskip("gpt2_fast.kernels.mlp")
+
+
+@pytest.mark.parametrize("count", [len(NAMES), HALF], ids=["whole", "half"])
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_triton_leaves_no_gradient_of_a_vector_to_be_cast(dtype, rows, count):
+    """A profile of backward has no cast of one dimension: LayerNorm's and the biases' gradients need none."""
+    _kernels()
+    inputs = [t.to(dtype).requires_grad_() for t in _inputs(rows, 24, 40)[:count]]
+    y, h = (mlp if count > HALF else layernorm_linear_gelu)(*inputs, impl="triton")
+    upstream = [torch.ones_like(y), torch.ones_like(h)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        torch.autograd.backward([y, h], upstream)
+    casts = [e.input_shapes[0] for e in profile.events() if e.name == "aten::_to_copy"]
+    assert [shape for shape in casts if len(shape) == 1] == []
+    assert {t.grad.dtype for t in inputs} == {dtype}
+
+
+# The persistent product's tiles are made up, for two bytes a number: a card has its own, see test_linear_gelu.py.
+PERSISTENT = [(dtype, True) for dtype in (torch.bfloat16, torch.float16) if DEVICE == "cpu"]
+
+
+@pytest.mark.parametrize(("dtype", "persistent"), [(dtype, False) for dtype in DTYPES] + PERSISTENT, ids=str)
+def test_triton_stores_the_vectors_gradients_in_their_dtype(monkeypatch, dtype, persistent):
+    """The float32 sums, rounded once."""
+    kernel = _kernels()
+    tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+    monkeypatch.setattr(kernel.linear_gelu, "config_for", lambda *_: tiles if persistent else None)
+    dm, h, ln_weight, ln_bias, weight, _, proj, _ = (t.to(dtype) for t in _inputs(70, 24, 40))
+    u, mean, rstd = torch.randn(70, 40, device=DEVICE).to(dtype), h.float().mean(1), h.float().std(1)
+    kept = {"mean": mean, "rstd": rstd, "h": h, "u": u, "f": torch.randn_like(u)}
+    kept |= {"ln_weight": ln_weight, "ln_bias": ln_bias, "fc_weight": weight, "proj_weight": proj}
+    saved = [kept.get(name) for name in room.OP.backward_tensors[2:]]
+    options = (1e-5, *Dropout().flat(), int(Gelu.TANH), dtype, False, [True] * len(NAMES), "triton")
+    made = room.OP.write_backward((dm, None, *saved, *options))
+    du, of_bias = kernel.product_gelu_backward(dm, proj, u, False)
+    dn = torch.mm(du, weight.t())
+    *_, of_ln, of_ln_bias = kernel.add_layernorm.backward(
+        dn, None, h, ln_weight, mean, rstd, 0.0, None, 0, dtype, False
+    )
+    assert {of_bias.dtype, of_ln.dtype, of_ln_bias.dtype} == {torch.float32}
+    found = [made["dfc_bias"], made["dln_weight"], made["dln_bias"]]
+    assert_same_bits(found, [t.to(dtype) for t in (of_bias, of_ln, of_ln_bias)])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_layernorm_of_two_dtypes_has_gradients_of_their_own_accuracy(impl, swapped):
+    tensors = dict(zip(NAMES, (t.bfloat16() for t in _inputs(33, 24, 40)), strict=True))
+    fine = "ln_weight" if swapped else "ln_bias"
+    tensors[fine] = torch.randn(24, device=DEVICE)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    truths = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    upstream = torch.randn(33, 24, device=DEVICE).bfloat16()
+    names = ["ln_weight", "ln_bias"]
+    found = torch.autograd.grad(mlp(*leaves.values(), impl=impl)[0], [leaves[n] for n in names], upstream)
+    expected = torch.autograd.grad(mlp_reference(*truths.values())[0], [truths[n] for n in names], upstream.double())
+    assert {n: g.dtype for n, g in zip(names, found, strict=True)} == {n: tensors[n].dtype for n in names}
+    for actual, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.double(), truth, rtol=2e-2, atol=2e-2 * float(truth.abs().max()))
+    at = names.index(fine)
+    assert not torch.equal(found[at], found[at].bfloat16().float())  # no sum that was rounded and widened again
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["vendor", "own"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,9 @@ statistics, and a product that normalises the tiles of h as it loads them. For m
 normalising in registers keeps the tiles from going to shared memory asynchronously (benchmarks/NOTES.md has the
 measurement).
 
-Saved for backward: h, u, mean, rstd. Backward is du = dy * gelu'(u) with the bias gradient in the same pass, or in the
-epilogue of the product that dy comes of, two vendor products (the normalised rows are recomputed for one of them), and
-the LayerNorm backward that add_layernorm has.
+Saved for backward: h, u, mean, rstd, and of many rows the normalised ones. Backward is du = dy * gelu'(u) with the bias
+gradient in the same pass, or in the epilogue of the product that dy comes of, two vendor products (few rows are
+normalised again for one of them), and the LayerNorm backward that add_layernorm has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .interpreter import cast, dot
 from .launch import launch
 
 OP = "mlp"
-FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU
+FEW_ROWS = 64  # up to so many (decoding) one kernel normalises, multiplies and takes GELU: n is never written
 INTERPRETER_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 GROUP_M = 8
 
@@ -151,11 +151,12 @@ def forward(
     site: int,
     erf: bool,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, residual [N, C] (or None), weight [C, F], bias [F] -> y [N, F], h, u [N, F], mean, rstd float32 [N].
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, residual [N, C] (or None), weight [C, F], bias [F] -> y [N, F], n = LayerNorm(h) [N, C], h, u [N, F], mean,
+    rstd float32 [N].
 
-    The product is taken in `dtype`, which y and u have. Without a residual h is x and None stands for it. weight may be
-    a transposed view.
+    The product is taken in `dtype`, which y, n and u have. n is None up to FEW_ROWS. Without a residual h is x and None
+    stands for it. weight may be a transposed view.
     """
     if x.shape[0] > FEW_ROWS:
         n, h, mean, rstd = add_layernorm.forward(x, residual, ln_weight, ln_bias, eps, dropout_p, rng, site, dtype)
@@ -165,10 +166,10 @@ def forward(
         else:
             u = torch.addmm(bias, n, weight)
             y = gelu_forward(u, erf)
-        return y, h, u, mean, rstd
+        return y, n, h, u, mean, rstd
     h, mean, rstd = add_layernorm.statistics(x, residual, eps, dropout_p, rng, site)
     y, u = _few_rows(x if h is None else h, mean, rstd, ln_weight, ln_bias, weight.to(dtype), bias, erf)
-    return y, h, u, mean, rstd
+    return y, None, h, u, mean, rstd
 
 
 def _few_rows(h, mean, rstd, ln_weight, ln_bias, weight, bias, erf) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,6 +236,7 @@ def product_gelu_backward(
 def backward(
     du: torch.Tensor,
     dh: torch.Tensor | None,
+    n: torch.Tensor | None,
     h: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -250,9 +252,10 @@ def backward(
     """du [N, F], dh [N, C] or None -> dx or None, dresidual [N, C], dln_weight, dln_bias [C] in ln_weight's dtype,
     dweight [C, F] in weight's dtype.
 
-    dx is None as in `add_layernorm.backward`.
+    n: as `forward` returned it, or None: it is then made again. dx is None as in `add_layernorm.backward`.
     """
-    n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, du.dtype)
+    if n is None:
+        n = add_layernorm.normalize(h, ln_weight, ln_bias, mean, rstd, du.dtype)
     dweight = torch.empty_like(weight)  # weight may be a transposed view, and its gradient is then one too
     torch.mm(n.t(), du, out=dweight)
     dn = torch.mm(du, weight.to(du.dtype).t())

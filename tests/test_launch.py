@@ -88,9 +88,9 @@ def _every_launcher(device: str) -> None:
         saved = mlp.forward(
             x, x, row, row, weight, empty(F), 1e-5, P, key, 16, False, torch.bfloat16
         )  # fmt: skip
-        _, h, u, mean, rstd = saved
+        _, kept, h, u, mean, rstd = saved
         du, _ = mlp.product_gelu_backward(empty(n, C), empty(F, C), u, False)
-        mlp.backward(du, None, h, mean, rstd, row, row, weight, P, key, 16, torch.bfloat16, True)
+        mlp.backward(du, None, kept, h, mean, rstd, row, row, weight, P, key, 16, torch.bfloat16, True)
     for kernel, *others in ((linear_gelu.forward, empty(C, F), empty(F)), (linear_gelu.backward, empty(F, C), u)):
         kernel(rows, *others, False, tuning.config("linear_gelu", kernel.__name__, 90, 2))
     mlp.gelu_backward(mlp.gelu_forward(u, False), u, False)

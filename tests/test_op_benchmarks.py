@@ -144,11 +144,11 @@ def test_cost_of_mlp_is_its_inputs_and_outputs(dtype, projects):
     proj_weight, proj_bias = (torch.randn(F, C).to(dtype), torch.randn(C).to(dtype)) if projects else (None, None)
     parameters = (ln_weight, ln_bias, weight, bias, proj_weight, proj_bias)
     options = (1e-5, 0.0, None, 0, 0)
-    m, h, u, f, mean, rstd = mlp.OP.forward_op(x, residual, *parameters, *options, True, "cpp")
-    assert f.numel() == 0  # made again
+    m, h, u, f, n, mean, rstd = mlp.OP.forward_op(x, residual, *parameters, *options, True, "cpp")
+    assert f.numel() == n.numel() == 0  # made again
     cost = mlp.cost(N, C, F, dtype.itemsize, projects)
     assert cost["forward"]["bytes"] == _bytes(x, residual, *parameters, m, h, u, mean, rstd)
-    dm, dh, kept = m, h, (mean, rstd, h, u, None, ln_weight, ln_bias, weight, proj_weight)
+    dm, dh, kept = m, h, (mean, rstd, h, u, None, None, ln_weight, ln_bias, weight, proj_weight)
     needs = [True] * 6 + [projects] * 2
     dx, dresidual, *_ = mlp.OP.backward_op(dm, dh, *kept, *options, dtype, True, needs, "cpp")
     assert dx.numel() == 0  # it is dresidual

@@ -55,6 +55,25 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype):
     assert found == 3 * 3 * 16 * (11 * 64 * memory.ITEMSIZE[dtype] + 4 * (2 + 2 + 2))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_gpu_keeps_besides_is_the_mlps(dtype):
+    """By Triton's interpreter: GELU's output and the normalised rows, of more than 64 tokens."""
+    pytest.importorskip("triton")
+    from gpt2_fast.ops.mlp import mlp
+
+    config, tokens, kept = GPT2Config(n_layer=1, n_head=2, n_embd=24, vocab_size=64, n_positions=16), 70, {}
+    shapes = [(tokens, 24), (tokens, 24), (24,), (24,), (24, 96), (96,), (96, 24), (24,)]
+    for impl in ("cpp", "triton"):
+        inputs = [torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for shape in shapes]
+        parameters, saved = {t.data_ptr() for t in inputs[2:]}, {}
+        pack = lambda t, saved=saved: saved.__setitem__(t.data_ptr(), t.nbytes) or t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            mlp(*inputs, impl=impl)
+        kept[impl] = sum(nbytes for at, nbytes in saved.items() if at not in parameters)
+    on = {device: memory.layer_bytes(config, memory.ITEMSIZE[dtype], device) for device in ("cpu", "cuda")}
+    assert kept["triton"] - kept["cpp"] == tokens * (on["cuda"] - on["cpu"]) > 0
+
+
 def refusal(free, **options):
     config = TrainConfig(device="cpu", **options)
     with pytest.raises(ValueError, match="takes") as caught:

@@ -8,13 +8,13 @@ Backward, then that of add_layernorm from dn:
     dproj_weight = f^T @ dm     dproj_bias = sum over rows of dm     df = dm @ proj_weight^T
     dfc_weight = n^T @ du       dfc_bias = sum over rows of du       du = df * gelu'(u)     dn = du @ fc_weight^T
 
-Saved for backward: h, u and the row statistics; n is made again, and on a CPU f as well, so that of the two widest
-tensors there is one. On a GPU, where memory is seldom what a step waits for, f is kept. torch keeps h, n, u, f and the
+Saved for backward: h, u and the row statistics; on a CPU n and f are made again, so that of the two widest tensors
+there is one. On a GPU, where memory is seldom what a step waits for, both are kept. torch keeps h, n, u, f and the
 dropout mask, and takes seven passes around the first product where there are two here. On a GPU up to 64 rows are
-normalised tile by tile inside Triton's product, so n is never written; more are normalised in a pass, as the vendor's
-product is faster. The passes for GELU and its derivative go where kernels/configs/linear_gelu.json takes Triton's
-persistent products. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before it stores
-where it is this package's own; around the vendor's, the pass that adds the bias does both.
+normalised tile by tile inside Triton's product, so n is not written before backward; more are normalised in a pass, as
+the vendor's product is faster. The passes for GELU and its derivative go where kernels/configs/linear_gelu.json takes
+Triton's persistent products. On a CPU n is float32 wherever the product is (see `cpu_policy`), which takes GELU before
+it stores where it is this package's own; around the vendor's, the pass that adds the bias does both.
 
 Without proj_weight the operation ends at f: `layernorm_linear_gelu`, for a c_proj that is called as a module.
 """
@@ -63,6 +63,15 @@ def mlp_reference(
     return f, h
 
 
+def _keeps_n(a) -> bool:
+    """Whether forward has n in memory, and backward does not make it again: of many rows, on a GPU."""
+    if not a.save or a.impl == "cpp":
+        return False
+    from gpt2_fast.kernels.mlp import FEW_ROWS
+
+    return a.N > FEW_ROWS
+
+
 def _outputs(a):
     """f is what is returned where there is no proj_weight; else it is kept where backward does not make it again."""
     rows, dtype, projects = a.x.shape[:-1], a.fc_weight.dtype, a.proj_weight is not None
@@ -72,6 +81,7 @@ def _outputs(a):
         "h": None if a.residual is None else (a.x.shape, a.residual.dtype),
         "u": wide if a.save else None,
         "f": wide if a.save and projects and a.impl != "cpp" else None,
+        "n": (a.x.shape, dtype) if _keeps_n(a) else None,
         "mean": ((a.N,), torch.float32),
         "rstd": ((a.N,), torch.float32),
     }
@@ -158,7 +168,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 def _forward_triton(a, out):
     from gpt2_fast.kernels import mlp as kernel
 
-    f, h, u, out.mean, out.rstd = kernel.forward(
+    f, n, h, u, out.mean, out.rstd = kernel.forward(
         _rows(a.x), _rows(a.residual), a.ln_weight, a.ln_bias, a.fc_weight, a.fc_bias, a.eps, *a.dropout, bool(a.kind),
         a.fc_weight.dtype,
     )  # fmt: skip
@@ -167,6 +177,8 @@ def _forward_triton(a, out):
     if a.save:
         out.u = u.view(shape)
         out.f = f.view(shape) if a.proj_weight is not None else None
+        out.n = None if n is None else n.view(a.x.shape)
+    del n, u  # before m is made, where nobody keeps them
     _project(a, out, f)
 
 
@@ -180,8 +192,8 @@ def _backward_triton(a, out):
         _project_gradients(a, out, a.f)
         du, out.dfc_bias = kernel.product_gelu_backward(dm, a.proj_weight, u, erf, u.dtype)
     dx, dresidual, out.dln_weight, out.dln_bias, dfc_weight = kernel.backward(
-        du, _rows(a.dh), _rows(a.h), a.mean, a.rstd, a.ln_weight, a.ln_bias, a.fc_weight, *a.dropout, a.x_dtype,
-        a.has_residual,
+        du, _rows(a.dh), _rows(a.n), _rows(a.h), a.mean, a.rstd, a.ln_weight, a.ln_bias, a.fc_weight, *a.dropout,
+        a.x_dtype, a.has_residual,
     )  # fmt: skip
     out.dx, out.dresidual = None if dx is None else dx.view(a.h.shape), dresidual.view(a.h.shape)
     out.dfc_weight = dfc_weight if a.needs["fc_weight"] else None
@@ -209,10 +221,10 @@ OP = Op(
     check=_check,
     reference=mlp_reference,
     outputs=_outputs,
-    output_names=("m", "h", "u", "f", "mean", "rstd"),
+    output_names=("m", "h", "u", "f", "n", "mean", "rstd"),
     returns=("m", "h"),
     saved=dict.fromkeys(("mean", "rstd"), "N")
-    | {"h|x": "... C", "u": "... F", "f": "... F", "ln_weight": "C", "ln_bias": "C"}
+    | {"h|x": "... C", "u": "... F", "f": "... F", "n": "... C", "ln_weight": "C", "ln_bias": "C"}
     | {"fc_weight": "C F", "proj_weight": "F O"},
     carry={"x_dtype": (torch.dtype, lambda a: a.x.dtype), "has_residual": (bool, lambda a: a.residual is not None)},
     gradients=_gradients,
@@ -313,8 +325,9 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
 def cost(n_rows: int, n_embd: int, width: int, itemsize: int, projects: bool = True) -> dict[str, dict[str, int]]:
     """Bytes and FLOPs of one call with a residual, each way; the FLOPs are those of the products.
 
-    Every input and output is counted once, with what forward must keep: h, u and the row statistics. projects: with
-    c_proj; otherwise the operation ends at the GELU, whose result is then an output.
+    Every input and output is counted once, with what forward must keep: h, u and the row statistics. What a GPU keeps
+    besides, n and f, costs it no more bytes than to make them again. projects: with c_proj; otherwise the operation
+    ends at the GELU, whose result is then an output.
     """
     rows, inner, weight = (itemsize * n for n in (n_rows * n_embd, n_rows * width, n_embd * width))
     ln, bias, stats = itemsize * 2 * n_embd, itemsize * width, 8 * n_rows

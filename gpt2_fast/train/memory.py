@@ -3,8 +3,9 @@
 N = B T tokens a micro-batch, L layers, C n_embd, F n_inner, H heads, V vocabulary, P parameters; s bytes a number of
 the run's dtype. What an op keeps for backward is its `saved` declaration:
 
-    a layer     (11 C with F = 4 C) s a token: ln_1's y, qkv, attention's out, both h, u; on a GPU f as well. And
-                4 (4 + H) bytes of statistics: mean and rstd of two LayerNorms, lse of every head
+    a layer     (11 C with F = 4 C) s a token: ln_1's y, qkv, attention's out, both h, u; on a GPU f and, of more than
+                64 tokens, ln_2's n as well: 16 C. And 4 (4 + H) bytes of statistics: mean and rstd of two LayerNorms,
+                lse of every head
     --recompute 2 C s a token and layer, what goes into a block; one block at a time is whole
 
 Several micro-batches are added up in float32, 4 P bytes a partial sum: `parallel.tree.depth` of them, and at least two
@@ -78,7 +79,9 @@ class Memory:
 
 def layer_bytes(config: GPT2Config, itemsize: int, device_type: str) -> int:
     """What one layer keeps of a token for backward."""
-    kept = 7 * config.n_embd + (2 if device_type == "cuda" else 1) * config.n_inner_
+    kept = 7 * config.n_embd + config.n_inner_
+    if device_type == "cuda":
+        kept += config.n_embd + config.n_inner_  # n and f
     return itemsize * kept + 4 * (4 + config.n_head)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from conftest import DEVICE
 from numerics import DTYPES, assert_same_bits, check_op, evaluate
+from torch._subclasses import FakeTensorMode
 
 from gpt2_fast import config
 from gpt2_fast.ops import mlp as room
@@ -17,6 +19,7 @@ from gpt2_fast.ops.add_layernorm import samples as ln_samples
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.mlp import layernorm_linear_gelu, mlp, mlp_reference, samples
 from gpt2_fast.ops.runtime import philox
+from gpt2_fast.ops.runtime.autograd import by_name
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy
 from gpt2_fast.ops.runtime.gelu import ACTIVATIONS, Gelu, bias_gelu, bias_gelu_backward, kind_of
 from gpt2_fast.ops.runtime.philox import Dropout
@@ -133,11 +136,12 @@ def test_weights_of_nn_linear(impl, dtype):
         assert weight.grad.data_ptr() == seen[i]
 
 
+@pytest.mark.parametrize("N", [64, 65])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_kept_for_backward(impl, dtype):
-    """h, u and two float32 numbers a row, and on a GPU y: neither the normalised rows nor, on a CPU, c_proj's x."""
-    N, C, width, saved = 33, 96, 384, {}
+def test_what_is_kept_for_backward(impl, dtype, N):
+    """h, u and two float32 numbers a row; on a GPU c_proj's x too, and the normalised rows where there are many."""
+    C, width, saved = 24, 96, {}
     inputs = [t.to(dtype).requires_grad_() for t in _of_nn_linear(_inputs(N, C, width))]
     parameters = {t.data_ptr() for t in inputs[2:]}
 
@@ -148,8 +152,8 @@ def test_what_is_kept_for_backward(impl, dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         m, h = mlp(*inputs, impl=impl)
-    wide = 1 if impl == "cpp" else 2
-    assert sum(saved.values()) == dtype.itemsize * N * (C + wide * width) + 8 * N
+    narrow, wide = (1, 1) if impl == "cpp" else (1 + (N > 64), 2)
+    assert sum(saved.values()) == dtype.itemsize * N * (narrow * C + wide * width) + 8 * N
     (m.float().square().mean() + h.float().mean()).backward()
     assert all(t.grad.isfinite().all() and t.grad.any() for t in inputs)
 
@@ -173,6 +177,74 @@ def test_triton_leaves_no_gradient_of_a_vector_to_be_cast(dtype, rows, count):
     casts = [e.input_shapes[0] for e in profile.events() if e.name == "aten::_to_copy"]
     assert [shape for shape in casts if len(shape) == 1] == []
     assert {t.grad.dtype for t in inputs} == {dtype}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Counts the kernels that are launched, by name."""
+    kernel, counts = _kernels(), Counter()
+    from gpt2_fast.kernels import bias
+
+    for module in (kernel, kernel.add_layernorm, kernel.linear_gelu, bias):
+        launch = module.launch
+        count = lambda of, *a, launch=launch, **k: counts.update([of.fn.__name__]) or launch(of, *a, **k)
+        monkeypatch.setattr(module, "launch", count)
+    return counts
+
+
+@pytest.mark.parametrize("count", [len(NAMES), HALF], ids=["whole", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_normalised_once(monkeypatch, launched, dtype, count):
+    """Backward of many rows launches one kernel less than that of few, and has the bits that it has when n is lost."""
+    kernel, made, launches = _kernels(), {}, {}
+    run, backward = mlp if count > HALF else layernorm_linear_gelu, kernel.backward
+    forgets = lambda du, dh, n, *rest: backward(du, dh, None, *rest)
+    for rows, function in ((5, backward), (65, backward), (65, forgets)):
+        monkeypatch.setattr(kernel, "backward", function)
+        torch.manual_seed(0)
+        inputs = [t.to(dtype).requires_grad_() for t in _inputs(rows, 24, 40)[:count]]
+        y, h = run(*inputs, impl="triton")
+        launched.clear()
+        made[rows, function] = torch.autograd.grad([y, h], inputs, [torch.ones_like(y), torch.ones_like(h)])
+        launches[rows, function] = launched.copy()
+    assert launches[65, backward]["backward_kernel"] == 1
+    for more in ((5, backward), (65, forgets)):
+        assert launches[more] - launches[65, backward] == Counter({"normalize_kernel": 1})
+        assert not launches[65, backward] - launches[more]
+    assert_same_bits(made[65, backward], made[65, forgets])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [64, 65])
+def test_tritons_fakes(rows, dtype):
+    """They say which normalised rows are kept, and the dtypes of the gradients."""
+    _kernels()
+    inputs = [t.to(dtype) for t in _inputs(rows, 24, 40)]
+    options = (1e-5, *Dropout().flat(), int(Gelu.TANH))
+    forward = (*inputs, *options, True, "triton")
+    made = by_name(room.OP.output_names, room.OP.forward_op(*forward))
+    assert (made["n"] is None) == (rows == 64)
+    kept = dict(zip(NAMES, inputs, strict=True)) | made
+    backward = (made["m"], made["h"], *[kept[name] for name in room.OP.backward_tensors[2:]], *options, dtype, True)
+    for operator, flat in (
+        (room.OP.forward_op, forward),
+        (room.OP.backward_op, (*backward, [True] * len(NAMES), "triton")),
+    ):
+        with FakeTensorMode() as mode:
+            fake = operator(*[mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in flat])
+        assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in operator(*flat)]
+
+
+def test_one_compiled_function_for_few_rows_and_many():
+    """What is kept differs with a size that the compiler does not know."""
+    _kernels()
+    torch._dynamo.reset()
+    step = lambda *tensors: sum(t.square().sum() for t in mlp(*tensors, impl="triton"))
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (66, 3):
+        inputs = [t.requires_grad_() for t in _inputs(rows, 24, 40)]
+        found, expected = (evaluate(run, inputs, [torch.ones(())]) for run in (compiled, step))
+        assert_same_bits([*found[0], *found[1]], [*expected[0], *expected[1]])
 
 
 # The persistent product's tiles are made up, for two bytes a number: a card has its own, see test_linear_gelu.py.

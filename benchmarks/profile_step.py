@@ -60,7 +60,7 @@ def costs(config: GPT2Config, setting: Setting) -> dict[str, Callable[[Shapes], 
         **both("attention", lambda s: attention.cost(*s[0][:2], *s[0][3:], size),
                lambda s: attention.cost(*s[1][:2], *s[1][3:], size)),
         **both("mlp", lambda s: mlp.cost(_rows(s[0]), *s[4], size, projects=bool(s[6])),
-               lambda s: mlp.cost(_rows(s[0]), *s[9], size, projects=bool(s[10]))),
+               lambda s: mlp.cost(_rows(s[0]), *s[10], size, projects=bool(s[11]))),
         "linear_cross_entropy": head,
         "adamw": lambda s: adamw.cost(num_params(config), size)["forward"],
     }  # fmt: skip

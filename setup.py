@@ -43,12 +43,14 @@ X86_ISAS = {
 X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
 X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-bf16"
 # An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
+# The last is one of its instructions, which an old assembler does not know.
 PARTIAL = {
     "avx512bf16": (
         "avx512",
         ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],
+        "vdpbf16ps %zmm0, %zmm1, %zmm2",
     ),
-    "amx": ("avx512bf16", ["attention", "linear"]),
+    "amx": ("avx512bf16", ["attention", "linear"], "tdpbf16ps %tmm0, %tmm1, %tmm2"),
 }
 # Python's stable ABI: one build for 3.10 and every later one. The free-threaded builds of Python have none so far.
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -67,15 +69,23 @@ def find_nvcc() -> str | None:
 
 
 def known_isas(cxx: str) -> dict[str, str]:
-    """Instruction sets and their flags, without those that this compiler does not know (g++ 9 has no AVX512-BF16)."""
+    """Instruction sets and their flags, without those that this compiler or its assembler does not know: g++ 9 has no
+    AVX512-BF16, binutils 2.34 no AMX."""
     if not sysconfig.get_platform().endswith(("x86_64", "amd64")):  # of what is built for, on whatever machine
         return {"baseline": ""}
-    probe = [*shlex.split(cxx), "-fsyntax-only", "-x", "c++", os.devnull]
-    known = lambda march: subprocess.run(probe + march.split(), capture_output=True).returncode == 0
+
+    def known(isa: str) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            command = f"{cxx} {X86_ISAS[isa]} -c -x c++ - -o {shlex.quote(folder)}/probe.o"
+            done = subprocess.run(
+                shlex.split(command), input=f'asm("{PARTIAL[isa][2]}");', capture_output=True, text=True
+            )
+            return done.returncode == 0
+
     wanted = os.environ.get("GPT2_FAST_ISAS", " ".join(X86_ISAS)).split()
     isas = {}
     for isa, march in X86_ISAS.items():
-        if isa in wanted and (isa not in PARTIAL or (PARTIAL[isa][0] in isas and known(march))):
+        if isa in wanted and (isa not in PARTIAL or (PARTIAL[isa][0] in isas and known(isa))):
             isas[isa] = march
     return isas
 
@@ -84,12 +94,12 @@ def isa_flags(stem: str, isa: str) -> str | None:
     """Names the instruction set to a kernel source, and to the table which kernels are its own; None: not built."""
     if isa not in PARTIAL:
         return f"-DGPT2_ISA={isa}"
-    base, stems = PARTIAL[isa]
+    base, stems, _ = PARTIAL[isa]
     flags = f"-DGPT2_ISA={isa} -DGPT2_BASE_ISA={base}"
     if stem != "table":
         return flags if stem in stems else None
     kernels_of = lambda stems: " ".join(f"GPT2_{s.upper()}_KERNELS(KERNEL)" for s in stems)
-    root, of_base = PARTIAL.get(base, (base, None))
+    root, of_base, _ = PARTIAL.get(base, (base, None, ""))
     middle = f" '-DGPT2_BASE_KERNELS(KERNEL)={kernels_of(of_base)}'" if of_base else ""
     return f"{flags} -DGPT2_ROOT_ISA={root}{middle} '-DGPT2_OWN_KERNELS(KERNEL)={kernels_of(stems)}'"
 

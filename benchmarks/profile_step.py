@@ -42,6 +42,7 @@ def costs(config: GPT2Config, setting: Setting) -> dict[str, Callable[[Shapes], 
     """By the name of an op, what turns the shapes of a call's inputs into its bytes and FLOPs."""
     size = torch.finfo(setting.dtype).bits // 8
     table = (config.vocab_size, size)
+    fc_weight, proj_weight = (mlp.OP.backward_names.index(name) for name in ("fc_weight", "proj_weight"))
 
     def both(name: str, count: Callable[[Shapes], dict], backward: Callable[[Shapes], dict] | None = None) -> dict:
         return {name: lambda s: count(s)["forward"], f"{name}_backward": lambda s: (backward or count)(s)["backward"]}
@@ -60,7 +61,7 @@ def costs(config: GPT2Config, setting: Setting) -> dict[str, Callable[[Shapes], 
         **both("attention", lambda s: attention.cost(*s[0][:2], *s[0][3:], size),
                lambda s: attention.cost(*s[1][:2], *s[1][3:], size)),
         **both("mlp", lambda s: mlp.cost(_rows(s[0]), *s[4], size, projects=bool(s[6])),
-               lambda s: mlp.cost(_rows(s[0]), *s[10], size, projects=bool(s[11]))),
+               lambda s: mlp.cost(_rows(s[0]), *s[fc_weight], size, projects=bool(s[proj_weight]))),
         "linear_cross_entropy": head,
         "adamw": lambda s: adamw.cost(num_params(config), size)["forward"],
     }  # fmt: skip

@@ -129,7 +129,7 @@ def _warn_of_card(reason: str) -> None:
 def _slower(op: str, impl: str, dtype: torch.dtype) -> str | None:
     """Why an implementation that could run is not the first choice on this processor; None when it is."""
     if (op, impl) == ("linear", "cpp") and not cpu_policy().takes_own(dtype, extension().isa()):
-        return f"{cpu_policy().float32}'s products are known to be fast on this processor, ours are not measured there"
+        return f"{cpu_policy().float32}'s products are faster on this processor, or ours are not measured there"
     return None
 
 

@@ -1,7 +1,7 @@
 // C = A @ B + bias for products of many rows: the training step's and a prefill's.
 //
 // B is copied into panels (linear_pack.h), a block at a time. So is A, unless its inputs lie next to each other in the
-// dtype that the tile multiplies: then it is read where it lies, but for what does not fill a tile or a pair. A tile of C
+// dtype that the tile multiplies: then it is read where it lies, but for what does not fill a tile or its steps. A tile of C
 // (8 x 48 with AVX-512) stays in registers over CHAIN steps; what follows the sum (bias, GELU, rounding) happens before
 // it is stored. Once in panels, products reach 97% of the processor's multiply-adds: what counts is to move less.
 //
@@ -9,13 +9,13 @@
 // of B comes from the second-level cache as fast as the tile takes it, so it need not fit the first.
 //
 // An output's sum runs over its inputs in order, CHAIN steps at a time, whatever the number of threads.
-#include "gelu.h"
 #include "kernels.h"
 #if defined(__AMX_BF16__)
 #include "linear_tile_amx.h"
 #else
 #include "linear_tile.h"
 #endif
+#include "linear_finish.h"
 
 namespace gpt2 {
 namespace GPT2_ISA {
@@ -32,45 +32,6 @@ GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
   return round_up(ceil_div(n, ceil_div(n, most)), step);
 }
 
-// ---- what becomes of a tile's sums ----
-
-struct Result {
-  char *c, *u;
-  const float* bias;
-  int64_t dtype, stride, finish;
-};
-
-template <class Gelu, class T>
-GPT2_INLINE void finish_vector(const Result& to, T* c, T* u, vf x, int64_t n) {
-  if (to.finish == FINISH_ADD) x += load_n(c, n);
-  if (to.finish >= FINISH_TANH_GELU) {
-    x = rounded<T>(x);
-    if (u) store_n(u, x, n);
-    x = Gelu::value(x);
-  }
-  store_n(c, x, n);
-}
-
-// The sums of a tile at (row, column) of C, rows x columns of it, and what becomes of them.
-template <class Gelu, class T>
-__attribute__((noinline)) void finish_rows(const Result& to, const float* sums, int64_t row, int64_t column,
-                                           int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < columns; i += W) {
-      const int64_t n = columns - i, at = (row + r) * to.stride + column + i;
-      vf x = load(sums + r * TILE_N + i);
-      if (to.bias) x += load_n(to.bias + column + i, n);
-      finish_vector<Gelu>(to, (T*)to.c + at, to.u ? (T*)to.u + at : nullptr, x, n);
-    }
-}
-
-void finish_tile(const Result& to, const float* sums, int64_t row, int64_t column, int64_t rows, int64_t columns) {
-  GPT2_DISPATCH(to.dtype, T, {
-    auto run = to.finish == FINISH_ERF_GELU ? finish_rows<ErfGelu, T> : finish_rows<TanhGelu, T>;
-    run(to, sums, row, column, rows, columns);
-  });
-}
-
 // ---- the product ----
 
 // How a product is cut: blocks of `rows` x `columns` x `depth` steps; and what the workspace holds, in units.
@@ -84,7 +45,7 @@ struct Plan {
     columns = block_of(N, PACKED_B / depth, TILE_N);
     packed_a = rows * depth;
     packed_b = columns * depth;
-    last_inputs = round_up(M, TILE_N);
+    last_inputs = round_up(M, TILE_N) * TILE_STEPS;
     partial = depth < steps ? round_up(M, TILE_M) * round_up(N, TILE_N) : 0;
   }
 };
@@ -103,10 +64,10 @@ struct Product {
   int64_t M, N, K, group, thread, threads;
   float *packed_a, *packed_b, *last_inputs, *partial;
 
-  bool in_place() const {
-    const bool whole = TILE_STEPS == 1 || K % (TILE_STEPS * group) == 0;  // else a tile would read what is not A's
-    return whole && a.step == 1 && a.dtype == (group == 2 ? BF16 : F32);
-  }
+  bool in_place() const { return a.step == 1 && a.dtype == (group == 2 ? BF16 : F32); }
+
+  // Inputs at the end of a row that do not fill the steps of a tile: of A in place they are packed.
+  int64_t last_count() const { return K % (TILE_STEPS * group); }
 
   // A grid of threads over a block of `panels_m` x `panels_n` tiles: as even as can be, then more along the columns.
   int64_t threads_along_columns(int64_t panels_m, int64_t panels_n) const {
@@ -131,23 +92,24 @@ struct Product {
       }
       return;
     }
-    const bool half = block.last && K % group;  // the last step is half a pair, and is packed
-    const int64_t steps = block.steps - half, stride = a.lane * 4 / group;
+    const bool tail = block.last && last_count();
+    const int64_t steps = block.steps - (tail ? TILE_STEPS : 0), stride = a.lane * 4 / group;
     const float* at_a = (const float*)(a.data + at_row * stride) + block.step;
     for (int64_t s = 0; s < steps; s += CHAIN) {
       auto run = group == 2 ? multiply_tile<2, true> : multiply_tile<1, true>;
       run(smaller(CHAIN, steps - s), at_a + s, stride, at_b + s * TILE_N, s > 0, sums);
     }
-    if (half) multiply_tile<2, false>(1, last_inputs + at_row, 0, at_b + steps * TILE_N, steps > 0, sums);
+    if (tail)  // pairs: single floats fill every step
+      multiply_tile<2, false>(TILE_STEPS, last_inputs + at_row * TILE_STEPS, 0, at_b + steps * TILE_N, steps > 0, sums);
   }
 
   // A tile's sums, added to those of the blocks of steps before, and what becomes of them.
   void tile(const Block& block, int64_t row, int64_t column) const {
     const int64_t at_row = block.row + row, at_column = block.column + column;
     const int64_t rows = smaller(TILE_M, M - at_row), columns = smaller(TILE_N, N - at_column);
-    if (block.last)
+    if (block.last && !to.by_lines)
       for (int64_t r = 0; r < rows; ++r)
-        __builtin_prefetch(to.c + ((at_row + r) * N + at_column) * (to.dtype == F32 ? 4 : 2), 1);
+        __builtin_prefetch(to.c + ((at_row + r) * to.stride + at_column) * (to.dtype == F32 ? 4 : 2), 1);
     alignas(64) float sums[TILE_M * TILE_N];
     sum_tile(block, row, column, sums);
     if (!block.first || !block.last) {
@@ -181,7 +143,8 @@ struct Product {
       return;
     }
     pack_left(a, group, M / TILE_M * TILE_M, M % TILE_M, first, count, panels, thread, threads);
-    if (block.last && K % group) pack_left(a, group, 0, M, K - 1, 1, {last_inputs, TILE_M, 1}, thread, threads);
+    if (block.last && last_count())
+      pack_left(a, group, 0, M, K - last_count(), last_count(), {last_inputs, TILE_M, TILE_STEPS}, thread, threads);
   }
 
   void run() const {
@@ -203,6 +166,7 @@ struct Product {
         }
       }
     }
+    lines_are_seen();
   }
 };
 
@@ -229,22 +193,23 @@ void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, addr bytes) {
 }
 
 void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, int64_t b_dtype, int64_t b_k,
-                    int64_t b_n, addr bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, int64_t N,
-                    int64_t K, bool pairs, addr workspace, int64_t threads) {
+                    int64_t b_n, addr bias, addr c, int64_t c_m, addr u, int64_t c_dtype, int64_t finish, int64_t M,
+                    int64_t N, int64_t K, bool pairs, addr workspace, int64_t threads) {
 #if defined(__AMX_BF16__)
   if (!pairs)
-    return GPT2_BASE_ISA::linear_product(a, a_dtype, a_m, a_k, b, b_dtype, b_k, b_n, bias, c, u, c_dtype, finish, M, N,
-                                         K, pairs, workspace, threads);
+    return GPT2_BASE_ISA::linear_product(a, a_dtype, a_m, a_k, b, b_dtype, b_k, b_n, bias, c, c_m, u, c_dtype, finish, M,
+                                         N, K, pairs, workspace, threads);
 #endif
   const int64_t group = group_of(pairs);
   const Plan plan(M, N, K, group);
   float *packed_a = (float*)workspace, *packed_b = packed_a + plan.packed_a;
   float *last_inputs = packed_b + plan.packed_b, *partial = last_inputs + plan.last_inputs;
+  const Result to{(char*)c, (char*)u, (const float*)bias, c_dtype, c_m, finish,
+                  Result::past_cache(c, u, c_dtype, c_m, finish, M * N * (int64_t)sizeof(bf16), threads)};
 #pragma omp parallel num_threads((int)threads)
   {
-    const Product product{plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k},
-                          {(char*)c, (char*)u, (const float*)bias, c_dtype, N, finish}, M, N, K, group, this_thread(),
-                          thread_count(), packed_a, packed_b, last_inputs, partial};
+    const Product product{plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k}, to, M, N, K,
+                          group, this_thread(), thread_count(), packed_a, packed_b, last_inputs, partial};
     product.run();
   }
 }

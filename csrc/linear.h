@@ -11,12 +11,13 @@ enum Finish : int64_t { FINISH_STORE = 0, FINISH_ADD = 1, FINISH_TANH_GELU = 2, 
 }  // namespace gpt2
 
 // C [M, N] = A [M, K] @ B [K, N] + bias. A and B in any dtypes, by their strides in elements, one of each two 1; bias
-// float32 [N] or null; C and u with rows N apart, in c_dtype. pairs: both sides are bfloat16, and are multiplied as they
+// float32 [N] or null; C and u in c_dtype, C's
+// rows c_m and u's N elements apart (the same where u is not null). pairs: both sides are bfloat16, and are multiplied as they
 // are, two inputs at a time, where the instruction set has it; otherwise everything is widened to float32. workspace: as
 // many bytes as linear_workspace puts into the int64 at `bytes`, aligned to 64. M, N and K are at least 1.
 // Any number of threads gives the same bits.
 #define GPT2_LINEAR_KERNELS(KERNEL) \
   KERNEL(linear_product, (strided a, int64_t a_dtype, int64_t a_m, int64_t a_k, strided b, int64_t b_dtype, int64_t b_k, \
-                          int64_t b_n, f32 bias, addr c, addr u, int64_t c_dtype, int64_t finish, int64_t M, \
-                          int64_t N, int64_t K, bool pairs, u8 workspace, int64_t threads)) \
+                          int64_t b_n, f32 bias, strided c, int64_t c_m, addr u, int64_t c_dtype, int64_t finish, \
+                          int64_t M, int64_t N, int64_t K, bool pairs, u8 workspace, int64_t threads)) \
   KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, i64 bytes))

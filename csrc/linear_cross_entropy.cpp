@@ -44,11 +44,11 @@ GPT2_INLINE float exp_sum(T* x, float m, int64_t V) {
 }
 
 template <class T>
-static void rows(T* logits, const int64_t* labels, float* losses, T* dlogits,
-                 const float* row_scale, int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index) {
+static void rows(T* logits, int64_t stride, const int64_t* labels, float* losses, T* dlogits, const float* row_scale,
+                 int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index) {
   GPT2_PARALLEL_FOR(i, n) {
-    T* x = logits + i * V;
-    T* dx = dlogits ? dlogits + i * V : nullptr;
+    T* x = logits + i * stride;
+    T* dx = dlogits ? dlogits + i * stride : nullptr;
     int64_t label = labels[i];
     if (label == ignore_index) {
       losses[i] = 0.0f;
@@ -72,10 +72,10 @@ static void rows(T* logits, const int64_t* labels, float* losses, T* dlogits,
   }
 }
 
-void softmax_xent(addr logits, addr labels, addr losses, addr dlogits, addr row_scale,
+void softmax_xent(addr logits, int64_t stride, addr labels, addr losses, addr dlogits, addr row_scale,
                   int64_t scale_stride, int64_t n, int64_t V, int64_t ignore_index, int64_t dtype) {
   GPT2_DISPATCH(dtype, T, {
-    rows((T*)logits, (const int64_t*)labels, (float*)losses, (T*)dlogits, (const float*)row_scale,
+    rows((T*)logits, stride, (const int64_t*)labels, (float*)losses, (T*)dlogits, (const float*)row_scale,
          scale_stride, n, V, ignore_index);
   });
 }

@@ -11,7 +11,7 @@ namespace GPT2_ISA {
 namespace {
 
 constexpr int64_t TILE_STEPS = TILE_UNITS;  // steps that a tile takes at once
-constexpr int64_t AHEAD = 2;                // such steps that are fetched before their use
+constexpr int64_t AHEAD = 1;                // such steps that are fetched before their use
 
 // Rows of a register that will be loaded: no hardware's prefetch sees 16 streams in time.
 template <int ROWS>
@@ -64,6 +64,7 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int6
 
 // 16 lanes from x on, n of which there are, and 16 pairs of their steps, of `count` inputs; the rest is zero.
 GPT2_INLINE void pack_block(const bf16* x, const Operand& from, int64_t n, int64_t count, float* to) {
+  const bool whole = count >= 2 * W;
   vf rows[W];
   if (from.lane == 1) {
     for (int64_t s = 0; s < W; ++s, x += 2 * from.step)
@@ -71,7 +72,9 @@ GPT2_INLINE void pack_block(const bf16* x, const Operand& from, int64_t n, int64
     transpose(rows);
   } else {
     for (int64_t r = 0; r < W; ++r)
-      rows[r] = r < n && count > 0 ? steps_of<2>(x + r * from.lane, count) : vf{};
+      rows[r] = r >= n || count <= 0 ? vf{}
+                : whole              ? full_steps_of<2>(x + r * from.lane)
+                                     : steps_of<2>(x + r * from.lane, count);
   }
   for (int64_t r = 0; r < W; ++r) store(to + r * TILE_STEPS, rows[r]);
 }

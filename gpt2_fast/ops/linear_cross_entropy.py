@@ -97,7 +97,7 @@ def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_gra
     """losses of a chunk and, in place of its logits, dlogits."""
     n, V = logits.shape
     cpp.softmax_xent(
-        logits=logits, labels=labels, losses=losses,
+        logits=logits, stride=logits.stride(0), labels=labels, losses=losses,
         dlogits=logits if write_grad else None, row_scale=row_scale, scale_stride=int(row_scale.numel() > 1),
         n=n, V=V, ignore_index=ignore_index,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | No
     for start in range(0, a.N, rows):
         chunk = slice(start, min(start + rows, a.N))
         x_rows, labels_rows, losses_rows = (x, labels, losses) if whole else (x[chunk], labels[chunk], losses[chunk])
-        logits = product(x_rows, weight.t())
+        logits = product(x_rows, weight.t(), by_lines=True)
         scale = row_scale if row_scale.numel() == 1 else row_scale[chunk]
         of_words = logits if logits.shape[1] == a.V else logits[:, : a.V]
         _SOFTMAX_XENT[a.impl](of_words, labels_rows, losses_rows, scale, a.ignore_index, need_dx or need_dweight)

@@ -10,6 +10,7 @@ from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
 from gpt2_fast.ops.linear import linear, linear_reference, samples
 from gpt2_fast.ops.runtime import cpu_policy as cpu_policy_module
+from gpt2_fast.ops.runtime import products
 from gpt2_fast.ops.runtime.cpu_policy import CpuPolicy, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu, gelu
 from gpt2_fast.ops.runtime.products import add_product, gelu_product, product
@@ -83,12 +84,47 @@ def _matrix(rows, columns, dtype, transposed):
 def test_own_product(isa, dtype, layout, policy, use_policy):
     """Every layout of both sides, whole and partial tiles, several blocks; sums as exact as eager float32's."""
     use_policy(policy)
-    for M, N, K in SIZES[: 6 if isa.startswith("avx512") else 5]:
+    for M, N, K in SIZES if isa.startswith(("avx512", "amx")) else SIZES[:5]:
         a, b = _matrix(M, K, dtype, layout[0]), _matrix(K, N, dtype, layout[1])
         bias = torch.randn(N).to(dtype)
         actual = product(a, b, bias, torch.float32, impl="cpp")
         eager, truth = a.float() @ b.float() + bias.float(), a.double() @ b.double() + bias.double()
         assert_as_exact(actual, eager, truth, f"{M} x {N} x {K}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_own_product_touches_its_own_memory_alone(isa, dtype, use_policy):
+    """Rows of A are read where they lie, and what lies between them may be anything; C's may lie apart as well."""
+    use_policy(OWN[1])
+    for M, K in ((37, 31), (33, 64), (70, 97)):
+        around = torch.full((M + 2, K + 70), torch.nan, dtype=dtype)
+        a, b = around[1:-1, 3 : 3 + K], torch.randn(K, 33).to(dtype)
+        a.copy_(torch.randn(M, K))
+        to = torch.full((M, 64), 7.0)
+        products._own_product(a, b, None, to[:, :33], products.STORE)
+        assert_as_exact(to[:, :33], a.float() @ b.float(), a.double() @ b.double(), f"{M} x {K}")
+        assert (to[:, 33:] == 7).all()
+
+
+def test_results_larger_than_the_caches_are_the_same(isa, threads, use_policy):
+    """One thread's 2.2 MB are more than its cache, and tiles of whole lines go past it; those of two are not."""
+    use_policy(OWN[1])
+    (M, N, K), kind = (1030, 1088, 70), Gelu.TANH
+    a, b, bias = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16(), torch.randn(N).bfloat16()
+    found = []
+    for n in (1, 2):
+        threads(n)
+        wide = torch.full((M, N), 7.0).bfloat16()
+        products._own_product(a, b[:, :1058], bias[:1058], wide[:, :1058], products.STORE)
+        assert (wide[:, 1058:] == 7).all()
+        narrow = [product(a, b[:, :1058], bias[:1058], impl="cpp", by_lines=lines) for lines in (False, True)]
+        assert [x.stride(0) for x in narrow] == [1058, N]
+        whole, (y, u) = product(a, b, bias, impl="cpp"), gelu_product(a, b, bias, a.dtype, True, kind)
+        assert_same_bits([whole, *narrow, wide[:, :1058]], [u, *[u[:, :1058]] * 3])
+        found.append((y, u))
+    assert_same_bits(found[0], found[1])
+    assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", a.dtype)
+    assert_as_exact(y, F.gelu(u, approximate="tanh"), F.gelu(u.double(), approximate="tanh"), "y", a.dtype)
 
 
 def test_own_product_takes_two_dtypes_and_any_strides(use_policy):

@@ -17,6 +17,7 @@ from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu
 
 PROFILED = "gpt2_fast.product"  # the own product's name in a profile
+LINE = 64  # bytes of a cache line
 STORE, ADD, GELU = range(3)  # csrc/linear.h; GELU + Gelu.TANH, GELU + Gelu.ERF
 
 
@@ -56,8 +57,8 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
     (a_m, a_k), (b_k, b_n) = a.stride(), b.stride()
     with record_function(PROFILED):
         cpp.linear_product(
-            a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, u=u, finish=finish, M=M, N=N, K=K,
-            pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=torch.get_num_threads(),
+            a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, c_m=out.stride(0), u=u, finish=finish,
+            M=M, N=N, K=K, pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -95,7 +96,13 @@ def takes_own_product(a: Tensor) -> bool:
 
 
 def product(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, impl: str = "auto"
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    *,
+    by_lines: bool = False,
 ) -> Tensor:
     """a [M, K] @ b [K, N] (+ bias [N]); either side may be a transposed view, neither is empty.
 
@@ -103,10 +110,14 @@ def product(
         a, b, bias: on one device, and on a GPU of one dtype.
         out_dtype: a's unless given; float32 keeps what a widened product has before rounding.
         impl: "cpp", the own product, "aten", the vendor's, or "auto", by `cpu_policy`.
+        by_lines: each row of the own product's result begins a cache line: the result is a view then, unless its rows
+            are whole lines anyway. A tile of it is written, and read again, at half the lines.
     """
     out_dtype = out_dtype or a.dtype
     if impl == "cpp" or (impl == "auto" and takes_own_product(a)):
-        out = buffers.empty(a, (a.shape[0], b.shape[1]), out_dtype)
+        (M, _), N = a.shape, b.shape[1]
+        stride = -(-N // (line := LINE // out_dtype.itemsize)) * line if by_lines else N
+        out = buffers.empty(a, (M, stride), out_dtype)[:, :N]
         _own_product(a, b, bias, out, STORE)
         return out
     return _vendor_product(a, b, bias, out_dtype)

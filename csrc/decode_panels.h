@@ -13,7 +13,7 @@ namespace GPT2_ISA {
 
 constexpr int PANEL = 16, LINE = 64;
 constexpr int PV = PANEL / W;  // vectors of a panel's columns
-constexpr int64_t AHEAD = 2048;  // bytes fetched before they are used
+constexpr int64_t AHEAD = 4096;  // bytes fetched before they are used
 
 // The rows that one pass over a panel serves; a pass for fewer takes the next of these.
 #if defined(__AVX512F__)

@@ -38,11 +38,12 @@ GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
 struct Plan {
   int64_t steps, depth, rows, columns, packed_a, packed_b, last_inputs, partial;
 
-  Plan(int64_t M, int64_t N, int64_t K, int64_t group) {
+  Plan(int64_t M, int64_t N, int64_t K, int64_t group, int64_t threads) {
+    const int64_t even = TILE_N * threads;  // columns of which every thread has as many
     steps = round_up(ceil_div(K, group), TILE_STEPS);
     depth = block_of(steps, MAX_DEPTH, TILE_STEPS);
     rows = block_of(M, PACKED_A / depth, TILE_N);  // A is packed in panels of TILE_M, but TILE_N at a time
-    columns = block_of(N, PACKED_B / depth, TILE_N);
+    columns = block_of(N, PACKED_B / depth, N < even ? TILE_N : even);
     packed_a = rows * depth;
     packed_b = columns * depth;
     last_inputs = round_up(M, TILE_N) * TILE_STEPS;
@@ -58,6 +59,8 @@ struct Block {
 
 // One thread's view of a product.
 struct Product {
+  // Whether each thread multiplies the columns that it packs itself, and waits for nobody.
+  bool alone;
   Plan plan;
   Operand a, b;
   Result to;
@@ -68,6 +71,24 @@ struct Product {
 
   // Inputs at the end of a row that do not fill the steps of a tile: of A in place they are packed.
   int64_t last_count() const { return K % (TILE_STEPS * group); }
+
+  // Nothing of A is packed, each thread's panels have a place of their own, and columns are as fair as a grid.
+  bool can_be_alone() const {
+    return in_place() && M % TILE_M == 0 && !last_count() && plan.columns % (TILE_N * threads) == 0 &&
+           threads_along_columns(M / TILE_M, ceil_div(N, TILE_N)) == threads;
+  }
+
+  // Where a block of B is packed: panel after panel, and those of a thread that is alone from its own place on, which is
+  // the same in every block: another may still be multiplying the one before.
+  float* packed(const Block& block) const {
+    const int64_t panels = ceil_div(smaller(plan.columns, N - block.column), TILE_N);
+    if (!alone) return packed_b;
+    return packed_b + plan.columns / threads * thread * plan.depth - panels * thread / threads * TILE_N * block.steps;
+  }
+
+  void meet_others() const {
+    if (!alone) meet();
+  }
 
   // A grid of threads over a block of `panels_m` x `panels_n` tiles: as even as can be, then more along the columns.
   int64_t threads_along_columns(int64_t panels_m, int64_t panels_n) const {
@@ -82,7 +103,7 @@ struct Product {
 
   // The sums of a tile at (row, column) of a block.
   void sum_tile(const Block& block, int64_t row, int64_t column, float* sums) const {
-    const float* at_b = packed_b + column * block.steps;
+    const float* at_b = packed(block) + column * block.steps;
     const int64_t at_row = block.row + row;
     if (!in_place() || at_row + TILE_M > M) {
       const float* at_a = packed_a + (in_place() ? 0 : row * block.steps);
@@ -126,7 +147,7 @@ struct Product {
   void tiles(const Block& block) const {
     const int64_t panels_m = ceil_div(smaller(plan.rows, M - block.row), TILE_M);
     const int64_t panels_n = ceil_div(smaller(plan.columns, N - block.column), TILE_N);
-    const int64_t along = threads_along_columns(panels_m, panels_n), others = threads / along;
+    const int64_t along = alone ? threads : threads_along_columns(panels_m, panels_n), others = threads / along;
     const int64_t i = thread / along, j = thread % along;
     const int64_t end_m = panels_m * (i + 1) / others, end_n = panels_n * (j + 1) / along;
     const int64_t held = CACHED / block.steps / TILE_M > 0 ? CACHED / block.steps / TILE_M : 1;
@@ -154,15 +175,15 @@ struct Product {
       block.steps = smaller(plan.depth, plan.steps - block.step);
       block.first = block.step == 0, block.last = block.step + block.steps == plan.steps;
       const int64_t first = block.step * group, count = smaller(block.steps * group, K - first);
-      const Panels panels{packed_b, TILE_N, block.steps};
       for (block.row = 0; block.row < M; block.row += plan.rows) {
         pack_a(block, first, count);
         for (block.column = 0; block.column < N; block.column += plan.columns) {
           if (block.row == 0 || plan.columns < N)  // a single block of columns stays packed for all rows
-            pack(b, group, block.column, smaller(plan.columns, N - block.column), first, count, panels, thread, threads);
-          meet();
+            pack(b, group, block.column, smaller(plan.columns, N - block.column), first, count,
+                 {packed(block), TILE_N, block.steps}, thread, threads);
+          meet_others();
           tiles(block);
-          meet();
+          meet_others();
         }
       }
     }
@@ -183,11 +204,11 @@ GPT2_LINEAR_KERNELS(GPT2_DECLARE)
 
 namespace GPT2_ISA {
 
-void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, addr bytes) {
+void linear_workspace(int64_t M, int64_t N, int64_t K, bool pairs, int64_t threads, addr bytes) {
 #if defined(__AMX_BF16__)
-  if (!pairs) return GPT2_BASE_ISA::linear_workspace(M, N, K, pairs, bytes);
+  if (!pairs) return GPT2_BASE_ISA::linear_workspace(M, N, K, pairs, threads, bytes);
 #endif
-  const Plan plan(M, N, K, group_of(pairs));
+  const Plan plan(M, N, K, group_of(pairs), threads);
   const int64_t units = plan.packed_a + plan.packed_b + plan.last_inputs + plan.partial;
   *(int64_t*)bytes = units * (int64_t)sizeof(float);
 }
@@ -201,15 +222,16 @@ void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, i
                                          N, K, pairs, workspace, threads);
 #endif
   const int64_t group = group_of(pairs);
-  const Plan plan(M, N, K, group);
+  const Plan plan(M, N, K, group, threads);
   float *packed_a = (float*)workspace, *packed_b = packed_a + plan.packed_a;
   float *last_inputs = packed_b + plan.packed_b, *partial = last_inputs + plan.last_inputs;
   const Result to{(char*)c, (char*)u, (const float*)bias, c_dtype, c_m, finish,
                   Result::past_cache(c, u, c_dtype, c_m, finish, M * N * (int64_t)sizeof(bf16), threads)};
 #pragma omp parallel num_threads((int)threads)
   {
-    const Product product{plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k}, to, M, N, K,
+    Product product{false, plan, {(const char*)a, a_dtype, a_m, a_k}, {(const char*)b, b_dtype, b_n, b_k}, to, M, N, K,
                           group, this_thread(), thread_count(), packed_a, packed_b, last_inputs, partial};
+    product.alone = product.can_be_alone();
     product.run();
   }
 }

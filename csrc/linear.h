@@ -20,4 +20,4 @@ enum Finish : int64_t { FINISH_STORE = 0, FINISH_ADD = 1, FINISH_TANH_GELU = 2, 
   KERNEL(linear_product, (strided a, int64_t a_dtype, int64_t a_m, int64_t a_k, strided b, int64_t b_dtype, int64_t b_k, \
                           int64_t b_n, f32 bias, strided c, int64_t c_m, addr u, int64_t c_dtype, int64_t finish, \
                           int64_t M, int64_t N, int64_t K, bool pairs, u8 workspace, int64_t threads)) \
-  KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, i64 bytes))
+  KERNEL(linear_workspace, (int64_t M, int64_t N, int64_t K, bool pairs, int64_t threads, i64 bytes))

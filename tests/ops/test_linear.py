@@ -174,13 +174,14 @@ def test_product_with_gelu(isa, dtype, kind, use_policy):
 @pytest.mark.parametrize("pairs", [False, True], ids=["widened", "native"])
 def test_own_product_gives_the_same_bits_on_any_number_of_threads(pairs, threads, use_policy):
     use_policy(OWN[pairs])
-    runs, (M, N, K) = [], (201, 290, 1700)
-    a, b = torch.randn(M, K).bfloat16(), torch.randn(N, K).t().bfloat16()
-    for n in (1, 2, 3, 6):
-        threads(n)
-        runs.append(product(a, b, None, torch.float32, impl="cpp"))
-    for other in runs[1:]:
-        assert_same_bits(runs[:1], [other])
+    for M, N, K, dtype in ((201, 290, 1700, torch.bfloat16), *[(96, 1500, 1696, d) for d in DTYPES[:2]]):
+        a, b = torch.randn(M, K).to(dtype), torch.randn(N, K).t().to(dtype)
+        runs = []
+        for n in (1, 2, 3, 6):
+            threads(n)
+            runs.append(product(a, b, None, torch.float32, impl="cpp"))
+        for other in runs[1:]:
+            assert_same_bits(runs[:1], [other])
 
 
 @pytest.mark.parametrize("library", ["cpp", "mkl", "onednn"])

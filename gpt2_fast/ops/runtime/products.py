@@ -52,13 +52,13 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
     (M, K), N = a.shape, b.shape[1]
     a, b, bias = _unit_stride(a), _unit_stride(b), None if bias is None else bias.float().contiguous()
     pairs = a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16
-    nbytes = torch.empty(1, dtype=torch.int64)
-    cpp.linear_workspace(M=M, N=N, K=K, pairs=pairs, bytes=nbytes)
+    nbytes, threads = torch.empty(1, dtype=torch.int64), torch.get_num_threads()
+    cpp.linear_workspace(M=M, N=N, K=K, pairs=pairs, threads=threads, bytes=nbytes)
     (a_m, a_k), (b_k, b_n) = a.stride(), b.stride()
     with record_function(PROFILED):
         cpp.linear_product(
             a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, c_m=out.stride(0), u=u, finish=finish,
-            M=M, N=N, K=K, pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=torch.get_num_threads(),
+            M=M, N=N, K=K, pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=threads,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ namespace GPT2_ISA {
 namespace {
 
 #define GPT2_NOINLINE __attribute__((noinline))
-#define GPT2_MEMBER inline __attribute__((always_inline))
+#define GPT2_TILE_METHOD inline __attribute__((always_inline))
 
 // Eight vectors: enough bytes of each gradient row at a time for the memory's sake, and they fit the registers.
 // The rare and the long parts are functions of their own: inlined everywhere they take a minute to compile.
@@ -18,10 +18,10 @@ struct Tile {
   static constexpr int64_t VECTORS = 8, COLS = VECTORS * W;
   vf v[VECTORS];
 
-  static GPT2_MEMBER Tile zero() { return Tile{}; }
+  static GPT2_TILE_METHOD Tile zero() { return Tile{}; }
 
   template <class T>
-  static GPT2_MEMBER Tile load(const T* p, int64_t n) {
+  static GPT2_TILE_METHOD Tile load(const T* p, int64_t n) {
     Tile tile;
     if (n < COLS) {
       tile.load_part(p, n);
@@ -32,12 +32,12 @@ struct Tile {
   }
 
   template <class T>
-  GPT2_MEMBER void store(T* p, int64_t n) const {
+  GPT2_TILE_METHOD void store(T* p, int64_t n) const {
     if (n < COLS) return store_part(p, n);
     for (int64_t i = 0; i < VECTORS; ++i) GPT2_ISA::store(p + i * W, v[i]);
   }
 
-  GPT2_MEMBER void add(const Tile& other) {
+  GPT2_TILE_METHOD void add(const Tile& other) {
     for (int64_t i = 0; i < VECTORS; ++i) v[i] += other.v[i];
   }
 

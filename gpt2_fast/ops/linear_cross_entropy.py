@@ -96,6 +96,8 @@ def _aligned(weight: Tensor) -> Tensor:
 def _softmax_xent_cpp(logits, labels, losses, row_scale, ignore_index, write_grad):
     """losses of a chunk and, in place of its logits, dlogits."""
     n, V = logits.shape
+    if V > 1 and logits.stride(1) != 1:
+        raise ValueError(f"linear_cross_entropy: logits have strides {logits.stride()}; their rows must be contiguous")
     cpp.softmax_xent(
         logits=logits, stride=logits.stride(0), labels=labels, losses=losses,
         dlogits=logits if write_grad else None, row_scale=row_scale, scale_stride=int(row_scale.numel() > 1),

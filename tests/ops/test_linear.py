@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op
 
+from gpt2_fast.ops import linear_cross_entropy
 from gpt2_fast.ops.linear import linear, linear_reference, samples
 from gpt2_fast.ops.runtime import cpu_policy as cpu_policy_module
 from gpt2_fast.ops.runtime import products
@@ -127,6 +128,19 @@ def test_results_larger_than_the_caches_are_the_same(isa, threads, use_policy):
     assert_same_bits(found[0], found[1])
     assert_as_exact(u, a @ b + bias, a.double() @ b.double() + bias.double(), "u", a.dtype)
     assert_as_exact(y, F.gelu(u, approximate="tanh"), F.gelu(u.double(), approximate="tanh"), "y", a.dtype)
+
+
+def test_a_result_that_is_not_rows_is_refused(use_policy):
+    """The kernel knows one stride of it: another layout would be written wrongly."""
+    use_policy(OWN[1])
+    a, b = torch.randn(9, 5), torch.randn(5, 9)
+    for total in (torch.zeros(9, 9).t(), torch.zeros(9, 18)[:, ::2], torch.zeros(1, 9).expand(9, 9)):
+        with pytest.raises(ValueError, match="rows must be contiguous"):
+            add_product(total, a, b)
+        assert (total == 0).all()
+    logits, labels = torch.zeros(6, 4).t(), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        linear_cross_entropy._softmax_xent_cpp(logits, labels, torch.zeros(4), torch.ones(1), -100, True)
 
 
 def test_own_product_takes_two_dtypes_and_any_strides(use_policy):

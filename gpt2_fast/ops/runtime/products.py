@@ -48,8 +48,19 @@ def _without_overlap(matrix: Tensor) -> Tensor:
 
 
 def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish: int, u: Tensor | None = None) -> None:
-    """csrc/linear.cpp: out [M, N], contiguous, from a [M, K] @ b [K, N] + bias as `finish` says."""
+    """csrc/linear.cpp: out [M, N], rows of neighbouring elements, from a [M, K] @ b [K, N] + bias as `finish` says.
+
+    Raises ValueError for an out whose rows are not that, or that is not laid out as u is.
+    """
     (M, K), N = a.shape, b.shape[1]
+    if (
+        (N > 1 and out.stride(1) != 1)
+        or (M > 1 and out.stride(0) < N)
+        or (u is not None and u.stride() != out.stride())
+    ):
+        raise ValueError(
+            f"product: the result's strides are {out.stride()}; its rows must be contiguous, and as u's are"
+        )
     a, b, bias = _unit_stride(a), _unit_stride(b), None if bias is None else bias.float().contiguous()
     pairs = a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16
     nbytes, threads = torch.empty(1, dtype=torch.int64), torch.get_num_threads()

@@ -1,7 +1,8 @@
 """python -m benchmarks.overhead: microseconds that a call of each operation takes beside its arithmetic.
 
 Each operation's smallest sample on one thread, where nearly all of the time is Python's and the extension's: without a
-graph, with one, and forward and backward. The least of many rounds counts: what a busy machine adds is left out.
+graph, with one, and forward and backward; and a step of AdamW, for each of a small model's parameters. The least of
+many rounds counts: what a busy machine adds is left out.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from collections.abc import Callable
 
 import torch
 
-from gpt2_fast import ops
+from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel, ops
 from gpt2_fast.report.machine import cpu_name, version
 
 CALLS, ROUNDS = 200, 50
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """Of one call: the least of ROUNDS means over CALLS."""
+def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
+    """Of one call: the least of ROUNDS means over so many calls."""
     call()
     rounds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        rounds.append((time.perf_counter() - started) / CALLS * 1e6)
+        rounds.append((time.perf_counter() - started) / calls * 1e6)
     return min(rounds)
 
 
@@ -45,6 +46,15 @@ def measure(room) -> tuple[float, float, float]:
     return plain, microseconds(forward), microseconds(lambda: _first(forward()).backward(upstream))
 
 
+def optimizer_step() -> float:
+    """Microseconds a parameter, of GPT-2's 148."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=12, n_head=1, n_embd=8, vocab_size=8, n_positions=8))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = AdamW(model.parameters(), clip_grad_norm=1.0)
+    return microseconds(optimizer.step, calls=2) / len(list(model.parameters()))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     print(f"{cpu_name()}, torch {torch.__version__}, gpt2_fast {version('gpt2_fast')}; microseconds a call")
@@ -52,6 +62,7 @@ def main() -> None:
     for room in ops.rooms().values():
         if getattr(getattr(room, "OP", None), "gradients", None):
             print(f"{room.OP.name:24}" + "{:10.1f}{:10.1f}{:14.1f}".format(*measure(room)))
+    print(f"{'adamw, a parameter':24}{optimizer_step():10.1f}")
 
 
 if __name__ == "__main__":

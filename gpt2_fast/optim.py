@@ -30,6 +30,7 @@ from torch import Tensor
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.adamw import adamw
 from gpt2_fast.ops.adamw_contract import check_flags, check_group, unsupported
+from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel.group import Group, check_world
@@ -91,6 +92,7 @@ class AdamW(torch.optim.Optimizer):
         self._uploaded: list[list[float]] | None = None
         self._warned = False
         self._shards: Shards | None = None
+        self._kept: dict[str, Kept] = {}  # by implementation
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
@@ -99,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; copy state_dict() instead of the optimizer")
         own = ("clip_grad_norm", "impl", "last_grad_norm", "last_found_inf", "_warned", "_shards")
-        fresh = {"_hyper": None, "_uploaded": None}
+        fresh = {"_hyper": None, "_uploaded": None, "_kept": {}}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **fresh}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -199,19 +201,27 @@ class AdamW(torch.optim.Optimizer):
     def _collect(self) -> dict[str, room.Lists]:
         """By implementation, the lists that `adamw` takes, of the parameters that have a gradient."""
         collected: dict[str, room.Lists] = {}
+        implementations: dict[tuple, str] = {}  # of parameters that look alike
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
                 state = self._init_state(p)
-                tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master")]
+                tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
                 if is_dtensor(p):
                     tensors = _dtensor().local(*tensors)
-                param, grad, m, v, master = tensors
-                lists = collected.setdefault(self._implementation(param), room.Lists.empty())
-                lists.append(param, grad, index, exp_avg=m, exp_avg_sq=v, master=master, step=state["step"])
+                param = tensors[0]
+                looks = (param.dtype, param.device, param.is_contiguous())
+                implementation = implementations.get(looks)
+                if implementation is None:
+                    implementation = implementations[looks] = self._implementation(param)
+                lists = collected.get(implementation)
+                if lists is None:
+                    lists = collected[implementation] = room.Lists.empty()
+                lists.append(*tensors, state["step"], index)
         return collected
 
     def _norm(self, collected: dict[str, room.Lists]) -> Tensor | None:
@@ -335,7 +345,8 @@ class AdamW(torch.optim.Optimizer):
         if norm is not None and grad_scale is not None:
             norm = norm / grad_scale
         for impl, lists in collected.items():
-            taken = adamw(*lists, self._hyper, max_norm=max_norm, norm=norm, impl=impl, **scaling)
+            kept = self._kept.setdefault(impl, Kept())
+            taken = adamw(*lists, self._hyper, max_norm=max_norm, norm=norm, impl=impl, kept=kept, **scaling)
         self.last_grad_norm = None if self.clip_grad_norm is None else taken
         self.last_found_inf = room.found_inf(taken, **scaling)
         if self.last_found_inf is not None:

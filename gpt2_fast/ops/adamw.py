@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw_contract import OP, check, refuse_overlap, refuse_what_kernels_cannot
+from gpt2_fast.ops.adamw_contract import OP, check, check_numbers, refuse_overlap, refuse_what_kernels_cannot
+from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.adamw_table import ALIGNMENT, CHUNK, Row, chunk_rows, device_table, table_rows
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, LOW_PRECISION, address
@@ -47,11 +48,16 @@ class Lists(NamedTuple):
     def empty(cls) -> Lists:
         return cls(*([] for _ in cls._fields))
 
-    def append(self, param, grad, group, *, exp_avg, exp_avg_sq, step, master=None, **_) -> None:
-        """Adds one parameter with its state; what else an optimizer keeps of it is not read."""
-        for values, value in zip(self, (param, grad, exp_avg, exp_avg_sq, master, step, group), strict=True):
-            if value is not None:
-                values.append(value)
+    def append(self, param, grad, exp_avg, exp_avg_sq, master, step, group) -> None:
+        """Adds one parameter with its state; master: None where it needs none."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.exp_avgs.append(exp_avg)
+        self.exp_avg_sqs.append(exp_avg_sq)
+        if master is not None:
+            self.masters.append(master)
+        self.steps.append(step)
+        self.groups.append(group)
 
 
 def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
@@ -216,6 +222,10 @@ def _run(
     grads = [g.contiguous() for g in grads]
     refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps)
     rows = table_rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
+    return _update(rows, hyper, norm, max_norm, grad_scale, found_inf, impl)
+
+
+def _update(rows: tuple[Row, ...], hyper, norm, max_norm, grad_scale, found_inf, impl: str) -> Tensor:
     given = None if norm is None else norm.to(torch.float32, copy=True).reshape(())
     if rows:
         norm = _STEP[impl](rows, hyper.contiguous(), given, max_norm, grad_scale, found_inf)
@@ -256,6 +266,7 @@ def adamw(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     impl: str = "auto",
+    kept: Kept | None = None,
 ) -> Tensor | None:
     """Updates params, exp_avgs, exp_avg_sqs and masters in place.
 
@@ -273,6 +284,7 @@ def adamw(
             norm is taken, a step whose norm is not finite changes nothing.
         found_inf: one float32 on the device; unless it is 0, nothing changes (as of torch.amp.GradScaler).
         impl: see `gpt2_fast.ops.runtime.dispatch`.
+        kept: an optimizer's, where its next steps are likely to have the same tensors but for the gradients.
 
     Returns:
         The norm before clipping, divided by grad_scale, a float32 scalar on the device; None when max_norm is None.
@@ -283,18 +295,26 @@ def adamw(
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     numbers = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
-    check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, numbers, max_norm)
-    if not params:
-        norm = hyper.new_zeros(()) if norm is None else norm
-        return None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
-    name = dispatch.choose(OP, impl, params[0].device, params[0].dtype)
+    check_numbers(hyper, numbers, max_norm)
     lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
-    if name == "reference":
-        if not torch.compiler.is_compiling():
-            refuse_overlap(*lists[:-1])
-        return adamw_reference(*lists, hyper, max_norm=max_norm, **numbers)
-    refuse_what_kernels_cannot(name, params, masters, exp_avgs, exp_avg_sqs)
-    result = _operator(*map(list, lists), hyper, norm, max_norm, grad_scale, found_inf, name)
+    found = None if kept is None else kept.take(impl, lists, hyper)
+    if found is not None:
+        name, rows = found
+        result = _update(rows, hyper, norm, max_norm, grad_scale, found_inf, name)
+    else:
+        check(*lists, hyper)
+        if not params:
+            norm = hyper.new_zeros(()) if norm is None else norm
+            return None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
+        name = dispatch.choose(OP, impl, params[0].device, params[0].dtype)
+        if name == "reference":
+            if not torch.compiler.is_compiling():
+                refuse_overlap(*lists[:-1])
+            return adamw_reference(*lists, hyper, max_norm=max_norm, **numbers)
+        refuse_what_kernels_cannot(name, params, masters, exp_avgs, exp_avg_sqs)
+        result = _operator(*map(list, lists), hyper, norm, max_norm, grad_scale, found_inf, name)
+        if kept is not None:
+            kept.note(impl, lists, hyper, name)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(params)  # a backward that still needs the old values then says so
     return None if max_norm is None else result

@@ -72,28 +72,17 @@ def unsupported(param: Tensor) -> str | None:
     return None
 
 
-def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, numbers, max_norm) -> None:
-    """Raises TypeError or ValueError, one line that names the tensor, unless the arguments of `adamw` fit together.
+def check_numbers(hyper, numbers, max_norm) -> None:
+    """Raises TypeError or ValueError, one line, unless these arguments of `adamw` are what it reads.
 
     numbers: name -> tensor of one number or None.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(f"{OP}: {len(values)} {name} for {len(params)} params; one each")
-    tensors = {"param": params, "grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
-    for name, values in {**tensors, "step": steps}.items():
-        for i, t in enumerate(values):
-            check_dense(OP, f"{name} {i}", t)
     check_dense(OP, "hyper", hyper)
     for name, t in numbers.items():
         if t is not None:
             check_dense(OP, name, t)
     if not isinstance(max_norm, (float, int, type(None))):
         raise TypeError(f"{OP}: max_norm is a {type(max_norm).__name__}; it must be a number or None")
-    low = sum(p.dtype in LOW_PRECISION for p in params)
-    if len(masters) != low:
-        raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
     if hyper.ndim != 2 or hyper.shape[1] != len(HYPERPARAMETERS) or hyper.dtype != torch.float64:
         raise ValueError(f"{OP}: hyper is {hyper.dtype} {tuple(hyper.shape)}; it must be float64 [groups, 6]")
     if max_norm is not None and not max_norm >= 0.0:
@@ -103,6 +92,21 @@ def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, n
         if t is not None and (t.numel() != 1 or t.dtype not in dtypes or t.device != hyper.device):
             where, kind = f"{t.dtype} {tuple(t.shape)} on {t.device}", "floating" if name == "norm" else "float32"
             raise ValueError(f"{OP}: {name} is {where}; it must be one {kind} number on {hyper.device}")
+
+
+def check(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper) -> None:
+    """Raises TypeError or ValueError, one line that names the tensor, unless the lists of `adamw` fit together."""
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "groups": groups}
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{OP}: {len(values)} {name} for {len(params)} params; one each")
+    tensors = {"param": params, "grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
+    for name, values in {**tensors, "step": steps}.items():
+        for i, t in enumerate(values):
+            check_dense(OP, f"{name} {i}", t)
+    low = sum(p.dtype in LOW_PRECISION for p in params)
+    if len(masters) != low:
+        raise ValueError(f"{OP}: {len(masters)} masters for {low} bfloat16 and float16 params; one each, in order")
     each = with_masters(params, masters, grads, exp_avgs, exp_avg_sqs, steps, groups)
     for i, (p, master, g, m, v, step, group) in enumerate(each):
         if p.device != hyper.device or p.dtype not in FLOATS:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf
 from gpt2_fast.ops.adamw_contract import unsupported
+from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel import tree
 from gpt2_fast.parallel.flat import Layout
@@ -54,6 +55,7 @@ class Shards:
         self.layout = Layout([p.numel() for p in params], group.world)
         begin = group.rank * self.layout.shard
         self._pieces = list(self.layout.pieces(begin, begin + self.layout.shard))
+        self._kept = Kept()
         self.weights = torch.zeros(self.layout.length, dtype=first.dtype, device=first.device)
         for p, offset in zip(params, self.layout.offsets, strict=True):
             view = self.weights[offset : offset + p.numel()].view(p.shape)
@@ -129,10 +131,10 @@ class Shards:
         wide, lists = self._held["master"] if self._low else self._own, Lists.empty()
         for index, start, stop, at in self._pieces:
             part = slice(at, at + stop - start)
-            averages = {key: self._held[key][part] for key in ("exp_avg", "exp_avg_sq")}
-            step = self.states[index]["step"]
-            lists.append(wide[part], self._gradient[part], self._groups[index], step=step, **averages)
-        adamw(*lists, hyper, max_norm=max_norm, norm=norm, grad_scale=grad_scale, impl=impl)
+            m, v = (self._held[key][part] for key in ("exp_avg", "exp_avg_sq"))
+            step, group = self.states[index]["step"], self._groups[index]
+            lists.append(wide[part], self._gradient[part], m, v, None, step, group)
+        adamw(*lists, hyper, max_norm=max_norm, norm=norm, grad_scale=grad_scale, impl=impl, kept=self._kept)
         if (skipped := found_inf(norm, grad_scale, None)) is not None:
             torch._foreach_sub_(steps, skipped)
         if self._low:

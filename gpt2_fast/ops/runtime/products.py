@@ -6,18 +6,20 @@ it first; it adds to what is there, and takes GELU before it stores.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpt2_fast.ops.runtime import buffers, cpp, dispatch, memory
+from gpt2_fast.ops.runtime import buffers, cpp, dispatch
 from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
 from gpt2_fast.ops.runtime.gelu import Gelu
 
 PROFILED = "gpt2_fast.product"  # the own product's name in a profile
 LINE = 64  # bytes of a cache line
+_NOTHING = contextlib.nullcontext()
 STORE, ADD, GELU = range(3)  # csrc/linear.h; GELU + Gelu.TANH, GELU + Gelu.ERF
 
 
@@ -66,7 +68,7 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
     nbytes, threads = torch.empty(1, dtype=torch.int64), torch.get_num_threads()
     cpp.linear_workspace(M=M, N=N, K=K, pairs=pairs, threads=threads, bytes=nbytes)
     (a_m, a_k), (b_k, b_n) = a.stride(), b.stride()
-    with record_function(PROFILED):
+    with record_function(PROFILED) if torch.autograd._profiler_enabled() else _NOTHING:
         cpp.linear_product(
             a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, c_m=out.stride(0), u=u, finish=finish,
             M=M, N=N, K=K, pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=threads,
@@ -82,9 +84,10 @@ def _vendor_float32(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def _torch_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """torch's own product; in a process that retains memory its result lies where activations and gradients do."""
-    if not (memory.retained and a.is_cpu):
+    shape = (a.shape[0], b.shape[1])
+    if not (a.is_cpu and buffers.takes(shape, a.dtype)):
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-    out = buffers.empty(a, (a.shape[0], b.shape[1]), a.dtype)
+    out = buffers.empty(a, shape, a.dtype)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
@@ -96,7 +99,7 @@ def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.
         result = _torch_product(a, b, bias)
     else:
         result = _vendor_float32(a.float(), b.float(), None if bias is None else bias.float())
-    return result.to(out_dtype)
+    return result if result.dtype is out_dtype else result.to(out_dtype)
 
 
 def takes_own_product(a: Tensor) -> bool:

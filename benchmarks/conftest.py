@@ -90,17 +90,16 @@ def measure(request, benchmark):
         case = _case(make, size, dtype)
         verdict = case.verdict(program, dtype)
         target, setup = case.timed(program, direction)
+        floor, bound = harness.floor_seconds_now(case.cost[direction], SIZES[size].product, dtype, DEVICE)
         seconds = _once(target, setup)  # compiles, warms up, and says how many rounds a turn has
         rounds = 3 if config.getoption("smoke") else int(config.getoption("turn_seconds") / max(seconds, 1e-6))
         benchmark.pedantic(target, setup=setup, rounds=max(1, min(200, rounds)))
         op = case.op or request.module.__name__.rpartition("bench_")[2]
         key = (op, case.shape, dtype_name, direction)
         row = config.stash[ROWS].setdefault(key, report.new_row(*key, case.cost[direction]))
-        row["floor_seconds"], row["bound"] = harness.floor_seconds(
-            case.cost[direction], SIZES[size].product, dtype, DEVICE
-        )
+        row["bound"] = bound
         label = request.module.LIBRARY if program == "library" else program
-        report.add(row, program, label, verdict, benchmark.stats.stats.data if benchmark.stats else [seconds])
+        report.add(row, program, label, verdict, benchmark.stats.stats.data if benchmark.stats else [seconds], floor)
         if program == "gpt2_fast" and verdict:
             pytest.fail(f"wrong, so no speed is reported: {verdict}", pytrace=False)
 

@@ -64,7 +64,8 @@ def test_every_op_is_timed_in_every_direction(smoke):
             seconds = entry["seconds"]
             assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
             assert entry["gb_per_second"] == pytest.approx(row["bytes"] / seconds["median"] / 1e9)
-            assert entry["percent_of_ceiling"] == pytest.approx(100 * row["floor_seconds"] / seconds["median"])
+            (floor,) = entry["floors"]
+            assert entry["percent_of_ceiling"] == pytest.approx(100 * floor / seconds["median"])
     directions = {(row["op"], row["direction"]) for row in record["rows"]}
     assert {("attention", "forward"), ("attention", "backward"), ("adamw", "step")} <= directions
 
@@ -93,14 +94,24 @@ def test_the_record_says_where_it_was_made(smoke):
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_share_is_of_the_machine_as_it_was_in_that_turn():
+    """It halved its speed after the first turn, for the op and for what bounds it."""
+    row = report.new_row("attention", "[1]", "float32", "forward", {"bytes": 1000, "flops": 10})
+    for slower in (1, 2, 2):
+        report.add(row, "gpt2_fast", "gpt2_fast", "", [slower * 2e-3], slower * 1e-3)
+    report.finish(row)
+    assert row["programs"]["gpt2_fast"]["percent_of_ceiling"] == pytest.approx(50)
+    assert row["floor_seconds"] == 2e-3
+
+
 def test_a_wrong_op_has_no_speedup():
     """Neither in the figures nor in the table: what is wrong says so, what is right is timed on."""
     cost = {"bytes": 1000, "flops": 10}
     rows = []
     for wrong in ("", "gradient 0: error 1"):
-        row = report.new_row("attention", "[1]", "float32", "forward", cost) | {"floor_seconds": 1e-3, "bound": "bytes"}
-        report.add(row, "gpt2_fast", "gpt2_fast", wrong, [2e-3, 2e-3])
-        report.add(row, "eager", "eager", "", [6e-3, 8e-3])
+        row = report.new_row("attention", "[1]", "float32", "forward", cost) | {"bound": "bytes"}
+        report.add(row, "gpt2_fast", "gpt2_fast", wrong, [2e-3, 2e-3], 1e-3)
+        report.add(row, "eager", "eager", "", [6e-3, 8e-3], 1e-3)
         rows.append(report.finish(row))
     assert rows[0]["programs"]["eager"]["gpt2_fast_speedup"] == pytest.approx(3.5)
     assert rows[0]["programs"]["gpt2_fast"]["percent_of_ceiling"] == pytest.approx(50)

@@ -1,9 +1,9 @@
 """What a bench_<op>.py is made of: a Case, the programs compared, the check that comes first, this machine's ceilings.
 
 A floor is the time that an op's bytes or FLOPs, as its room's `cost()` has them, would take at the rate of a copy
-that moves as many bytes, or of a large product in the same dtype, both measured in the same run on the same
-threads. Percent of the ceiling is floor / time. A copy that fits a cache is faster than one that does not, so the
-copy is made as large as what it is compared with.
+that moves as many bytes, or of a large product in the same dtype, measured before each turn on the same threads.
+Percent of the ceiling is floor / time, the median over turns. A copy that fits a cache is faster than one that does
+not, so the copy is made as large as what it is compared with.
 """
 
 from __future__ import annotations
@@ -182,19 +182,39 @@ def fastest(run: Callable, rounds: int = 5) -> float:
     return min(seconds)
 
 
-@functools.cache
-def copy_rate(size: int, device: str) -> float:
+@functools.lru_cache(maxsize=2)
+def _copied(half: int, device: str) -> tuple[Tensor, Tensor]:
+    return tuple(torch.ones(half, dtype=torch.uint8, device=device) for _ in range(2))
+
+
+@functools.lru_cache(maxsize=2)
+def _multiplied(edge: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+
+
+def copy_rate_now(size: int, device: str, rounds: int = 3) -> float:
     """Bytes a second, read and written, of a copy that moves `size` bytes (1 MiB to 1 GiB)."""
     half = min(max(size, 1 << 20), 1 << 30) // 2
-    source, target = (torch.ones(half, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * half / fastest(lambda: target.copy_(source), rounds=10)
+    source, target = _copied(half, device)
+    return 2 * half / fastest(lambda: target.copy_(source), rounds)
+
+
+def product_rate_now(edge: int, dtype: torch.dtype, device: str, rounds: int = 2) -> float:
+    """FLOPs a second of an [edge, edge] product: torch's own or the one this package picks, whichever is faster."""
+    a, b = _multiplied(edge, dtype, device)
+    return 2 * edge**3 / min(fastest(run, rounds) for run in (lambda: torch.mm(a, b), lambda: product(a, b)))
+
+
+@functools.cache
+def copy_rate(size: int, device: str) -> float:
+    """`copy_rate_now`, once for the whole run."""
+    return copy_rate_now(size, device, rounds=10)
 
 
 @functools.cache
 def product_rate(edge: int, dtype: torch.dtype, device: str) -> float:
-    """FLOPs a second of an [edge, edge] product: torch's own or the one this package picks, whichever is faster."""
-    a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    return 2 * edge**3 / min(fastest(lambda: torch.mm(a, b)), fastest(lambda: product(a, b)))
+    """`product_rate_now`, once for the whole run."""
+    return product_rate_now(edge, dtype, device, rounds=5)
 
 
 def floor_seconds(cost: dict[str, int], edge: int, dtype: torch.dtype, device: str) -> tuple[float, str]:
@@ -202,3 +222,11 @@ def floor_seconds(cost: dict[str, int], edge: int, dtype: torch.dtype, device: s
     by_bytes = cost["bytes"] / copy_rate(cost["bytes"], device)
     by_flops = cost["flops"] / product_rate(edge, dtype, device)
     return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")
+
+
+def floor_seconds_now(cost: dict[str, int], edge: int, dtype: torch.dtype, device: str) -> tuple[float, str]:
+    """`floor_seconds` at the rate of this moment: a machine that others use has another one a minute later."""
+    _, bound = floor_seconds(cost, edge, dtype, device)
+    if bound == "bytes":
+        return cost["bytes"] / copy_rate_now(cost["bytes"], device), bound
+    return cost["flops"] / product_rate_now(edge, dtype, device), bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,9 +20,14 @@ def new_row(op: str, shape: str, dtype: str, direction: str, cost: dict[str, int
     return {"op": op, "shape": shape, "dtype": dtype, "direction": direction, **cost, "programs": {}}
 
 
-def add(row: dict, program: str, label: str, wrong: str, seconds: Sequence[float]) -> None:
-    """The seconds of one turn of one program; `wrong` says what its check found, or ""."""
-    row["programs"].setdefault(program, {"label": label, "wrong": wrong, "turns": []})["turns"].append(list(seconds))
+def add(row: dict, program: str, label: str, wrong: str, seconds: Sequence[float], floor: float) -> None:
+    """The seconds of one turn of one program, and the least that they could be at the machine's rate of the moment.
+
+    wrong: what the program's check found, or "".
+    """
+    entry = row["programs"].setdefault(program, {"label": label, "wrong": wrong, "turns": [], "floors": []})
+    entry["turns"].append(list(seconds))
+    entry["floors"].append(floor)
 
 
 def finish(row: dict) -> dict:
@@ -36,7 +42,9 @@ def finish(row: dict) -> dict:
         median = entry["seconds"]["median"]
         entry["gb_per_second"] = row["bytes"] / median / 1e9
         entry["tflop_per_second"] = row["flops"] / median / 1e12
-        entry["percent_of_ceiling"] = 100 * row["floor_seconds"] / median
+        shares = [floor / turn for floor, turn in zip(entry["floors"], entry["turns"], strict=True)]
+        entry["percent_of_ceiling"] = 100 * statistics.median(shares)
+    row["floor_seconds"] = statistics.median(f for entry in row["programs"].values() for f in entry["floors"])
     ours = row["programs"].get("gpt2_fast")
     for name, entry in row["programs"].items():
         if ours and name != "gpt2_fast" and not ours["wrong"] and not entry["wrong"]:

@@ -90,8 +90,8 @@ def measure(request, benchmark):
         case = _case(make, size, dtype)
         verdict = case.verdict(program, dtype)
         target, setup = case.timed(program, direction)
-        floor, bound = harness.floor_seconds_now(case.cost[direction], SIZES[size].product, dtype, DEVICE)
         seconds = _once(target, setup)  # compiles, warms up, and says how many rounds a turn has
+        floor, bound = harness.floor_seconds_now(case.cost[direction], SIZES[size].product, dtype, DEVICE)
         rounds = 3 if config.getoption("smoke") else int(config.getoption("turn_seconds") / max(seconds, 1e-6))
         benchmark.pedantic(target, setup=setup, rounds=max(1, min(200, rounds)))
         op = case.op or request.module.__name__.rpartition("bench_")[2]

@@ -297,7 +297,7 @@ def adamw(
     numbers = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
     check_numbers(hyper, numbers, max_norm)
     lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
-    found = None if kept is None else kept.take(impl, lists, hyper)
+    found = None if kept is None else kept.take(impl, lists, hyper, list(numbers.values()))
     if found is not None:
         name, rows = found
         result = _update(rows, hyper, norm, max_norm, grad_scale, found_inf, name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpt2_fast.ops.adamw_contract import with_masters
 from gpt2_fast.ops.adamw_table import Row, table_rows
-from gpt2_fast.ops.runtime.tracing import ORDINARY, under_a_tracer
+from gpt2_fast.ops.runtime.tracing import traced
 
 _LOOKS = (type, Tensor.data_ptr, Tensor.stride, Tensor.is_neg, Tensor._is_zerotensor)
 _LOOKS += tuple(map(attrgetter, ("shape", "dtype", "device")))
@@ -31,20 +31,20 @@ class Kept:
     def __init__(self):
         self._key: list[Any] | None = None
 
-    def take(self, impl: str, lists, hyper: Tensor) -> tuple[str, tuple[Row, ...]] | None:
+    def take(
+        self, impl: str, lists, hyper: Tensor, numbers: Sequence[Tensor | None]
+    ) -> tuple[str, tuple[Row, ...]] | None:
         """(implementation, table) for these gradients; None where a call is to be checked as a whole.
 
-        lists, hyper: those of `adamw`.
+        lists, hyper: those of `adamw`. numbers: its tensors of one number.
         """
-        if self._key is None or under_a_tracer():
+        if self._key is None:
             return None
         try:
             if self._key != self._key_of(impl, lists, hyper):
                 return None
             grads = lists[1]
-            if any(map(Tensor.is_neg, grads)) or any(map(Tensor._is_zerotensor, grads)):
-                return None
-            if not all(map(Tensor.is_contiguous, grads)) or not ORDINARY.issuperset(map(type, grads)):
+            if traced([*grads, hyper, *numbers]) or not all(map(Tensor.is_contiguous, grads)):
                 return None
             starts = list(map(Tensor.data_ptr, grads))
         except (AttributeError, TypeError, RuntimeError):  # no tensors, or no dense ones: the contract says which
@@ -59,10 +59,7 @@ class Kept:
         """Keeps what a call found that was checked as a whole; nothing of one with tensors that are no plain memory."""
         params, _, exp_avgs, exp_avg_sqs, masters, steps, _ = lists
         self._key = None
-        if under_a_tracer():
-            return
-        everything = [*params, *exp_avgs, *exp_avg_sqs, *masters, *steps]
-        if not ORDINARY.issuperset(map(type, everything)) or any(t.is_neg() or t._is_zerotensor() for t in everything):
+        if traced([*params, *exp_avgs, *exp_avg_sqs, *masters, *steps]):
             return
         self._key, self._chosen, self._rows = self._key_of(impl, lists, hyper), chosen, table_rows(*lists)
         self._numbers = [i for i, p in enumerate(params) if p.numel()]

@@ -228,3 +228,33 @@ def test_a_later_call_is_refused_as_a_first_one(change, message):
     lists, hyper = change(lists, hyper)
     with pytest.raises((TypeError, ValueError), match=message):
         room.adamw(*lists, hyper, **options, kept=kept)
+
+
+def _negated(t):
+    return torch._neg_view(-t)
+
+
+def _no_memory(t):
+    return torch._efficientzerotensor(t.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("grad_scale", _negated),
+        ("found_inf", _negated),
+        ("norm", _negated),
+        ("found_inf", _no_memory),
+        ("norm", _no_memory),
+    ],
+)
+def test_a_later_number_is_read_as_it_is(name, make):
+    results = []
+    for kept in (room.Kept(), None):
+        *lists, hyper, _ = list(room.samples())[1]
+        number = torch.full((), 4.0)
+        for given in (number, make(number)):
+            room.adamw(*lists, hyper, max_norm=0.5, **{name: given}, kept=kept)
+        results.append([t for tensors in (lists[0], lists[2]) for t in tensors])
+    for t, expected in zip(*results, strict=True):
+        assert torch.equal(t, expected)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gpt2_fast.cli import main
 from gpt2_fast.config import GPT2Config
+from gpt2_fast.ops.runtime import cpu_policy
 from gpt2_fast.report.available import available_bytes
 from gpt2_fast.train import dry_run, memory
 from gpt2_fast.train.config import TrainConfig
@@ -99,8 +101,10 @@ def test_gpt2_xl_on_16_gb_is_one_line():
     ],
     ids=lambda value: value["model"] if isinstance(value, dict) else None,
 )
-def test_what_is_offered_fits_and_the_next_larger_does_not(free, options, offered):
-    """Each alternative of the advice is parsed as the command line does."""
+def test_what_is_offered_fits_and_the_next_larger_does_not(free, options, offered, monkeypatch):
+    """Each alternative of the advice is parsed as the command line does; of a CPU that multiplies bfloat16 as it is."""
+    native = replace(cpu_policy.cpu_policy(), native_bfloat16=True)
+    monkeypatch.setattr(cpu_policy, "cpu_policy", lambda: native)
     from gpt2_fast.cli import parser
     from gpt2_fast.cli.train import given_options
 

@@ -3,7 +3,7 @@
 A floor is what the op's bytes or FLOPs, as `cost()` of its room counts them, would take at the rate of a copy or of
 a large product measured in the same process (see ops/harness.py). An op's time is everything inside its call;
 "products" is the part of it that matrix products take, the own or the vendor's. The gap is what is above the floor: the
-largest first.
+largest first. On a CPU a layer is one operation in training; here its operations are called in turn, to be seen.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.programs import NO_DROPOUT, PROGRAMS, SIZES, Setting, batch
 from gpt2_fast import GPT2Config
 from gpt2_fast.config import num_params
 from gpt2_fast.ops import adamw, add_layernorm, attention, embedding, linear, linear_cross_entropy, mlp
+from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import products
 
 VENDOR = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_addmm_activation", "mkldnn::_linear_pointwise")
@@ -139,10 +140,14 @@ def measure_step(program: str, setting: Setting, steps: int) -> dict:
         step(*data)
     seconds = (measure.clock(setting.device) - started) / steps
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (setting.device == "cuda")
-    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
-        for _ in range(steps):
-            step(*data)
-        measure.clock(setting.device)
+    Operations.whole_layers = False
+    try:
+        with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+            for _ in range(steps):
+                step(*data)
+            measure.clock(setting.device)
+    finally:
+        Operations.whole_layers = True
     del step, data
     events = profiler.events()
     return {"seconds": seconds, "ops": by_op(events, setting, steps), "kernels": by_kernel(events, steps)}

@@ -47,7 +47,7 @@ void apply(void (*kernel)(Args...), const Value* values, std::index_sequence<I..
   kernel(get<Args>(values[I])...);
 }
 
-constexpr size_t MAX_ARGUMENTS = 32;
+constexpr size_t MAX_ARGUMENTS = 64;
 
 enum Kind { INTEGER, REAL_NUMBER, TENSOR, STRIDED };
 

@@ -16,7 +16,8 @@
   GPT2_DECODE_STEP_KERNELS(KERNEL) \
   GPT2_LINEAR_KERNELS(KERNEL) \
   GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
-  GPT2_ADAMW_KERNELS(KERNEL)
+  GPT2_ADAMW_KERNELS(KERNEL) \
+  GPT2_BLOCK_KERNELS(KERNEL)
 
 #include "embedding.h"
 #include "add_layernorm.h"
@@ -27,6 +28,7 @@
 #include "linear.h"
 #include "linear_cross_entropy.h"
 #include "adamw.h"
+#include "block.h"
 
 namespace gpt2 {
 using addr = uintptr_t;

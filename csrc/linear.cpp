@@ -236,5 +236,24 @@ void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, i
   }
 }
 
+template <class T>
+static void sum_chunks(const T* x, float* partial, int64_t chunks, int64_t N, int64_t F) {
+  const int64_t rows = ceil_div(N, chunks);
+  GPT2_PARALLEL_FOR(k, chunks) {
+    float* sum = partial + k * F;
+    memset(sum, 0, F * sizeof(float));
+    for (int64_t i = k * rows; i < smaller((k + 1) * rows, N); ++i)
+      for (int64_t c = 0; c < F; c += W) store_n(sum + c, load_n(sum + c, F - c) + load_n(x + i * F + c, F - c), F - c);
+  }
+}
+
+void column_sum(addr x, addr partial, int64_t chunks, addr sum, int64_t N, int64_t F, int64_t x_dtype, int64_t sum_dtype) {
+  float* sums = sum_dtype == F32 ? (float*)sum : (float*)partial;  // a block of columns is read before it is written
+  GPT2_DISPATCH(x_dtype, T, { sum_chunks((const T*)x, (float*)partial, chunks, N, F); });
+  sum_partials((const float*)partial, chunks, F, sums, F);
+  if (sum_dtype == F32) return;
+  GPT2_DISPATCH(sum_dtype, T, { for (int64_t c = 0; c < F; c += W) store_n((T*)sum + c, load_n(sums + c, F - c), F - c); });
+}
+
 }  // namespace GPT2_ISA
 }  // namespace gpt2

@@ -137,10 +137,39 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config, ops, linear_class)
 
     def forward(self, m: Tensor, h: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        if (whole := self._as_one_call(m, h, call)) is not None:
+            return whole
         site, p = 3 * self.layer_idx, self.resid_pdrop
         y, h = add_layernorm(self.ops, m, h, self.ln_1, call.dropout(self, p, site))
         a = self.attn(y, call)
         return self.mlp(a, h, self.ln_2, call.dropout(self, p, site + 2))
+
+    def _as_one_call(self, m: Tensor, h: Tensor | None, call: Call) -> tuple[Tensor, Tensor] | None:
+        """The same by one operation, where there is one and nothing listens to a part of the layer; else None."""
+        attn, mlp, ln_1, ln_2 = self.attn, self.mlp, self.ln_1, self.ln_2
+        if call.cache is not None or not self.ops.takes_block(m):
+            return None
+        if (
+            foreign(attn, GPT2Attention)
+            or foreign(mlp, GPT2MLP)
+            or foreign(ln_1, nn.LayerNorm)
+            or foreign(ln_2, nn.LayerNorm)
+        ):
+            return None
+        linears = attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+        if not all(map(is_plain_linear, linears)):
+            return None
+        of_attn, of_proj, of_fc, of_mlp_proj = [(layer.weight_io, layer.bias) for layer in linears]
+        of_fc = of_fc[0], bias_of(mlp.c_fc)
+        tensors = (ln_1.weight, bias_of(ln_1), *of_attn, *of_proj, ln_2.weight, bias_of(ln_2), *of_fc, *of_mlp_proj)
+        dropout = call.dropout(self, self.resid_pdrop, 3 * self.layer_idx)
+        attn_pdrop = call.dropout(attn, attn.attn_pdrop, dropout.site + 1).p
+        if (attn_pdrop and not dropout.p) or any(t is not None and t.dtype is not m.dtype for t in (h, *tensors)):
+            return None
+        return self.ops.block(
+            m, h, call.segments, *tensors, n_head=attn.n_head, scale=attn.scale, ln_1_eps=ln_1.eps, ln_2_eps=ln_2.eps,
+            activation=mlp.activation, attn_pdrop=attn_pdrop, dropout=dropout,
+        )  # fmt: skip
 
 
 def add_layernorm(

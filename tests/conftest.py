@@ -80,11 +80,11 @@ def isa(request):
 @pytest.fixture
 def use_policy(monkeypatch):
     """Lets the products run as on another processor: a function of a CpuPolicy. The own product then takes any size."""
-    from gpt2_fast.ops import linear_cross_entropy, mlp
+    from gpt2_fast.ops import block, linear_cross_entropy, mlp
     from gpt2_fast.ops.runtime import products
 
     def use(policy):
-        for room in (mlp, products, linear_cross_entropy):
+        for room in (block, mlp, products, linear_cross_entropy):
             monkeypatch.setattr(room, "cpu_policy", lambda: policy)
         monkeypatch.setattr(products, "MIN_ROWS", 1)
 

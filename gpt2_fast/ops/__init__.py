@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 ROOMS = (
-    "embedding", "add_layernorm", "mlp", "linear", "attention", "linear_cross_entropy", "adamw", "decode_step"
+    "embedding", "add_layernorm", "mlp", "linear", "attention", "linear_cross_entropy", "adamw", "decode_step", "block"
 )  # fmt: skip
 
 

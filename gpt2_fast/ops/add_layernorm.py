@@ -14,6 +14,8 @@ again. torch runs this as dropout, add and layer_norm: three passes forward, and
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,6 +120,18 @@ def _backward_triton(a, out):
     out.dx, out.dresidual = None if dx is None else dx.view(a.h.shape), dresidual.view(a.h.shape)
 
 
+def check_eps(op: str, **eps: float) -> None:
+    """Raises ValueError for what cannot be added to a variance, which would be a NaN in some rows alone."""
+    for name, value in eps.items():
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{op}: {name} is {value}; it must be at least 0 and finite")
+
+
+def _check(x, residual, *_, eps, dropout, **__):
+    check_eps("add_layernorm", eps=eps)
+    check_addition("add_layernorm", residual, dropout)
+
+
 OP = Op(
     "add_layernorm",
     inputs=(
@@ -127,7 +141,7 @@ OP = Op(
         Input("bias", "C", FLOAT),
     ),
     options={"eps": float, "dropout": Dropout, "y_dtype": torch.dtype},
-    check=lambda x, residual, *_, dropout, **__: check_addition("add_layernorm", residual, dropout),
+    check=_check,
     reference=add_layernorm_reference,
     outputs=_outputs,
     output_names=("y", "h", "mean", "rstd"),
@@ -175,7 +189,7 @@ def add_layernorm(
         when there is no residual.
 
     Raises:
-        ValueError: shapes, dtypes, devices or dropout that do not fit.
+        ValueError: shapes, dtypes, devices, eps or dropout that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     weight, bias = of_one_dtype(weight, bias)

@@ -138,7 +138,8 @@ def _decode_triton(a, out):
     out.out = kernel.decode(a.q, a.k_cache, a.v_cache, a.starts, a.lengths, _scale(a))
 
 
-def _check_head(op: str, head_dim: int) -> None:
+def check_head(op: str, head_dim: int) -> None:
+    """Raises ValueError for a head size that the kernels of `op` do not take."""
     if not HEAD_MIN <= head_dim <= HEAD_MAX:
         raise ValueError(
             f"{op}: head size {head_dim} is outside {HEAD_MIN} to {HEAD_MAX}, what the kernels take; "
@@ -146,7 +147,8 @@ def _check_head(op: str, head_dim: int) -> None:
         )
 
 
-def _check_scale(op: str, scale: float | None) -> None:
+def check_scale(op: str, scale: float | None) -> None:
+    """Raises ValueError for a factor of the scores that is no positive number."""
     if isinstance(scale, (float, int)) and not 0.0 < scale < math.inf:
         raise ValueError(f"{op}: scale is {scale}; it must be positive and finite, or None for D ** -0.5")
 
@@ -155,7 +157,7 @@ OP = Op(
     "attention",
     inputs=(Input("qkv", "B T 3 H D", FLOAT), Input("segments", "B T", (torch.int32,), optional=True)),
     options={"scale": float | None, "dropout": Dropout},
-    limits=lambda qkv, segments: _check_head("attention", qkv.shape[-1]),
+    limits=lambda qkv, segments, **_: check_head("attention", qkv.shape[-1]),
     reference=attention_reference,
     outputs=lambda a: {"out": ((a.B, a.T, a.H, a.D), a.qkv.dtype), "lse": ((a.B, a.H, a.T), torch.float32)},
     output_names=("out", "lse"),
@@ -176,7 +178,7 @@ DECODE = Op(
         Input("lengths", "B", (torch.int32,)),
     ),
     options={"scale": float | None},
-    limits=lambda q, *_: _check_head("attention_decode", q.shape[-1]),
+    limits=lambda q, *_, **__: check_head("attention_decode", q.shape[-1]),
     reference=attention_decode_reference,
     outputs=lambda a: {"out": (a.q.shape, a.q.dtype)},
     output_names=("out",),
@@ -210,7 +212,7 @@ def attention(
         ValueError: shapes, dtypes, devices, scale or dropout that do not fit; a head size that no kernel takes.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _check_scale("attention", scale)
+    check_scale("attention", scale)
     (qkv,) = autocast(qkv)
     return OP(qkv, segments, scale=scale, dropout=dropout, impl=impl)
 
@@ -242,7 +244,7 @@ def attention_decode(
         ValueError: shapes, dtypes, devices or scale that do not fit; a head size that no kernel takes.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    _check_scale("attention_decode", scale)
+    check_scale("attention_decode", scale)
     return DECODE(q, k_cache, v_cache, starts, lengths, scale=scale, impl=impl)
 
 

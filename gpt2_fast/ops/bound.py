@@ -5,29 +5,41 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention, attention_decode
+from gpt2_fast.ops.block import block, takes
 from gpt2_fast.ops.embedding import embedding
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.ops.mlp import mlp
 from gpt2_fast.ops.runtime import dispatch
 
-BOUND = (embedding, add_layernorm, mlp, linear, attention, attention_decode, linear_cross_entropy)
+BOUND = (block, embedding, add_layernorm, mlp, linear, attention, attention_decode, linear_cross_entropy)
 
 
 class Operations:
     """`ops.linear(x, weight, bias)` and the others, as `impl` says: see `dispatch.of_model`.
 
     Raises ValueError for an unknown impl, and a call ImplementationUnavailable for one that cannot run.
+
+    Attributes:
+        whole_layers: whether a layer may be one operation; a profile says more of its parts.
     """
+
+    whole_layers = True
 
     def __init__(self, impl: str = "auto"):
         self.impl = dispatch.checked(impl)
         for op in BOUND:
             setattr(self, op.__name__, functools.partial(self.run, op))
+
+    def takes_block(self, m: Tensor) -> bool:
+        """Whether a layer of m [B, T, C] is best computed as one operation: not where another one was asked for, and
+        a compiler sees more in its parts."""
+        return self.whole_layers and not torch.compiler.is_compiling() and self.impl in ("auto", "cpp") and takes(m)
 
     def run(self, op, first: Tensor, *rest: Any, **options: Any) -> Any:
         """op(first, *rest, **options) by this model's implementation of it."""

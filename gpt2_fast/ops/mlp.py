@@ -105,12 +105,6 @@ def _gradients(a):
     }
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies matrices of `dtype`."""
-    native = dtype == torch.bfloat16 and cpu_policy().native_bfloat16
-    return torch.bfloat16 if native else torch.float32
-
-
 def _project(a, out, f: Tensor) -> None:
     """m from f [N, F]."""
     if a.proj_weight is not None:
@@ -131,7 +125,7 @@ def _project_gradients(a, out, f: Tensor | None) -> None:
 
 def _forward_cpp(a, out):
     dtype, kind = a.fc_weight.dtype, Gelu(a.kind)
-    wide = _product_dtype(dtype)
+    wide = cpu_policy().product_dtype(dtype)
     ln = (a.x, a.residual, a.ln_weight, a.ln_bias, a.eps, *a.dropout)
     made = add_layernorm.OP.write_forward((*ln, wide, True, "cpp"))
     n, out.h, out.mean, out.rstd = made["y"].view(a.N, a.C), made["h"], made["mean"], made["rstd"]
@@ -148,7 +142,7 @@ def _backward_cpp(a, out):
     if a.proj_weight is not None:
         _project_gradients(a, out, None)
         df = product(df, a.proj_weight.t())
-    wide = _product_dtype(a.fc_weight.dtype)
+    wide = cpu_policy().product_dtype(a.fc_weight.dtype)
     du, out.dfc_bias = bias_gelu_backward(df, a.u.view(a.N, a.F), wide, Gelu(a.kind))
     del df
     if a.needs["fc_weight"]:
@@ -199,7 +193,8 @@ def _backward_triton(a, out):
     out.dfc_weight = dfc_weight if a.needs["fc_weight"] else None
 
 
-def _check(x, residual, ln_weight, ln_bias, fc_weight, fc_bias, proj_weight, proj_bias, *, dropout, **_):
+def _check(x, residual, ln_weight, ln_bias, fc_weight, fc_bias, proj_weight, proj_bias, *, eps, dropout, **_):
+    add_layernorm.check_eps("mlp", eps=eps)
     check_addition("mlp", residual, dropout)
     if proj_weight is None and proj_bias is not None:
         raise ValueError("mlp: proj_weight is None and proj_bias is not; give both, the weight alone, or neither")
@@ -268,7 +263,7 @@ def mlp(
         residual + dropout(x) in residual's dtype; h is x when there is no residual.
 
     Raises:
-        ValueError: shapes, dtypes, devices, dropout or an activation that do not fit.
+        ValueError: shapes, dtypes, devices, eps, dropout or an activation that do not fit.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     kind, dtype = kind_of("mlp", activation), autocast_dtype(x)

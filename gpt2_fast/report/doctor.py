@@ -32,6 +32,8 @@ def report() -> None:
     for device_type in devices:
         print(f"\nimpl='auto' on {device_type} takes")
         for op in rooms():
+            if dispatch.implementations(op, device_type)[0] == "reference":
+                continue  # another device's alone
             found = [
                 dispatch.explain(op, torch.device(device_type), dtype) for dtype in (torch.float32, torch.bfloat16)
             ]
@@ -42,7 +44,9 @@ def report() -> None:
     if not torch.cuda.is_available():
         print("\non a GPU it would take")
         for op, by_device in dispatch.TABLE.items():
-            first = by_device["cuda"][0]
+            first = by_device.get("cuda", ("reference",))[0]
+            if first == "reference":
+                continue
             reason = dispatch.unavailable(first, "cuda", torch.float32)
             print(f"  {op:<22} {first}" + (f"   (not here: {reason})" if reason else ""))
 

@@ -52,7 +52,9 @@ def _dropout(draw, valid: list[bool]) -> dict | None:
 
 # Of each option by its name what is valid and what is not; of another one what the samples have is valid.
 OPTIONS: dict[str, tuple[list, list]] = {
-    "eps": ([1e-5, 1e-8, 0.1], [0.0, -1.0, float("nan"), None, "small"]),
+    **dict.fromkeys(("eps", "ln_1_eps", "ln_2_eps"), ([1e-5, 1e-8, 0.1], [0.0, -1.0, float("nan"), None, "small"])),
+    "n_head": ([1, 2, 3], [0, -1, None, 1.0]),
+    "attn_pdrop": ([0.0, 0.0, 0.2], [1.0, -0.1, float("nan"), None, "half"]),
     "activation": (["gelu", "gelu_new", "gelu_pytorch_tanh"], ["relu", "", None, 1]),
     "scale": ([None, 0.3, 1.0], [0.0, -1.0, float("inf"), float("nan"), "auto"]),
     "ignore_index": ([-100, 0, 2**40, -1], [None, 0.5]),
@@ -131,21 +133,31 @@ def calls(draw, op: str) -> Description:
     room, valid = BY_NAME[op], [True]
     names = {name for i in room.op.inputs for name in i.sizes if not name.isdigit()}
     sizes = {name: draw(SIZES.get(name, st.one_of(_some, _many))) for name in sorted(names)}
+    options: dict[str, Any] = {}
     if op == "embedding":
         sizes["P"] = max(sizes["P"], sizes["T"])
+    if op == "block":  # whose heads share C among them
+        sizes["D"], options["n_head"] = draw(SIZES["D"]), draw(st.integers(1, 3))
+        sizes["C"] = options["n_head"] * sizes["D"]
+        sizes["3C"] = 3 * sizes["C"]
     leading = draw(st.lists(st.one_of(_few, _few, st.integers(0, 1), _some), min_size=0, max_size=3))
     first = draw(st.sampled_from(FLOATS[:3] * 3 + FLOATS[3:]))
     tensors: dict[str, Description | None] = {}
     for spec in room.op.inputs:
         there = not spec.optional or draw(_often)
         tensors[spec.name] = _tensor(draw, spec, room, first, sizes, leading, valid) if there else None
-    options = draw(_options(room, valid))
+    options = draw(_options(room, valid)) | (options if draw(_often) else {})
     if op == "linear_cross_entropy" and options["reduction"] != "mean" and tensors["num_items"]:
         valid[0] = False
     if op == "embedding" and tensors["position_ids"] and draw(st.booleans()):
         tensors["position_ids"]["shape"] = draw(st.sampled_from([[sizes["T"]], [1, sizes["T"]]]))
     if op == "embedding" and first != "float32" and options["dtype"] not in (None, "float32", first):
         valid[0] = False
+    if op == "block":
+        dropout, heads = options["dropout"], options["n_head"]
+        valid[0] &= options["attn_pdrop"] == 0.0 or bool(dropout and dropout["p"])
+        valid[0] &= isinstance(heads, int) and heads > 0 and sizes["C"] % heads == 0
+        sizes["D"] = sizes["C"] // heads if valid[0] else sizes["D"]
     if tensors.get("residual", 1) is None and (options.get("dropout") or {}).get("p"):
         valid[0] = False
     if op == "mlp" and tensors["proj_weight"] is None:
@@ -160,8 +172,10 @@ def calls(draw, op: str) -> Description:
     given = [name for name, t in tensors.items() if t is not None]
     change = draw(st.tuples(st.sampled_from(given), st.sampled_from(CHANGES))) if draw(_seldom) else None
     derivable = [n for n in given if room.op.gradients and n in room.op.differentiable]
+    autocast = draw(_seldom)
+    valid[0] &= not (autocast and op == "block")
     return {
-        "op": op, "tensors": tensors, "options": options, "impl": impl, "autocast": draw(_seldom),
+        "op": op, "tensors": tensors, "options": options, "impl": impl, "autocast": autocast,
         "grad": draw(st.one_of(st.just(derivable), st.lists(st.sampled_from(derivable), unique=True)))
         if derivable else [],
         "upstream": {"seed": draw(_seeds), "layout": draw(_layouts)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype
 
     Of a head's gradient its rows, where all of them are one. Of a LayerNorm what is left of nearly equal numbers, times
     a large rstd. Of attention's dQ and dK, where a query sees one key or as good as one, dP - delta, and delta is made
-    from the rounded output.
+    from the rounded output. Of a layer, whose bits are those of its operations (tests/ops/test_block.py), the same.
     """
     tiny, largest = TINY[torch.float32], max((float(t.abs().max()) for t in upstream if t.numel()), default=0.0)
     if "ignore_index" in arguments:
@@ -103,6 +104,11 @@ def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype
     if "qkv" in arguments and arguments["qkv"].numel():
         size, D = float(arguments["qkv"].abs().max()), arguments["qkv"].shape[-1]
         return TINY[dtype] * largest * size**2 * (arguments["scale"] or D**-0.5) * max(D / 8, 1.0) / LUCK
+    if "c_attn_weight" in arguments:  # attention's, as far as the layer's products magnify it
+        matrices = [t for t in arguments.values() if isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()]
+        gains = [max(1.0, float(t.abs().max()) * t.shape[0] ** 0.5) for t in matrices]
+        norms = [max(1.0, float(arguments[f"ln_{i}_weight"].abs().max())) for i in (1, 2)]
+        return TINY[dtype] * largest * math.prod(gains) * gains[0] * math.prod(norms) ** 2 / LUCK
     if not isinstance(arguments.get("eps"), float) or not arguments["eps"] > 0.0:
         return 0.0
     # Dropout may leave the residual alone.

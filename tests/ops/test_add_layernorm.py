@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from numerics import DTYPES, assert_same_bits, check_op
 
 from gpt2_fast.ops import add_layernorm as room
 from gpt2_fast.ops.add_layernorm import add_layernorm
+from gpt2_fast.ops.mlp import mlp
 from gpt2_fast.ops.runtime.philox import Dropout, keep_rows
 
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
@@ -95,3 +97,12 @@ def test_parameters_of_two_dtypes_have_gradients_of_their_own_accuracy(impl, swa
     expected = (of_bias, of_weight) if swapped else (of_weight, of_bias)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=4e-3, atol=1e-4)
     torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, math.nan, math.inf])
+def test_what_cannot_be_added_to_a_variance_raises(eps):
+    x, weight = torch.randn(3, 20), torch.ones(20)
+    with pytest.raises(ValueError, match=f"add_layernorm: eps is {eps}; it must be at least 0 and finite"):
+        add_layernorm(x, None, weight, weight, eps=eps)
+    with pytest.raises(ValueError, match=f"mlp: eps is {eps}; it must be at least 0 and finite"):
+        mlp(x, None, weight, weight, torch.ones(20, 4), torch.ones(4), None, None, eps=eps)

@@ -97,5 +97,5 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if taken is None:
         return torch.empty(shape, dtype=dtype, device=like.device)  # in half of new_empty's time
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
-        taken.fill_(torch.nan)  # as torch.empty does then
+        taken.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)  # as torch.empty does then
     return taken

@@ -44,6 +44,10 @@ class CpuPolicy:
         """Whether products of `dtype` are this package's own where `isa` is its instruction set."""
         return self.own or (self.own_tiles and dtype == torch.bfloat16 and isa == "amx")
 
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What matrices of `dtype` are multiplied in."""
+        return torch.bfloat16 if dtype == torch.bfloat16 and self.native_bfloat16 else torch.float32
+
 
 def _vendor_and_flags() -> tuple[str, frozenset[str]]:
     vendor, flags = platform.machine(), frozenset()

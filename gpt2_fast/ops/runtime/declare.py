@@ -73,7 +73,7 @@ class Op:
         on: device type -> the implementations there, best first, without the reference.
         options: name -> float, int, bool, str, torch.dtype or Dropout; float and torch.dtype may be ``| None``.
         check: (*inputs, **options) raises ValueError for what neither shapes nor dtypes say.
-        limits: (*inputs) raises ValueError for what the kernels do not take and the reference does.
+        limits: (*inputs, **options) raises ValueError for what the kernels do not take and the reference does.
         saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
             no h.
         gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
@@ -336,7 +336,7 @@ class Op:
         if chosen == "reference" or empty:
             return "reference"
         if self.limits is not None:
-            self.limits(*tensors)
+            self.limits(*tensors, **options)
         return impl if impl == "auto" and "auto" in self.backends else chosen
 
 

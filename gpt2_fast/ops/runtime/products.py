@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from gpt2_fast.ops.runtime import buffers, cpp, dispatch
 from gpt2_fast.ops.runtime.cpu_policy import MIN_ROWS, cpu_policy
-from gpt2_fast.ops.runtime.gelu import Gelu
+from gpt2_fast.ops.runtime.gelu import PARTIAL_CHUNKS, Gelu
 
 PROFILED = "gpt2_fast.product"  # the own product's name in a profile
 LINE = 64  # bytes of a cache line
@@ -24,17 +24,18 @@ STORE, ADD, GELU = range(3)  # csrc/linear.h; GELU + Gelu.TANH, GELU + Gelu.ERF
 
 
 class _Workspace(threading.local):
-    """Each thread's memory for packed operands, kept from one product to the next: fresh pages cost more."""
+    """Each thread's memory for what is needed within a call, kept from one to the next: fresh pages cost more."""
 
     buffer: Tensor | None = None
 
     def take(self, nbytes: int) -> Tensor:
+        """At least so many bytes, until the next call of this thread."""
         if self.buffer is None or self.buffer.numel() < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8)
         return self.buffer
 
 
-_workspace = _Workspace()
+WORKSPACE = _Workspace()
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
     with record_function(PROFILED) if torch.autograd._profiler_enabled() else _NOTHING:
         cpp.linear_product(
             a=a, a_m=a_m, a_k=a_k, b=b, b_k=b_k, b_n=b_n, bias=bias, c=out, c_m=out.stride(0), u=u, finish=finish,
-            M=M, N=N, K=K, pairs=pairs, workspace=_workspace.take(int(nbytes)), threads=threads,
+            M=M, N=N, K=K, pairs=pairs, workspace=WORKSPACE.take(int(nbytes)), threads=threads,
         )  # fmt: skip
 
 
@@ -102,11 +103,16 @@ def _vendor_product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.
     return result if result.dtype is out_dtype else result.to(out_dtype)
 
 
+def takes_own(rows: int, dtype: torch.dtype) -> bool:
+    """Whether a product of so many rows on a CPU is this package's own where nobody asks for one or the other."""
+    if rows < MIN_ROWS or dispatch.unavailable("cpp", "cpu", dtype) is not None:
+        return False
+    return cpu_policy().takes_own(dtype, dispatch.extension().isa())
+
+
 def takes_own_product(a: Tensor) -> bool:
     """Whether a @ b is this package's own product where nobody asks for one or the other."""
-    if not a.is_cpu or a.shape[0] < MIN_ROWS or dispatch.unavailable("cpp", "cpu", a.dtype) is not None:
-        return False
-    return cpu_policy().takes_own(a.dtype, dispatch.extension().isa())
+    return a.is_cpu and takes_own(a.shape[0], a.dtype)
 
 
 def product(
@@ -173,9 +179,16 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, impl: str = "auto") -
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
-    """dy [N, out] summed over its rows; on a GPU by Triton's kernel, which is faster than torch's sum."""
-    if dy.is_cuda and dispatch.unavailable("triton", "cuda", dy.dtype, dy.get_device()) is None:
+    """dy [N, out] summed over its rows, in its dtype, by a kernel that sums in float32; torch's sum is slower."""
+    kernels, index = ("triton", dy.get_device()) if dy.is_cuda else ("cpp", None)
+    if dispatch.unavailable(kernels, dy.device.type, dy.dtype, index) is not None:
+        return dy.sum(0)
+    dy = dy.contiguous()
+    if dy.is_cuda:
         from gpt2_fast.kernels.bias import column_sum
 
-        return column_sum(dy.contiguous(), dy.dtype)
-    return dy.sum(0)
+        return column_sum(dy, dy.dtype)
+    (N, width), chunks = dy.shape, min(len(dy), PARTIAL_CHUNKS)
+    partial, total = dy.new_empty(chunks, width, dtype=torch.float32), dy.new_empty(width)
+    cpp.column_sum(x=dy, partial=partial, chunks=chunks, sum=total, N=N, F=width)
+    return total

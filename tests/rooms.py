@@ -23,7 +23,7 @@ Arguments = dict[str, Any]  # of one call, by name
 class Room(NamedTuple):
     """An operation, its public function, its samples, and which of them Triton's interpreter takes within seconds.
 
-    row_slack: see tests/numerics.py.
+    row_slack: see tests/numerics.py. autocasts: whether it casts inside torch.autocast, where it raises otherwise.
     """
 
     op: Op
@@ -31,6 +31,7 @@ class Room(NamedTuple):
     samples: Callable
     interpreted: Callable[[Arguments], bool] = lambda arguments: True
     row_slack: float = ROW_SLACK
+    autocasts: bool = True
 
     @property
     def name(self) -> str:
@@ -79,6 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     # dQ and dK are what is left of dP - delta, and delta is made from the rounded output.
     "attention": {"interpreted": _few("qkv", 5000), "row_slack": 0.25},
     "attention_decode": {"samples": attention.decode_samples},
+    "block": {"autocasts": False},
     "linear_cross_entropy": {"interpreted": _few("x", 1000)},
 }
 

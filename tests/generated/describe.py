@@ -173,7 +173,7 @@ def calls(draw, op: str) -> Description:
     change = draw(st.tuples(st.sampled_from(given), st.sampled_from(CHANGES))) if draw(_seldom) else None
     derivable = [n for n in given if room.op.gradients and n in room.op.differentiable]
     autocast = draw(_seldom)
-    valid[0] &= not (autocast and op == "block")
+    valid[0] &= room.autocasts or not autocast
     return {
         "op": op, "tensors": tensors, "options": options, "impl": impl, "autocast": autocast,
         "grad": draw(st.one_of(st.just(derivable), st.lists(st.sampled_from(derivable), unique=True)))

@@ -248,7 +248,7 @@ def test_an_output_that_is_not_used(room):
             torch.testing.assert_close(alone, beside)
 
 
-@pytest.mark.parametrize(("room", "impl"), EACH)
+@pytest.mark.parametrize(("room", "impl"), [each for each in EACH if each.values[0].autocasts])
 def test_autocast(room, impl):
     """As exact as the reference there, and gradients are of the dtypes of what they belong to."""
     for arguments in list(room.calls(DEVICE, impl=impl))[:2]:

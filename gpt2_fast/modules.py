@@ -1,6 +1,6 @@
 """Modules that a fused operation stands for: when it may read their weights, and when it must call them.
 
-State of the process: `_FORWARDS`, the forward that each class of torch or transformers had when it was first seen here.
+State of the process: `_FORWARDS`, the forward that each class had when it was first seen here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Hook = Callable
 def part(cls: type[nn.Module]) -> type[nn.Module]:
     """Marks a class of this package's model: of a module of it, not of a subclass, the weights say all that it does."""
     cls._is_part_of_gpt2 = True
+    remember(cls)
     return cls
 
 
@@ -29,7 +30,7 @@ _FORWARDS: dict[type, Callable | None] = {}
 
 
 def remember(*kinds: type) -> None:
-    """Notes the forward that classes of torch or transformers have; another, since or before then, is `changed`."""
+    """Notes the forward of classes of torch, transformers or this package; another, since or before, is `changed`."""
     for kind in kinds:
         _FORWARDS[kind] = kind.forward if kind.forward.__module__ == kind.__module__ else None
 

@@ -11,6 +11,7 @@ import torch
 from numerics import assert_same_bits
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
+from gpt2_fast.model import GPT2MLP, Conv1D, GPT2Attention
 from gpt2_fast.ops import block as room
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention
@@ -192,6 +193,13 @@ def test_a_blas_that_multiplies_wrongly_is_not_called(monkeypatch):
     assert blas.sgemm.__wrapped__() == 0
 
 
+def test_the_first_look_for_a_blas_may_be_inside_a_transform(use_policy):
+    use_policy(replace(cpu_policy(), **POLICIES["blas"]))
+    blas.sgemm.cache_clear()
+    found = torch.func.vmap(lambda x: x * (2.0 if blas.sgemm() else 3.0))(torch.ones(2))
+    assert found[0] == (2.0 if torch.backends.mkl.is_available() else 3.0)
+
+
 # ---- when a model calls it ----
 
 
@@ -251,6 +259,16 @@ def test_who_listens_to_a_part_of_a_layer_hears_it(calls, part):
     model(IDS)
     assert module.called
     assert len(calls) == 1  # the other layer
+
+
+@pytest.mark.parametrize("kind", [GPT2Attention, GPT2MLP, Conv1D])
+def test_a_class_with_another_forward_is_called(calls, monkeypatch, kind):
+    """As programs give it that bring kernels of their own."""
+    heard, forward = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *a: heard.append(self) or forward(self, *a))
+    _model()(IDS)
+    assert heard
+    assert not calls
 
 
 def test_where_only_attention_drops_the_operations_are_called_in_turn(calls):

@@ -27,13 +27,21 @@ def sgemm() -> int:
 
 
 def _multiplies(function: ctypes._CFuncPtr) -> bool:
-    """Whether `function` makes a @ b + c of small whole numbers, which every order of summation makes exactly."""
-    a, b, c = (torch.arange(n * m, dtype=torch.float32).view(n, m) for n, m in ((2, 3), (3, 4), (2, 4)))
-    wanted, one = a @ b + c, ctypes.c_float(1.0)
+    """Whether `function` makes c + a @ b of small whole numbers, which every order of summation makes exactly.
+
+    Without torch, of whose tensors a transform or a mode may make something else.
+    """
+    rows, columns, inner = 2, 4, 3
+    a, b, c = (list(map(float, range(n))) for n in (rows * inner, inner * columns, rows * columns))
+    wanted = [
+        c[i * columns + j] + sum(a[i * inner + k] * b[k * columns + j] for k in range(inner))
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    floats = [(ctypes.c_float * len(values))(*values) for values in (b, a, c)]
     # 64 bits each: a library that reads 32 finds the same numbers in their lower halves.
-    m, n, k = (ctypes.byref(ctypes.c_int64(size)) for size in (4, 2, 3))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (b, a, c)]
-    plain, scale = ctypes.c_char_p(b"n"), ctypes.byref(one)
+    m, n, k = (ctypes.byref(ctypes.c_int64(size)) for size in (columns, rows, inner))
+    plain, one = ctypes.c_char_p(b"n"), ctypes.byref(ctypes.c_float(1.0))
     function.restype = None
-    function(plain, plain, m, n, k, scale, pointers[0], m, pointers[1], k, scale, pointers[2], m)
-    return torch.equal(c, wanted)
+    function(plain, plain, m, n, k, one, floats[0], m, floats[1], k, one, floats[2], m)
+    return list(floats[2]) == wanted

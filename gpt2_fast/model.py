@@ -149,6 +149,8 @@ class GPT2Block(nn.Module):
         attn, mlp, ln_1, ln_2 = self.attn, self.mlp, self.ln_1, self.ln_2
         if call.cache is not None or not self.ops.takes_block(m):
             return None
+        if not (attn.ops is mlp.ops is self.ops) or attn.n_head * attn.head_dim != m.shape[-1]:
+            return None
         if (
             foreign(attn, GPT2Attention)
             or foreign(mlp, GPT2MLP)

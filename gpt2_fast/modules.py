@@ -70,6 +70,8 @@ def foreign(module: nn.Module, *kinds: type, idle: Callable[[Hook, nn.Module], b
         return f"is {type(module).__module__}.{type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "has a forward of its own"
+    if "__call__" in type(module).__dict__:
+        return "has a __call__ of its own"
     if changed(type(module)):
         return f"has another forward: {type(module).forward.__module__}.{type(module).forward.__qualname__}"
     if has_global_hooks():

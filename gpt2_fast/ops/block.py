@@ -84,13 +84,13 @@ def _outputs(a):
 
 
 def _transposed(a) -> bool:
-    """Whether the weights are views of nn.Linear's: all of them, or all are read as [in, out]."""
+    """Whether the weights are views of nn.Linear's: all of them, or all are read as [in, out]. Backward is told."""
     return all(is_transposed(getattr(a, name)) for name in WEIGHTS)
 
 
 def _gradients(a):
     """dm only where it is not dh itself, with dropout between them."""
-    dtype, transposed = a.dm_out.dtype, _transposed(a)
+    dtype, transposed = a.dm_out.dtype, a.transposed
     rows = ((a.B, a.T, a.C), dtype)
     sizes = {"c_attn_bias": 3 * a.C, "attn_proj_bias": a.C, "mlp_proj_bias": a.C}
     found = {"dm": rows if a.has_h and a.dropout.p > 0.0 else None, "dh": rows}
@@ -126,10 +126,13 @@ def takes(m: Tensor) -> bool:
     return takes_own(rows, m.dtype) or _sgemm(rows, m.dtype) != 0
 
 
-def _run(kernel, a, out, dtype: torch.dtype, backward: bool) -> None:
-    transposed, own = _transposed(a), {}
-    if not transposed:
-        own = {name: w.contiguous() for name in WEIGHTS if not (w := getattr(a, name)).is_contiguous()}
+def _laid_out(weight: Tensor, transposed: bool) -> Tensor:
+    """The weight [in, out], contiguous or its transpose contiguous."""
+    return weight.t().contiguous().t() if transposed else weight.contiguous()
+
+
+def _run(kernel, a, out, dtype: torch.dtype, backward: bool, transposed: bool) -> None:
+    own = {name: _laid_out(getattr(a, name), transposed) for name in WEIGHTS}
     common = {
         "product_dtype": cpu_policy().product_dtype(dtype), "sgemm": _sgemm(a.B * a.T, dtype),
         "threads": torch.get_num_threads(),
@@ -147,11 +150,16 @@ def _run(kernel, a, out, dtype: torch.dtype, backward: bool) -> None:
 
 
 def _forward_cpp(a, out):
-    _run(cpp.block_forward, a, out, a.m.dtype, False)
+    _run(cpp.block_forward, a, out, a.m.dtype, False, _transposed(a))
 
 
 def _backward_cpp(a, out):
-    _run(cpp.block_backward, a, out, a.dm_out.dtype, True)
+    """In the dtype and the layouts of forward, whatever a hook unpacked, or a cast made of parameters since."""
+    dtype = a.dm_out.dtype
+    for name in ("h_mid", "h_out", "kept", "ln_1_weight", "ln_2_weight", "ln_2_bias", *WEIGHTS):
+        if (t := getattr(a, name)).dtype is not dtype:
+            setattr(a, name, t.to(dtype))
+    _run(cpp.block_backward, a, out, dtype, True, a.transposed)
 
 
 def _check(
@@ -206,7 +214,7 @@ OP = Op(
     saved={"h_mid|m": "B T C", "h_out": "B T C", "kept": "K", "statistics": "S", "segments": "B T", "ln_1_weight": "C"}
     | {"c_attn_weight": "C 3C", "attn_proj_weight": "C C", "ln_2_weight": "C", "ln_2_bias": "C", "c_fc_weight": "C F"}
     | {"mlp_proj_weight": "F C"},
-    carry={"has_h": (bool, lambda a: a.h is not None)},
+    carry={"has_h": (bool, lambda a: a.h is not None), "transposed": (bool, _transposed)},
     gradients=_gradients,
     alias={"m": "h"},
     backends={"cpp": Backend(_forward_cpp, _backward_cpp)},

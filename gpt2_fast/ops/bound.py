@@ -33,13 +33,15 @@ class Operations:
 
     def __init__(self, impl: str = "auto"):
         self.impl = dispatch.checked(impl)
-        for op in BOUND:
-            setattr(self, op.__name__, functools.partial(self.run, op))
+        self._own = {op.__name__: functools.partial(self.run, op) for op in BOUND}
+        self.__dict__.update(self._own)
 
     def takes_block(self, m: Tensor) -> bool:
-        """Whether a layer of m [B, T, C] is best computed as one operation: not where another one was asked for, and
-        a compiler sees more in its parts."""
-        return self.whole_layers and not torch.compiler.is_compiling() and self.impl in ("auto", "cpp") and takes(m)
+        """Whether a layer of m [B, T, C] is best computed as one operation: not where another implementation was asked
+        for or given, and a compiler sees more in its parts."""
+        if not self.whole_layers or torch.compiler.is_compiling() or self.impl not in ("auto", "cpp"):
+            return False
+        return takes(m) and all(self.__dict__[name] is op for name, op in self._own.items())
 
     def run(self, op, first: Tensor, *rest: Any, **options: Any) -> Any:
         """op(first, *rest, **options) by this model's implementation of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from numerics import assert_same_bits
+from torch.autograd.graph import saved_tensors_hooks
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.model import GPT2MLP, Conv1D, GPT2Attention
@@ -118,6 +120,40 @@ def test_scratch_that_is_not_held(products, monkeypatch):
     wanted = run(block, tensors, options)
     monkeypatch.setattr(room, "HELD", 0)
     assert_equal(run(block, tensors, options), wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Conv1D", "Linear"])
+@pytest.mark.parametrize("first", ["packed", "plain"])
+def test_a_hook_may_unpack_weights_that_are_laid_out_otherwise(products, transposed, first):
+    """What a call of one kind found of layouts is kept for the next, whose gradients are right all the same."""
+    *tensors, options = list(room.samples())[3]
+    if transposed:
+        tensors = [t.t().contiguous().t() if t is not None and t.ndim == 2 else t for t in tensors]
+    wanted = run(in_turn, tensors, options)
+    room.OP._known.clear()
+    other = lambda t: t.contiguous() if transposed else t.t().contiguous().t() if t.ndim == 2 else t
+    for which in (first, "packed", "plain"):
+        hooks = saved_tensors_hooks(other, lambda t: t) if which == "packed" else contextlib.nullcontext()
+        with hooks:
+            found = run(block, tensors, options)
+        assert_equal(found, wanted)
+        assert found["c_fc_weight"].t().is_contiguous() == transposed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parameters_cast_before_backward(products, dtype):
+    """`model.to(dtype)` leaves no trace that autograd sees; what backward reads is cast back."""
+    *tensors, options = list(room.samples(dtype=torch.bfloat16))[3]
+    wanted = run(block, tensors, options)
+
+    def cast_since(*leaves, **options):
+        outputs = block(*leaves, **options)
+        for leaf in leaves[3:]:
+            leaf.data = leaf.data.to(dtype)
+        return outputs
+
+    found = run(cast_since, tensors, options)
+    assert_equal({name: t.bfloat16() for name, t in found.items()}, wanted)
 
 
 @pytest.mark.parametrize("T", [300, 513])
@@ -269,6 +305,26 @@ def test_a_class_with_another_forward_is_called(calls, monkeypatch, kind):
     _model()(IDS)
     assert heard
     assert not calls
+
+
+def test_what_a_program_put_in_the_place_of_a_part_is_called(calls, monkeypatch):
+    model, heard = _model(), []
+    attention_of = model.transformer.ops.attention
+    model.transformer.ops.attention = lambda *a, **k: heard.append(1) or attention_of(*a, **k)
+    model(IDS)
+    assert len(heard) == 2
+    model, plain = _model(), GPT2MLP.__call__
+    monkeypatch.setattr(GPT2MLP, "__call__", lambda self, *a: heard.append(2) or plain(self, *a))
+    model(IDS)
+    assert heard[2:] == [2, 2]
+    assert not calls
+
+
+def test_heads_that_do_not_fit_raise_as_before(calls):
+    model = _model()
+    model.transformer.h[0].attn.n_head = 3
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        model(IDS)
 
 
 def test_where_only_attention_drops_the_operations_are_called_in_turn(calls):

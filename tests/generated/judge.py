@@ -91,6 +91,12 @@ def _gradients_of(arguments: dict[str, Any], names: Sequence[str]) -> list[str]:
     return [n for n, t in leaves.items() if isinstance(t, Tensor) and t.is_floating_point() and not t.is_sparse]
 
 
+def _rstd(x: Tensor, residual: Tensor | None, eps: float) -> float:
+    """The largest factor of a LayerNorm of their sum, at least 1."""
+    h = x.double() if residual is None else x.double() + residual.double()
+    return max(1.0, float((h.var(-1, correction=0) + eps).rsqrt().max())) if h.numel() else 1.0
+
+
 def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype) -> float:
     """What may be left of larger numbers where the truth is 0: a part of LUCK times it.
 
@@ -108,7 +114,8 @@ def _floor(arguments: dict[str, Any], upstream: list[Tensor], dtype: torch.dtype
         matrices = [t for t in arguments.values() if isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point()]
         gains = [max(1.0, float(t.abs().max()) * t.shape[0] ** 0.5) for t in matrices]
         norms = [max(1.0, float(arguments[f"ln_{i}_weight"].abs().max())) for i in (1, 2)]
-        return TINY[dtype] * largest * math.prod(gains) * gains[0] * math.prod(norms) ** 2 / LUCK
+        gain = math.prod(gains) * gains[0] * math.prod(norms) ** 2
+        return TINY[dtype] * largest * gain * _rstd(arguments["m"], arguments["h"], arguments["ln_1_eps"]) / LUCK
     if not isinstance(arguments.get("eps"), float) or not arguments["eps"] > 0.0:
         return 0.0
     # Dropout may leave the residual alone.

@@ -3,9 +3,10 @@
     h = h + dropout(m)      y = LayerNorm_1(h)      a = attention(y @ c_attn) @ attn_proj
     h = h + dropout(a)      n = LayerNorm_2(h)      m = gelu(n @ c_fc) @ mlp_proj
 
-The kernels are those of `add_layernorm`, `linear`, `attention` and `mlp`, which have the formulas, and so are the bits.
-What is saved is what those save. Between the kernels there is C++ in place of Python: a small model's step
-is a quarter shorter for it. On a GPU, which works on while Python goes ahead, those four are called in turn.
+The kernels are those of `add_layernorm`, `linear`, `attention` and `mlp`, which have the formulas, and so are the bits;
+but without h the two parts of m's gradient are added before they are rounded. What is saved is what those save. Between
+the kernels there is C++ in place of Python: a small model's step is a fifth to a quarter shorter for it. On a GPU,
+which works on while Python goes ahead, those four are called in turn.
 
 Products are this package's own, or MKL's where `cpu_policy` says so; a CPU with another vendor's is better off with the
 four operations: see `takes`.

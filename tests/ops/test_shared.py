@@ -11,6 +11,7 @@ from conftest import DEVICE
 from numerics import DTYPES, assert_as_exact, assert_same_bits, check_op, check_operators, evaluate
 from rooms import DERIVED, ROOMS, Room
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpt2_fast.ops.attention import attention
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -330,6 +331,35 @@ def test_a_second_derivative_raises(room):
             loss = _loss(gradients)
         with pytest.raises(RuntimeError, match=f"{room.name}: its (gradient|kernels) .*use impl='reference'"):
             loss.backward()
+
+
+@of_each_room
+def test_a_forward_derivative_raises(room):
+    """A tangent would be lost without a word, of a tensor that wants no gradient above all; the reference has it."""
+    for arguments in list(room.calls())[:2]:
+        names = room.differentiable(arguments) or [
+            n for n, t in room.tensors(arguments).items() if t.dtype.is_floating_point
+        ]
+        match = f"{room.name}: .* has a tangent.*use impl='reference'"
+        for wants_gradient in (False, True):
+            leaves = [arguments[name].clone().requires_grad_(wants_gradient) for name in names]
+            with forward_ad.dual_level():
+                room.of(arguments, names, "cpp")(*leaves)  # nothing is lost where nothing has a tangent
+                leaves[-1] = forward_ad.make_dual(leaves[-1], torch.ones_like(leaves[-1]))
+                with pytest.raises(RuntimeError, match=match):
+                    room.of(arguments, names, "cpp")(*leaves)
+                if room.op.gradients:
+                    outputs = room.of(arguments, names, "reference")(*leaves)
+                    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                    assert any(forward_ad.unpack_dual(o).tangent is not None for o in outputs)
+        if room.op.gradients:  # forward over reverse: the upstream gradient's tangent
+            leaves = [arguments[name].clone().requires_grad_() for name in names]
+            outputs = room.of(arguments, names, "cpp")(*leaves)
+            output = outputs[0] if isinstance(outputs, tuple) else outputs
+            with forward_ad.dual_level():
+                upstream = forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output))
+                with pytest.raises(RuntimeError, match=match):
+                    torch.autograd.grad(output, leaves, upstream, allow_unused=True)
 
 
 @of_each_derived

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime.philox import Dropout
-from gpt2_fast.ops.runtime.tracing import traced
+from gpt2_fast.ops.runtime.tracing import refuse_tangents, traced
 
 if TYPE_CHECKING:
     from gpt2_fast.ops.runtime.declare import Op
@@ -79,6 +79,7 @@ def _gradients(op: Op, ctx, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | 
 
 def _dispatched(op: Op, what, tensors, options, needs, ahead, in_place: bool) -> dict[str, Tensor | None]:
     """The gradients by name, by way of the dispatcher; or those that forward made `ahead`, scaled."""
+    refuse_tangents(op.name, tensors)
     flat = (*tensors, *options, *what.carried, list(needs), what.impl)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # this backward is recorded itself
         return by_name(op.made, op.underivable.apply(*flat))

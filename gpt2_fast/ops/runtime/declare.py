@@ -13,7 +13,7 @@ A backend's two functions, forward(a, out) and backward(a, out), see everything 
   a backend may set it instead. None stands for what is not made.
 
 Three faults cannot be written in a room: a tensor reaches a backend contiguous and in the dtype that `Input.read`
-says, whatever its strides were; a call without elements reaches none; and a second derivative raises.
+says, whatever its strides were; a call without elements reaches none; a second derivative raises, and a tangent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gpt2_fast.ops.runtime.contract import (
 from gpt2_fast.ops.runtime.kinds import Kind
 from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
-from gpt2_fast.ops.runtime.tracing import is_odd, under_a_tracer
+from gpt2_fast.ops.runtime.tracing import is_odd, refuse_tangents, under_a_tracer
 from gpt2_fast.ops.runtime.values import Arguments, Outputs, Spec, described, outputs
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
@@ -254,6 +254,7 @@ class Op:
         chosen = self._checked(tensors, impl, options)
         if chosen == "reference":
             return self.reference(*tensors, **options)
+        refuse_tangents(self.name, tensors)
         flat = (*tensors, *self._flat_options(options), chosen)
         transformed = torch._C._are_functorch_transforms_active()
         nothing = list(self._wants_none) if self.ahead else False

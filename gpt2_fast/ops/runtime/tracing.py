@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 ORDINARY = {Tensor, Parameter}
@@ -16,7 +17,7 @@ ORDINARY = {Tensor, Parameter}
 
 def under_a_tracer() -> bool:
     """Whether something looks at operators as they are called: a compiler, a transform, a mode, a profiler."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
 
@@ -29,3 +30,13 @@ def is_odd(t: Tensor) -> bool:
 def traced(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call with `tensors` has to go through the dispatcher."""
     return under_a_tracer() or any(t is not None and is_odd(t) for t in tensors)
+
+
+def refuse_tangents(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raises RuntimeError where forward-mode autograd follows one of `tensors`: no kernel does, and it is lost."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{name}: an input has a tangent, and its kernels have no forward-mode derivative; use impl='reference'"
+        )

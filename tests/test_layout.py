@@ -27,6 +27,7 @@ LAYERS = [
     {"ops"},
     {"checkpoint", "compat", "data", "hf_patch", "outputs", "parallel"},
     {"generate", "hf", "report"},
+    {"layers"},
     {"model", "optim"},
     {"nanogpt", "evaluate"},
     {"train"},

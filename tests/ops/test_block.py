@@ -13,7 +13,7 @@ from numerics import assert_same_bits
 from torch.autograd.graph import saved_tensors_hooks
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
-from gpt2_fast.model import GPT2MLP, Conv1D, GPT2Attention
+from gpt2_fast.layers import GPT2MLP, Conv1D, GPT2Attention
 from gpt2_fast.ops import block as room
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import attention

@@ -376,10 +376,48 @@ def test_bfloat16():
     assert_exact(unpatched, patched, lambda model: {"logits": model(tokens).logits}, torch.bfloat16)
 
 
-def test_hooks_and_replaced_modules_are_called():
+@pytest.fixture
+def calls_of_block(monkeypatch):
+    """What is called of `block`, in order; its products are then this package's or MKL's, whatever the processor."""
+    calls = []
+    if not modules.takes(torch.zeros(1, 64, 48)):
+        pytest.skip("no product here that C++ can call")
+    original = modules.block_op
+    monkeypatch.setattr(modules, "block_op", lambda *args, **options: calls.append(1) or original(*args, **options))
+    return calls
+
+
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_as_one_operation(masked, dtype, calls_of_block, monkeypatch):
+    """The bits of its operations in turn, dropout included; without a cache alone, and never under autocast."""
+    _, patched = pair(embd_pdrop=0.1, attn_pdrop=0.3, resid_pdrop=0.2, n_layer=1)
+    patched.to(dtype).train()
+    tokens = ids(time=T + 1 + 22)
+    mask = None if MASKS[masked] is None else F.pad(MASKS[masked], (0, 23), value=1)
+
+    def run(model):
+        torch.manual_seed(3)
+        return {"logits": model(tokens, attention_mask=mask, use_cache=False).logits}
+
+    whole = values_and_gradients(patched, run)
+    assert calls_of_block == [1]
+    patched(tokens)
+    with torch.autocast("cpu"):
+        run(patched)
+    monkeypatch.setattr(modules, "takes", lambda h: False)
+    for name, t in values_and_gradients(patched, run).items():
+        # The stream's gradient is rounded once, not twice, before it reaches the embedding.
+        if dtype == torch.float32 or name not in ("dtransformer.wte.weight", "dtransformer.wpe.weight"):
+            assert_same_bits([whole[name]], [t], name)
+    assert calls_of_block == [1]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_hooks_and_replaced_modules_are_called(use_cache):
     """A module that somebody listens to, or has replaced, runs as a module; unpatched values stay."""
-    unpatched, patched = pair()
-    tokens = ids()
+    unpatched, patched = pair(use_cache=use_cache)
+    tokens = ids(time=12)  # rows enough for a layer to be one operation
     for path in ("ln_1", "attn", "attn.c_attn", "attn.c_proj", "attn.resid_dropout", "ln_2", "mlp", "mlp.c_fc",
                  "mlp.act", "mlp.c_proj", "mlp.dropout"):  # fmt: skip
         seen = []
@@ -394,7 +432,7 @@ def test_hooks_and_replaced_modules_are_called():
         assert seen == [1], path
         hook.remove()
     for model in (unpatched, patched):
-        model.transformer.h[0].mlp.c_fc.forward = lambda x: torch.zeros(B, T, 192)
+        model.transformer.h[0].mlp.c_fc.forward = lambda x: torch.zeros(B, 12, 192)
         model.transformer.h[1].mlp.dropout = model.transformer.h[1].attn.resid_dropout = torch.nn.Tanh()
     torch.testing.assert_close(patched(tokens).logits, unpatched(tokens).logits)
 

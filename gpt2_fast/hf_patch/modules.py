@@ -48,12 +48,14 @@ from gpt2_fast.hf_patch.calls import (
 from gpt2_fast.hf_patch.outputs import CausalLMOutput
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
+from gpt2_fast.ops.block import block as block_op
+from gpt2_fast.ops.block import takes
 from gpt2_fast.ops.embedding import embedding
 from gpt2_fast.ops.linear import linear
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt2_fast.ops.mlp import mlp as fused_mlp
 from gpt2_fast.ops.runtime import philox
-from gpt2_fast.ops.runtime.philox import Dropout
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
 TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
 EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
@@ -135,11 +137,37 @@ class BlockForward:
         h = call.pop("hidden_states")
         drops = max(_rate(d) for d in (self.attn.attn_dropout, self.attn.resid_dropout, self.mlp.dropout)) > 0.0
         key = philox.new_key(h.device) if drops else None
-        a, p, weights = BlockForward._attention(self, _layernorm(self.ln_1, h), call, key)
-        h = BlockForward._mlp(self, a, h, p, key)
+        whole, weights = BlockForward._as_one_call(self, h, call, key), None
+        if whole is None:
+            a, p, weights = BlockForward._attention(self, _layernorm(self.ln_1, h), call, key)
+            h = BlockForward._mlp(self, a, h, p, key)
+        else:
+            h = _drop_add(*whole, _rate(self.mlp.dropout), key, self.ln_2)
         if "output_attentions" not in BLOCK:  # transformers 5
             return h
         return (h, weights) if call.get("output_attentions") else (h,)
+
+    def _as_one_call(self, h: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """What the MLP computed and the stream that it is added to, by one operation on a CPU; None where a part of the
+        block is not plainly transformers', and where the operation does not take the call."""
+        attn, mlp, ln_1, ln_2 = self.attn, self.mlp, self.ln_1, self.ln_2
+        if OWN not in call or call.get(CACHE) is not None or torch.compiler.is_compiling() or not takes(h):
+            return None
+        linears = attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+        plain = mlp_fused(self) is None and not foreign(ln_1, nn.LayerNorm) and not foreign(mlp.dropout, nn.Dropout)
+        if not plain or any(foreign(layer, Conv1D) for layer in linears):
+            return None
+        of_attn, of_proj, of_fc, of_mlp_proj = [(layer.weight, layer.bias) for layer in linears]
+        tensors = (ln_1.weight, ln_1.bias, *of_attn, *of_proj, ln_2.weight, ln_2.bias, *of_fc, *of_mlp_proj)
+        p, attn_pdrop = _rate(attn.resid_dropout), _rate(attn.attn_dropout)
+        if attn.num_heads * attn.head_dim != h.shape[-1] or (attn_pdrop and not p):
+            return None
+        if any(t is None or t.dtype is not h.dtype for t in tensors):
+            return None
+        return block_op(
+            h, None, call[OWN], *tensors, n_head=attn.num_heads, scale=attention.scaling(attn), ln_1_eps=ln_1.eps,
+            ln_2_eps=ln_2.eps, attn_pdrop=attn_pdrop, dropout=Dropout(p, key, RESIDUAL - 2) if p else NO_DROPOUT,
+        )  # fmt: skip
 
     def _attention(self, y: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
         """c_proj(attention(y)), the dropout that is still to be applied to it, and weights if they were asked for."""

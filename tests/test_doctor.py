@@ -91,16 +91,18 @@ def _compile_kernels(*arguments: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.timeout(600)
 def test_kernels_compile_without_spills_and_on_tensor_cores():
-    """One configuration of each kernel for each architecture; all of them: make test-kernels."""
-    rows = _compile_kernels("--quick", "--arch", "80,90", "--arch", "100")
-    assert {arch for _, arch, *_ in rows} == {"sm_80", "sm_90", "sm_100"}
+    """One configuration of each kernel for one architecture; all of them: make test-kernels.
+
+    test_golden_kernels.py holds the machine code for the others.
+    """
+    rows = _compile_kernels("--quick", "--arch", "80")
+    assert {arch for _, arch, *_ in rows} == {"sm_80"}
     assert all(int(spilled) <= SPILLED_ELSEWHERE for _, _, _, spilled, _, _ in rows)
     names = {name for name, *_ in rows}
     assert {"adamw", "add_layernorm", "softmax_xent", "mlp", "attention.forward"} <= names
-    instruction = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-    for name, arch, *_, mma in rows:
+    for name, *_, mma in rows:
         if name in ("attention.forward", "attention.backward_dq", "attention.backward_dkdv") and mma != "none":
-            assert instruction[arch] in mma, f"{name} {arch}: {mma}"
+            assert "HMMA" in mma, f"{name}: {mma}"
     products = {"attention.forward", "attention.backward_dq", "attention.backward_dkdv", "mlp"}
     assert products <= {name for name, *_, mma in rows if "MMA" in mma}  # float32 products are exact: plain FMA
 

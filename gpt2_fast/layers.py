@@ -26,15 +26,27 @@ from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
 
 class Call(NamedTuple):
-    """What one forward pass shares: the dropout key, the segments of `attention`, and a cache; each may be None."""
+    """What one forward pass shares, and what it is to one block.
+
+    Attributes:
+        key, segments, cache: the dropout key, the segments of `attention`, and a cache; each may be None.
+        layer: the block's place in this pass, which says its part of the cache and its sites of dropout.
+        pending: the dropout of m, which comes from the block before.
+    """
 
     key: Tensor | None = None
     segments: Tensor | None = None
     cache: object = None
+    layer: int = 0
+    pending: Dropout = NO_DROPOUT
 
     def dropout(self, module: nn.Module, p: float, site: int) -> Dropout:
-        """The dropout of `module` at one site of the model."""
-        return Dropout(p, self.key, site) if module.training and p > 0.0 else NO_DROPOUT
+        """A dropout of `module`, whose mode decides, at one of the three sites of a layer; site 3: the next's first."""
+        return Dropout(p, self.key, 3 * self.layer + site) if module.training and p > 0.0 else NO_DROPOUT
+
+    def after(self, block: nn.Module) -> Dropout:
+        """The dropout of what `block` leaves to be added: its MLP's."""
+        return self.dropout(getattr(block, "mlp", block), getattr(block, "resid_pdrop", 0.0), 3)
 
 
 @part
@@ -77,12 +89,12 @@ class GPT2Attention(nn.Module):
         qkv = project(self.ops, y, self.c_attn).view(B, T, 3, self.n_head, self.head_dim)
         cache = call.cache
         if cache is not None:
-            cache.write(self.layer_idx, qkv)
+            cache.write(call.layer, qkv)
         if cache is None or cache.prefilling:
-            dropout = call.dropout(self, self.attn_pdrop, 3 * self.layer_idx + 1)
+            dropout = call.dropout(self, self.attn_pdrop, 1)
             out_BTHD = self.ops.attention(qkv, scale=self.scale, segments=call.segments, dropout=dropout)
         else:
-            keys, values = cache.layer(self.layer_idx)
+            keys, values = cache.layer(call.layer)
             out_BTHD = self.ops.attention_decode(
                 qkv[:, 0, 0], keys, values, starts=cache.starts, lengths=cache.lengths, scale=self.scale
             )
@@ -129,10 +141,9 @@ class GPT2Block(nn.Module):
     def forward(self, m: Tensor, h: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         if (whole := self._as_one_call(m, h, call)) is not None:
             return whole
-        site, p = 3 * self.layer_idx, self.resid_pdrop
-        y, h = add_layernorm(self.ops, m, h, self.ln_1, call.dropout(self, p, site))
+        y, h = add_layernorm(self.ops, m, h, self.ln_1, call.pending)
         a = self.attn(y, call)
-        return self.mlp(a, h, self.ln_2, call.dropout(self, p, site + 2))
+        return self.mlp(a, h, self.ln_2, call.dropout(self.attn, self.resid_pdrop, 2))
 
     def _as_one_call(self, m: Tensor, h: Tensor | None, call: Call) -> tuple[Tensor, Tensor] | None:
         """The same by one operation, where there is one and nothing listens to a part of the layer; else None."""
@@ -154,9 +165,11 @@ class GPT2Block(nn.Module):
         of_attn, of_proj, of_fc, of_mlp_proj = [(layer.weight_io, layer.bias) for layer in linears]
         of_fc = of_fc[0], bias_of(mlp.c_fc)
         tensors = (ln_1.weight, bias_of(ln_1), *of_attn, *of_proj, ln_2.weight, bias_of(ln_2), *of_fc, *of_mlp_proj)
-        dropout = call.dropout(self, self.resid_pdrop, 3 * self.layer_idx)
-        attn_pdrop = call.dropout(attn, attn.attn_pdrop, dropout.site + 1).p
-        if (attn_pdrop and not dropout.p) or any(t is not None and t.dtype is not m.dtype for t in (h, *tensors)):
+        dropout = call.dropout(attn, self.resid_pdrop, 0)  # of m and of what attention adds: one operation has one rate
+        attn_pdrop = call.dropout(attn, attn.attn_pdrop, 1).p
+        if (attn_pdrop and not dropout.p) or (h is not None and call.pending.p != dropout.p):
+            return None
+        if any(t is not None and t.dtype is not m.dtype for t in (h, *tensors)):
             return None
         return self.ops.block(
             m, h, call.segments, *tensors, n_head=attn.n_head, scale=attn.scale, ln_1_eps=ln_1.eps, ln_2_eps=ln_2.eps,

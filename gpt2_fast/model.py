@@ -74,22 +74,29 @@ class GPT2Model(nn.Module):
         dropout_key: Tensor | None = None,
     ) -> Tensor:
         self._validate(input_ids, position_ids)
-        c = self.config
-        drops = self.training and max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        key = (new_key(input_ids.device) if dropout_key is None else dropout_key) if drops else None
+        key = (new_key(input_ids.device) if dropout_key is None else dropout_key) if self._drops() else None
         call = Call(key, segments, cache)
         m, h = self._embed(input_ids, position_ids, token_type_ids, call), None
-        for block in self.h:
+        for i, block in enumerate(self.h):
+            call = call._replace(layer=i)
             if self.gradient_checkpointing and self.training:
                 # The key travels as an argument, so a second forward drops the same elements with no RNG state kept.
                 m, h = checkpoint(block, m, h, call, use_reentrant=False, preserve_rng_state=False)
             else:
                 m, h = block(m, h, call)
-        dropout = call.dropout(self, c.resid_pdrop, 3 * c.n_layer)
-        return add_layernorm(self.ops, m, h, self.ln_f, dropout)[0]
+            call = call._replace(pending=call.after(block))
+        return add_layernorm(self.ops, m, h, self.ln_f, call.pending)[0]
+
+    def _drops(self) -> bool:
+        """Whether a part of the model drops anything: each is in a mode of its own."""
+        c = self.config
+        if max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) == 0:
+            return False
+        parts = (getattr(block, name, block) for block in self.h for name in ("attn", "mlp"))
+        return self.training or any(part.training for part in parts)
 
     def _embed(
         self, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None, call: Call

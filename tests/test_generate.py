@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -11,6 +13,7 @@ from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.data.tokenizer import get_tokenizer
 from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
+from gpt2_fast.generate.decoders import make_decoder
 from gpt2_fast.generate.sampling import Sampler, Sampling, row_uniforms
 from gpt2_fast.generate.text import StopStrings
 from gpt2_fast.model import GPT2LMHeadModel
@@ -45,6 +48,88 @@ def test_decoding_is_the_whole_forward_pass():
             positions = torch.arange(first, stop, device=DEVICE)
             hidden = model.transformer(ids[:, start:stop], position_ids=positions, cache=cache)
             torch.testing.assert_close(hidden @ model.lm_head.weight.t(), whole[:, start:stop], rtol=1e-4, atol=1e-4)
+
+
+def _drop_a_layer(model):
+    model.transformer.h = model.transformer.h[1:]
+
+
+def _add_a_layer(model):
+    model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
+
+
+def _use_a_layer_twice(model):
+    model.transformer.h[2] = model.transformer.h[0]
+
+
+def _use_another_layer_twice(model):
+    model.transformer.h = torch.nn.ModuleList([model.transformer.h[i] for i in (0, 1, 1)])
+
+
+def _narrow_an_mlp(model):
+    mlp = model.transformer.h[1].mlp
+    mlp.c_fc.weight = torch.nn.Parameter(mlp.c_fc.weight.detach()[:, :100].contiguous())
+    mlp.c_fc.bias = torch.nn.Parameter(mlp.c_fc.bias.detach()[:100])
+    mlp.c_proj.weight = torch.nn.Parameter(mlp.c_proj.weight.detach()[:100].contiguous())
+
+
+def _widen_the_vocabulary(model):
+    grown = torch.cat([model.transformer.wte.weight.detach(), 5 * torch.ones(1, 64, device=DEVICE)])
+    model.lm_head.weight = model.transformer.wte.weight = torch.nn.Parameter(grown)
+
+
+def _split_into_fewer_heads(model):
+    for block in model.transformer.h:
+        block.attn.n_head, block.attn.head_dim = 2, 32
+
+
+def _change_a_scale(model):
+    model.transformer.h[1].attn.scale = 1.5
+
+
+def _change_an_eps(model):
+    model.transformer.h[1].ln_2.eps = 0.7
+
+
+def _change_an_activation(model):
+    model.transformer.h[0].mlp.activation = "gelu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["packed", "the model"])
+@pytest.mark.parametrize(
+    "change", [_drop_a_layer, _add_a_layer, _use_a_layer_twice, _narrow_an_mlp, _widen_the_vocabulary,
+               _split_into_fewer_heads, _change_a_scale, _change_an_eps, _change_an_activation],
+)  # fmt: skip
+def test_a_changed_model_generates_what_its_forward_pass_says(change, dtype):
+    """Before it changed, the model has generated, so what was kept of it is no longer true."""
+    torch.manual_seed(5)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=64, vocab_size=71, n_positions=32)).to(DEVICE, dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.eval()
+    prompt = tokens(1, 6, vocab_size=71)
+    edits = [lambda model: None, change]
+    if change is _use_a_layer_twice:
+        edits.append(_use_another_layer_twice)
+    for edit in edits:
+        edit(model)
+        ids = prompt
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1].float()
+            for _ in range(8):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        starts = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        torch.testing.assert_close(make_decoder(model, 1, 32).prefill(prompt, starts), logits, rtol=1e-4, atol=1e-3)
+        assert generate(model, prompt.tolist(), 8, temperature=0)[0] == ids[0, 6:].tolist()
+
+
+def test_what_a_cache_cannot_hold_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=64, vocab_size=71, n_positions=32)).eval()
+    model.transformer.h[1].attn.n_head, model.transformer.h[1].attn.head_dim = 2, 32
+    with pytest.raises(ValueError, match=r"the layers have \[\(2, 32\), \(4, 16\)\] heads and head sizes"):
+        generate(model, [[1, 2]], 3)
+    with pytest.raises(ValueError, match=r"h.1.attn has n_head 2 and the config 4, which packed weights would leave"):
+        generate(model, [[1, 2]], 3, weights="int8")
 
 
 def test_seeded_to_the_bit_and_streams():

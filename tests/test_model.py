@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast.config import GPT2Config, num_params
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops import bound
 from gpt2_fast.ops.embedding import check_ids
 from gpt2_fast.ops.runtime.dispatch import ImplementationUnavailable
+from gpt2_fast.ops.runtime.philox import NO_DROPOUT as NOTHING_DROPPED
 from gpt2_fast.optim import AdamW
 
 SMALL = {"vocab_size": 257, "n_positions": 64, "n_embd": 96, "n_layer": 3, "n_head": 3}
@@ -63,6 +66,56 @@ def test_logits_loss_and_gradients(impl, dtype, threads):
     truth = copy.deepcopy(theirs).double()
     ids = tokens(B, T)
     compare(theirs, ours, truth, lambda m: m(ids, labels=ids), dtype=dtype)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("site", "part"),
+    [(0, "transformer"), (1, "h.0.attn"), (2, "h.0.attn"), (3, "h.0.mlp"), (4, "h.1.attn"), (5, "h.1.attn"),
+     (6, "h.1.mlp")],
+)  # fmt: skip
+def test_a_part_in_training_drops_what_is_its_own(site, part, whole):
+    """The mode of the module that transformers keeps the dropout in decides; the others are in eval mode."""
+    _, ours = pair(n_layer=2, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    ours.transformer.ops.whole_layers = whole
+    ours.eval()
+    module = ours.transformer if part == "transformer" else ours.transformer.get_submodule(part)
+    module.training = True
+    with torch.no_grad():
+        left = site + 1 if site % 3 == 1 else site
+        for i, block in enumerate(ours.transformer.h):  # nothing but what this site drops is left of the model
+            for n, projection in ((2, block.attn.c_proj), (3, block.mlp.c_proj)):
+                if 3 * i + n != left:
+                    projection.weight.zero_()
+                    projection.bias.zero_()
+        ids = tokens(B, T)
+        dropped = [ours(ids, dropout_key=torch.tensor([key], device=DEVICE)).logits for key in (1, 2)]
+        assert not torch.equal(*dropped)
+        module.training = False
+        for other in ours.modules():
+            other.training = other is not ours.transformer and other is not module
+        if site:
+            kept = [ours(ids, dropout_key=torch.tensor([key], device=DEVICE)).logits for key in (1, 2)]
+            assert torch.equal(*kept)
+
+
+def test_every_dropout_has_a_site_of_its_own(monkeypatch):
+    """A layer that stands in the model twice, or was copied, draws two masks."""
+    _, ours = pair(n_layer=2, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+    transformer, sites = ours.transformer.train(), []
+    transformer.ops.whole_layers = False
+    run = transformer.ops.run
+
+    def noting(op, *tensors, **options):
+        sites.extend(d.site for d in [options.get("dropout", NOTHING_DROPPED)] if d.p > 0)
+        return run(op, *tensors, **options)
+
+    for name in ("embedding", "add_layernorm", "attention", "mlp"):
+        monkeypatch.setattr(transformer.ops, name, functools.partial(noting, getattr(bound, name)))
+    transformer.h.append(transformer.h[0])
+    transformer.h.append(copy.deepcopy(transformer.h[1]))
+    ours(tokens(B, T))
+    assert sites == list(range(13))
 
 
 def test_triton_step_matches():

@@ -28,7 +28,11 @@ class KVCache:
                 f"the cache needs {n_positions} positions and the model has {config.n_positions}; generate fewer "
                 "tokens or shorten the prompt"
             )
-        shape = (config.n_layer, batch_size, config.n_head, n_positions, config.n_embd // config.n_head)
+        layers, heads = len(model.transformer.h), {(b.attn.n_head, b.attn.head_dim) for b in model.transformer.h}
+        if len(heads) != 1:
+            raise ValueError(f"the layers have {sorted(heads)} heads and head sizes; a cache takes those of one kind")
+        ((n_head, head_dim),) = heads
+        shape = (layers, batch_size, n_head, n_positions, head_dim)
         device_type = weight.device.type
         autocast = torch.is_autocast_enabled(device_type)  # keys and values are then of its dtype
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +30,7 @@ from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
 from gpt2_fast.modules import bias_of, foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
-from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters
+from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters, misfit
 from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
@@ -92,7 +92,7 @@ class GraphDecoder(ModelDecoder):
         super().__init__(model, batch_size, n_positions, StaticCache)
         device = model.transformer.wte.weight.device
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(batch_size, model.config.vocab_size, device=device)
+        self.logits = torch.zeros(batch_size, model.lm_head.weight.shape[0], device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._to_capture = device.type == "cuda"
 
@@ -163,7 +163,21 @@ def _foreign(model: Model) -> str | None:
     """Which module of a model packed weights do not stand for, and why; None: they stand for all."""
     if reason := foreign_part(model.transformer):
         return reason
-    return None if is_plain_head(model.lm_head) else f"lm_head {foreign(model.lm_head, nn.Linear) or 'has a bias'}"
+    if not is_plain_head(model.lm_head):
+        return f"lm_head {foreign(model.lm_head, nn.Linear) or 'has a bias'}"
+    return _unlike_config(model.transformer, model.config) or misfit(_tensors_of(model))
+
+
+def _unlike_config(transformer: nn.Module, config: Any) -> str | None:
+    """What a module was told to compute after it was made; packed weights go by the config."""
+    said = {"ln_1": ("eps", config.layer_norm_epsilon), "ln_2": ("eps", config.layer_norm_epsilon),
+            "mlp": ("activation", config.activation_function), "attn": ("n_head", config.n_head)}  # fmt: skip
+    for i, block in enumerate(transformer.h):
+        for name, (attribute, value) in said.items():
+            if (found := getattr(getattr(block, name), attribute)) != value:
+                return f"transformer.h.{i}.{name} has {attribute} {found!r} and the config {value!r}"
+    eps = transformer.ln_f.eps
+    return None if eps == config.layer_norm_epsilon else f"transformer.ln_f has eps {eps!r}"
 
 
 def parameters_of(model: Model) -> Parameters:
@@ -173,6 +187,10 @@ def parameters_of(model: Model) -> Parameters:
     """
     if reason := _foreign(model):
         raise ValueError(f"{reason}, which packed weights would leave out; do not ask for `weights`: it is called then")
+    return _tensors_of(model)
+
+
+def _tensors_of(model: Model) -> Parameters:
     affine = lambda product: (product.weight_io.t(), product.bias)
     norm = lambda layernorm: (layernorm.weight, bias_of(layernorm))
     layers = [
@@ -196,7 +214,9 @@ def packed_model(model: Model, weights: str) -> PackedModel:
     `.data` moves no counter. Raises as `parameters_of` does.
     """
     tensors, parameters = parameters_of(model), list(model.parameters())
-    versions = (weights, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
+    layers = [block.ln_1.weight.data_ptr() for block in model.transformer.h]  # in which order, and which of them twice
+    scales = [layer.scale for layer in tensors.layers]
+    versions = (weights, *layers, *scales, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
     probes = torch.cat([p.flatten()[:: max(1, p.numel() // PROBES)].double() for p in parameters])
     with PACKING:
         held = PACKED.pop(model, None)

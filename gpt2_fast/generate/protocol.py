@@ -13,9 +13,9 @@ from torch import nn
 class Model(Protocol):
     """An nn.Module that has these.
 
-    config: n_layer, n_head, n_embd, n_positions and vocab_size; `generate_batch` reads the token ids of a GPT2Config.
+    config: n_positions and vocab_size; `generate_batch` reads the token ids of a GPT2Config.
     transformer: (tokens int64 [B, T], mask [B, T] or None, position_ids int64 [B, T], cache=) -> hidden [B, T, C];
-        `wte.weight` says the model's dtype and device, `impl` what the ops run on.
+        `wte.weight` says the model's dtype and device, `h` are its layers, `impl` is what the ops run on.
     lm_head: `weight` [V, C].
     """
 

@@ -68,6 +68,30 @@ class Parameters(NamedTuple):
     lm_head: Tensor
 
 
+def misfit(model: Parameters) -> str | None:
+    """Which tensor has not the size that the config says, and what to do; None: all have it.
+
+    C++ reads them by those sizes alone. How many layers there are is counted.
+    """
+    c = model.config
+    C, F_, V = c.n_embd, c.n_inner_, c.vocab_size
+    shapes = {"wte": (model.wte, (V, C)), "wpe": (model.wpe, (c.n_positions, C)), "lm_head": (model.lm_head, (V, C))}
+    affine = {"ln_f": (model.ln_f, (C,))}
+    for i, layer in enumerate(model.layers):
+        affine |= {
+            f"h.{i}.ln_1": (layer.ln_1, (C,)), f"h.{i}.ln_2": (layer.ln_2, (C,)),
+            f"h.{i}.attn.c_attn": (layer.c_attn, (3 * C, C)), f"h.{i}.attn.c_proj": (layer.attn_proj, (C, C)),
+            f"h.{i}.mlp.c_fc": (layer.c_fc, (F_, C)), f"h.{i}.mlp.c_proj": (layer.mlp_proj, (C, F_)),
+        }  # fmt: skip
+    for name, ((weight, bias), shape) in affine.items():
+        shapes[name] = weight, shape
+        shapes[f"{name}'s bias"] = bias, shape[:1]
+    for name, (t, shape) in shapes.items():
+        if t is not None and tuple(t.shape) != shape:
+            return f"{name} is {tuple(t.shape)} and the config says {shape}; change the config with the weights"
+    return None
+
+
 class PackedModel:
     """A GPT-2's weights, packed for `step` and `prefill`; the model itself is not needed afterwards.
 
@@ -83,8 +107,8 @@ class PackedModel:
     Attributes:
         nbytes: of the packed weights.
 
-    Raises ValueError for a model that is not on the CPU, unknown `weights`, or int4 and a width that is no multiple
-    of 32.
+    Raises ValueError for a model that is not on the CPU or not of its config's sizes, unknown `weights`, or int4 and a
+    width that is no multiple of 32.
     """
 
     def __init__(self, model: Parameters, weights: str, *, impl: str = "auto", dtype: torch.dtype = torch.float32):
@@ -93,6 +117,8 @@ class PackedModel:
         device = model.wte.device
         if device.type != "cpu":
             raise ValueError(f"{OP}: the model is on {device}; move it to the CPU")
+        if reason := misfit(model):
+            raise ValueError(f"{OP}: {reason}")
         if weights == "int4":
             check_inputs(f"{OP}: n_embd", model.config.n_embd)
             check_inputs(f"{OP}: n_inner", model.config.n_inner_)
@@ -112,9 +138,9 @@ class PackedModel:
     def _entries(self) -> list[int]:
         c, (ln_f_weight, ln_f_bias) = self.config, self.ln_f
         model = cpp.struct(
-            "DecodeModel", weights=CODES[self.weights], erf=ACTIVATIONS[c.activation_function], L=c.n_layer, C=c.n_embd,
-            H=c.n_head, D=c.head_dim, F=c.n_inner_, V=c.vocab_size, constants=self._constants, levels=LEVELS,
-            wte=self.wte.table(), lm_head=self.lm_head.table(), wpe=self.wpe, ln_f_weight=ln_f_weight,
+            "DecodeModel", weights=CODES[self.weights], erf=ACTIVATIONS[c.activation_function], L=len(self.layers),
+            C=c.n_embd, H=c.n_head, D=c.head_dim, F=c.n_inner_, V=c.vocab_size, constants=self._constants,
+            levels=LEVELS, wte=self.wte.table(), lm_head=self.lm_head.table(), wpe=self.wpe, ln_f_weight=ln_f_weight,
             ln_f_bias=ln_f_bias,
         )  # fmt: skip
         return [*model, *(entry for layer in self.layers for entry in layer.table())]
@@ -202,7 +228,7 @@ class PackedCache:
         self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
         self.threads = torch.get_num_threads()
         self.last_start = int(self.starts.max())
-        heads, D = (config.n_layer, batch_size, config.n_head), config.head_dim
+        heads, D = (len(packed.layers), batch_size, config.n_head), config.head_dim
         if packed.impl == "reference":
             self.keys, self.values = (torch.zeros(*heads, n_positions, D, dtype=packed.dtype) for _ in range(2))
             return
@@ -345,8 +371,9 @@ def samples():
 def cost(packed: PackedModel, B: int, length: int) -> dict[str, dict[str, int]]:
     """Bytes and FLOPs of one step of B rows that hold `length` positions: every weight and every key and value once."""
     c = packed.config
-    blocks = c.n_layer * c.n_embd * (4 * c.n_embd + 2 * c.n_inner_)
-    held = 2 * c.n_layer * c.n_embd * length
+    layers = len(packed.layers)
+    blocks = layers * c.n_embd * (4 * c.n_embd + 2 * c.n_inner_)
+    held = 2 * layers * c.n_embd * length
     weights = sum(m.nbytes for m in (packed.lm_head, *(m for layer in packed.layers for m in layer.matrices)))
     flops = 2 * B * (blocks + c.vocab_size * c.n_embd + held)
     return {"forward": {"bytes": weights + B * held * packed.cache_dtype.itemsize, "flops": flops}}

@@ -11,7 +11,7 @@ from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import CHUNK, PackedCache, PackedModel, cost, samples
+from gpt2_fast.ops.decode_step import CHUNK, LayerParameters, PackedCache, PackedModel, cost, samples
 from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
 from gpt2_fast.ops.runtime import cpp
 
@@ -152,6 +152,25 @@ def test_sizes():
     step = cost(packed["float32"], 3, 10)["forward"]
     assert step["bytes"] == weight_bytes + 3 * 10 * 2 * 64 * 4
     assert step["flops"] == 2 * 3 * (64 * (3 * 64 + 64 + 8 * 64) + 320 * 64 + 2 * 64 * 10)
+
+
+@pytest.mark.parametrize("field", ["wte", "wpe", "lm_head", "ln_f", *LayerParameters._fields[:-1]])
+def test_a_tensor_of_another_size_than_the_configs_is_refused(field):
+    """C++ would read beyond it."""
+    parameters = parameters_of(_model(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    holder = parameters.layers[1] if field in LayerParameters._fields else parameters
+    held = getattr(holder, field)
+    short = (held[0][:-1], held[1]) if isinstance(held, tuple) else held[:-1]
+    first, second = parameters.layers
+    if holder is parameters:
+        wrong = parameters._replace(**{field: short})
+    else:
+        wrong = parameters._replace(layers=[first, second._replace(**{field: short})])
+    with pytest.raises(ValueError, match=r"decode_step: \S+ is \(\d+,.*\) and the config says \(\d+,.*\); change the"):
+        PackedModel(wrong, "float32")
+    wrong = parameters._replace(layers=[first._replace(c_fc=(first.c_fc[0], torch.ones(3))), second])
+    with pytest.raises(ValueError, match=r"decode_step: h.0.mlp.c_fc's bias is \(3,\) and the config says \(64,\)"):
+        PackedModel(wrong, "int8")
 
 
 def test_what_is_refused():

@@ -115,13 +115,15 @@ class GPT2Config:
         """From the keys of a config.json. Keys that do not change the arithmetic are ignored.
 
         Raises ValueError for another architecture, and for options of transformers' GPT-2 that would change
-        the results if ignored (cross-attention, quantised weights).
+        the results if ignored (cross-attention, attention that is not causal, quantised weights).
         """
         model_type = data.get("model_type", "gpt2")
         if model_type != "gpt2":
             raise ValueError(f"model_type is {model_type!r}; only 'gpt2' can be loaded")
         if data.get("add_cross_attention"):
             raise ValueError("add_cross_attention is true; a GPT-2 decoder with cross-attention is not supported")
+        if data.get("is_causal") not in (None, True):
+            raise ValueError(f"is_causal is {data['is_causal']!r}; attention here is causal, and gpt2_fast.hf has both")
         if data.get("quantization_config"):
             raise ValueError("quantization_config is set; load a checkpoint with unquantised weights")
         known = {_ALIASES.get(key, key): value for key, value in data.items()}

@@ -260,7 +260,7 @@ class GPT2LMHeadModel(compat.Compatible):
                 -100 is not scored.
             targets: int64 [B, T], instead of labels, for data already shifted: position t is scored against
                 targets[t].
-            document_ids: int [B, T]; tokens see only their own document.
+            document_ids: int [B, T], from 0 to 2^31 - 1; tokens see only their own document.
             num_items_in_batch: divides the summed loss instead of the number of scored tokens, for gradient
                 accumulation.
             dropout_key: int64 [1] on the model's device, from which this call's dropout is made, see

@@ -108,6 +108,7 @@ def test_bad_value_is_named_in_one_line(changes, words):
     [
         ({"model_type": "llama"}, ["'llama'", "gpt2"]),
         ({"add_cross_attention": True}, ["cross-attention"]),
+        ({"is_causal": False}, ["is_causal is False", "gpt2_fast.hf"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"n_embd": 10, "n_head": 3}, ["n_embd is 10"]),
         ([1], ["list"]),

@@ -339,6 +339,30 @@ def test_dropout_masks():
     assert not torch.equal(run(patched)["logits"], run(patched.train())["logits"])
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_attention_drops_in_its_own_mode_at_its_dropouts_rate(use_cache):
+    """As transformers does: the mode of the nn.Dropout does not matter, nor its class."""
+    _, patched = pair(attn_pdrop=0.5, use_cache=use_cache)
+    tokens = ids(time=12)
+
+    def varies():
+        return not torch.equal(patched(tokens).logits, patched(tokens).logits)
+
+    assert not varies()
+    for block in patched.transformer.h:
+        block.attn.attn_dropout.train()
+    assert not varies()
+    patched.train()
+    for block in patched.transformer.h:
+        block.attn.attn_dropout.eval()
+    assert varies()
+    for block in patched.transformer.h:
+        block.attn.attn_dropout = torch.nn.AlphaDropout(0.0)
+    assert not varies()
+    patched.transformer.h[1].attn.attn_dropout.p = 0.5
+    assert varies()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     """Dropout included: a block computed again drops the same elements."""

@@ -106,6 +106,11 @@ def _rate(dropout: nn.Module) -> float:
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
+def _attention_rate(attn: nn.Module) -> float:
+    """As in transformers 5: the rate is attn_dropout's, whatever class it is of, and attention's mode decides."""
+    return getattr(attn.attn_dropout, "p", 0.0) if attn.training else 0.0
+
+
 def _drop_add(m: Tensor, h: Tensor, p: float, key: Tensor | None, ln: nn.LayerNorm) -> Tensor:
     """h + dropout(m). The normalised rows that the fused pass leaves besides are not used."""
     if p == 0.0:
@@ -135,7 +140,7 @@ class BlockForward:
         if cross or strange or not isinstance(self, BlockForward) or modules.changed(modeling_gpt2.GPT2Block):
             return modeling_gpt2.GPT2Block.forward(self, *args, **kwargs)
         h = call.pop("hidden_states")
-        drops = max(_rate(d) for d in (self.attn.attn_dropout, self.attn.resid_dropout, self.mlp.dropout)) > 0.0
+        drops = max(_attention_rate(self.attn), _rate(self.attn.resid_dropout), _rate(self.mlp.dropout)) > 0.0
         key = philox.new_key(h.device) if drops else None
         whole, weights = BlockForward._as_one_call(self, h, call, key), None
         if whole is None:
@@ -159,7 +164,7 @@ class BlockForward:
             return None
         of_attn, of_proj, of_fc, of_mlp_proj = [(layer.weight, layer.bias) for layer in linears]
         tensors = (ln_1.weight, ln_1.bias, *of_attn, *of_proj, ln_2.weight, ln_2.bias, *of_fc, *of_mlp_proj)
-        p, attn_pdrop = _rate(attn.resid_dropout), _rate(attn.attn_dropout)
+        p, attn_pdrop = _rate(attn.resid_dropout), _attention_rate(attn)
         if attn.num_heads * attn.head_dim != h.shape[-1] or (attn_pdrop and not p):
             return None
         if any(t is None or t.dtype is not h.dtype for t in tensors):
@@ -181,7 +186,7 @@ class BlockForward:
         position = call.get("cache_position")
         out_BTHD = attention.attend(
             attn, qkv, past, () if position is None else ({"cache_position": position},), call.get(OWN),
-            Dropout(_rate(attn.attn_dropout), key, ATTENTION),
+            Dropout(_attention_rate(attn), key, ATTENTION),
         )  # fmt: skip
         return _project(attn.c_proj, out_BTHD.reshape(B, T, -1)), _rate(attn.resid_dropout), None
 

@@ -79,9 +79,10 @@ def attention_decode_reference(
 
 def segments_from(attention_mask: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """The int32 `segments` [B, T] of a transformers attention_mask [B, T] (1 token, 0 padding on either side)
-    and/or document ids [B, T] (integers >= 0; without them a row is one document).
+    and/or document ids [B, T] (whole numbers from 0 to 2^31 - 1; without them a row is one document).
 
-    Raises ValueError when both are None or the shapes are not the same [B, T].
+    Raises ValueError when both are None, the shapes are not the same [B, T], or document ids are no such numbers. Their
+    values are looked at without waiting: on a GPU, and where they are traced, what is wrong is an assertion's error.
     """
     given = [t for t in (attention_mask, document_ids) if t is not None]
     if not given:
@@ -91,8 +92,28 @@ def segments_from(attention_mask: Tensor | None = None, document_ids: Tensor | N
         raise ValueError(f"segments_from: shapes {shapes}; attention_mask and document_ids must be [B, T]")
     if document_ids is None:
         return attention_mask.ne(0).to(torch.int32) - 1
+    _check_documents(document_ids)
     documents = document_ids.to(torch.int32)
     return documents if attention_mask is None else torch.where(attention_mask != 0, documents, ~documents)
+
+
+def _check_documents(ids: Tensor) -> None:
+    """int32 would take numbers that are 2^32 apart for one, and a number below 0 says padding."""
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"document_ids is {ids.dtype}; documents are whole numbers: pass int64")
+    if ids.dtype in (torch.bool, torch.uint8) or torch._C._are_functorch_transforms_active():
+        return
+    inside = ids >= 0
+    if ids.dtype.itemsize > 4:
+        inside = inside & (ids <= 2**31 - 1)
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        if not inside.all():
+            row, column = (~inside).nonzero()[0].tolist()
+            raise ValueError(
+                f"document_ids[{row}, {column}] is {int(ids[row, column])}; number the documents of a row from 0 on"
+            )
+    else:
+        torch._assert_async(inside.all(), "document_ids has a number that is not in 0 to 2^31 - 1")
 
 
 def _scale(a) -> float:

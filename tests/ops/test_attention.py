@@ -284,3 +284,24 @@ def test_what_the_kernels_do_not_take_is_named():
         segments_from()
     with pytest.raises(ValueError, match=r"must be \[B, T\]"):
         segments_from(torch.ones(2, 1, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [(torch.tensor([[0, 2**32]]), r"document_ids\[0, 1\] is 4294967296; number the documents of a row from 0 on"),
+     (torch.tensor([[0, 1], [-1, 0]]), r"document_ids\[1, 0\] is -1; number"),
+     (torch.tensor([[0, -5]], dtype=torch.int8), r"document_ids\[0, 1\] is -5; number"),
+     (torch.tensor([[0.2, 0.7]]), r"document_ids is torch.float32; documents are whole numbers: pass int64")],
+)  # fmt: skip
+def test_document_ids_that_int32_would_change_are_refused(ids, said):
+    with pytest.raises(ValueError, match=said):
+        segments_from(document_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool])
+def test_document_ids_of_each_dtype(dtype):
+    ids = torch.tensor([[0, 0, 1, 1]]).to(dtype)
+    assert segments_from(document_ids=ids).tolist() == [[0, 0, 1, 1]]
+    assert segments_from(document_ids=torch.tensor([[7, 2**31 - 1]])).tolist() == [[7, 2**31 - 1]]
+    compiled = torch.compile(lambda ids: segments_from(document_ids=ids) + 1, backend="eager", fullgraph=True)
+    assert compiled(ids).tolist() == [[1, 1, 2, 2]]

@@ -121,8 +121,9 @@ class GPT2Model(nn.Module):
                 f"input_ids has {input_ids.shape[1]} positions and the model n_positions {self.config.n_positions}; "
                 "shorten the input"
             )
-        if input_ids.device != self.ln_f.weight.device:
-            raise ValueError(f"input_ids is on {input_ids.device} and the model on {self.ln_f.weight.device}; move one")
+        weight = getattr(self.ln_f, "weight", None)
+        if weight is not None and input_ids.device != weight.device:
+            raise ValueError(f"input_ids is on {input_ids.device} and the model on {weight.device}; move one")
 
 
 class GPT2LMHeadModel(compat.Compatible):

@@ -81,6 +81,8 @@ def foreign(module: nn.Module, *kinds: type, idle: Callable[[Hook, nn.Module], b
         if hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "has hooks"
     weight = module._parameters.get("weight")
+    if weight is None and type(module) is nn.LayerNorm:
+        return "has no weight"
     if weight is not None and type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"has a weight that is {type(weight).__qualname__}"
     return None

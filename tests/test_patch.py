@@ -400,6 +400,29 @@ def test_bfloat16():
     assert_exact(unpatched, patched, lambda model: {"logits": model(tokens).logits}, torch.bfloat16)
 
 
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=str)
+def test_a_layernorm_without_parameters(options):
+    """Of the patched model and of this package's own, with and without dropout after it."""
+    unpatched, patched = pair(use_cache=False)
+    own = gpt2_fast.GPT2LMHeadModel(unpatched.config).eval()
+    own.load_state_dict(unpatched.state_dict())
+    for model in (unpatched, patched, own):
+        body = model.transformer
+        body.h[0].ln_1, body.h[1].ln_2, body.ln_f = [torch.nn.LayerNorm(48, **options) for _ in range(3)]
+    tokens = ids(time=12)
+    expected = unpatched(tokens).logits
+    for model in (patched, own):
+        torch.testing.assert_close(model(tokens).logits, expected)
+        model.transformer.h[1].mlp.train()
+        assert model(tokens).logits.isfinite().all()
+    dropout = patched.transformer.h[1].mlp.dropout
+    dropout.p = 0.5
+    assert not torch.equal(patched(tokens).logits, expected)
+    own.transformer.ln_f = torch.nn.Identity()
+    assert own(tokens).logits.shape == expected.shape
+    assert len(own.generate(tokens, max_new_tokens=3, do_sample=False)[0]) == 15
+
+
 @pytest.fixture
 def calls_of_block(monkeypatch):
     """What is called of `block`, in order; its products are then this package's or MKL's, whatever the processor."""

@@ -46,6 +46,7 @@ from gpt2_fast.hf_patch.calls import (
     wants_loss,
 )  # fmt: skip
 from gpt2_fast.hf_patch.outputs import CausalLMOutput
+from gpt2_fast.modules import bias_of
 from gpt2_fast.ops.add_layernorm import add_layernorm
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.block import block as block_op
@@ -95,7 +96,7 @@ def foreign(module: nn.Module, *kinds: type) -> str | None:
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
     if foreign(ln, nn.LayerNorm):
         return ln(h)
-    return add_layernorm(h, None, ln.weight, ln.bias, eps=ln.eps)[0]
+    return add_layernorm(h, None, ln.weight, bias_of(ln), eps=ln.eps)[0]
 
 
 def _project(module: nn.Module, x: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ def _attention_rate(attn: nn.Module) -> float:
 
 def _drop_add(m: Tensor, h: Tensor, p: float, key: Tensor | None, ln: nn.LayerNorm) -> Tensor:
     """h + dropout(m). The normalised rows that the fused pass leaves besides are not used."""
-    if p == 0.0:
-        return h + m
-    return add_layernorm(m, h, ln.weight.detach(), ln.bias.detach(), dropout=Dropout(p, key, RESIDUAL + 1))[1]
+    if p == 0.0 or ln.weight is None:
+        return h + Dropout(p, key, RESIDUAL + 1).rows(m)
+    return add_layernorm(m, h, ln.weight.detach(), bias_of(ln).detach(), dropout=Dropout(p, key, RESIDUAL + 1))[1]
 
 
 def mlp_fused(block: nn.Module) -> str | None:
@@ -200,11 +201,11 @@ class BlockForward:
         if mlp_fused(self) is None:
             c_proj = (None, None) if foreign(mlp.c_proj, Conv1D) else (mlp.c_proj.weight, mlp.c_proj.bias)
             m, h = fused_mlp(
-                a, h, ln.weight, ln.bias, mlp.c_fc.weight, mlp.c_fc.bias, *c_proj, eps=ln.eps, dropout=dropout
+                a, h, ln.weight, bias_of(ln), mlp.c_fc.weight, mlp.c_fc.bias, *c_proj, eps=ln.eps, dropout=dropout
             )
             m = mlp.c_proj(m) if c_proj[0] is None else m
         else:
-            y, h = add_layernorm(a, h, ln.weight, ln.bias, eps=ln.eps, dropout=dropout)
+            y, h = add_layernorm(a, h, ln.weight, bias_of(ln), eps=ln.eps, dropout=dropout)
             if foreign(mlp, modeling_gpt2.GPT2MLP):
                 return h + mlp(y)
             f = _project(mlp.c_fc, y)

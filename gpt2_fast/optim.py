@@ -6,6 +6,9 @@ float32 master, in its state as "master": `cast` keeps the weight that was there
 read back to the host: step counts live on the parameters' device, as do the hyperparameters, copied there when they
 change, so a step can be captured in a CUDA graph. State dicts go both ways between the two classes.
 
+Weights may be written between steps in any way, through `.data` too: `load_state_dict`, clamping, a pruning mask. Each
+element that is not its master's rounding then, bit for bit, is what the next step begins from.
+
 DTensor parameters (`fully_shard`) are updated shard by shard, with the norm of the gradients of all ranks: see
 parallel/dtensor.py.
 
@@ -161,6 +164,7 @@ class AdamW(torch.optim.Optimizer):
         wide = [self._master(p) for p in params]
         model.to(dtype)
         for p, master in zip(params, wide, strict=True):
+            p.copy_(master)  # what was rounded before is rounded twice by `to`, which is no rounding of its master
             self.state[p]["master"] = master
             self._init_state(p)
         return model
@@ -168,7 +172,11 @@ class AdamW(torch.optim.Optimizer):
     def _master(self, p: Tensor) -> Tensor:
         """The weight of `p` before it was rounded; what is left of an earlier cast says nothing of a float32 one."""
         held = self.state.get(p, {}).get("master") if p.dtype in LOW_PRECISION else None
-        return p.detach().float() if held is None else held
+        if held is None:
+            return p.detach().float()
+        param, master = _dtensor().local(p, held) if is_dtensor(p) else (p, held)
+        room.take_written(master, param)
+        return held
 
     def _init_state(self, p: Tensor) -> dict[str, Tensor]:
         wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
@@ -389,7 +397,8 @@ class AdamW(torch.optim.Optimizer):
         """Takes the state of this class or of torch.optim.AdamW.
 
         A low-precision parameter's averages stay float32; a master that is not in the state is made from the
-        parameter as it is now, so load the model first.
+        parameter as it is now, so load the model first. At the next step a weight that is not its master's rounding
+        wins over the master, whichever was loaded first.
         """
         for group in state_dict["param_groups"]:
             check_group({**self.defaults, **group})

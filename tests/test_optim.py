@@ -91,6 +91,85 @@ def test_low_precision_follows_a_float32_master(dtype):
     assert ours.state[p]["exp_avg"].dtype == torch.float32
 
 
+def _load(model, saved):
+    model.load_state_dict(saved)
+
+
+def _zero(model, saved):
+    with torch.no_grad():
+        model[0].weight[1::2].zero_()
+
+
+def _clamp(model, saved):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.05, 0.05)
+
+
+def _assign_data(model, saved):
+    for p, old in zip(model.parameters(), saved.values(), strict=True):
+        p.data = old.clone()
+
+
+def _copy_into_data(model, saved):
+    for p, old in zip(model.parameters(), saved.values(), strict=True):
+        p.data.copy_(old)
+
+
+WRITES = [_load, _zero, _clamp, _assign_data, _copy_into_data]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_that_were_written_between_steps_are_begun_from(write, dtype, impl):
+    """Element by element; what was not written goes on from its master, and averages go on."""
+    model = _model(dtype)
+    saved = copy.deepcopy(model.state_dict())
+    optimizer = AdamW(model.parameters(), **OPTIONS, impl=impl)
+    _run(model, optimizer, 3)
+    old = [p.detach().clone() for p in model.parameters()]
+    masters = [optimizer.state[p].get("master", p).detach().clone() for p in model.parameters()]
+    averages = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+    write(model, saved)
+    written = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert_same_bits(_run(model, optimizer, 1), written)
+    for p, before, now, master, average in zip(model.parameters(), old, written, masters, averages, strict=True):
+        expected = torch.where(before == now, master, now.float())
+        assert torch.equal(optimizer.state[p].get("master", p), expected)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], average + 0.1 * (p.grad.float() - average))
+
+
+def test_a_model_that_is_loaded_after_the_optimizer_wins():
+    model, other = _model(torch.bfloat16), _model(torch.bfloat16)
+    optimizer, resumed = (AdamW(m.parameters(), **OPTIONS) for m in (model, other))
+    _run(model, optimizer, 3)
+    first = copy.deepcopy(model.state_dict())
+    _run(model, optimizer, 3, start=3)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(first)
+    resumed.param_groups[0]["lr"] = 0.0
+    assert_same_bits(_run(other, resumed, 1), first.values())
+
+
+def test_cast_from_one_low_precision_to_another():
+    """The masters stay and are rounded once; a weight that was written is its own master."""
+    model = _model()
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    expected = [p.detach().clone() for p in model.parameters()]
+    optimizer.cast(model, torch.bfloat16)
+    with torch.no_grad():
+        model[0].bias[0] = expected[1][0] = 0.3
+    expected[1][0] = model[0].bias[0].float()
+    optimizer.cast(model, torch.float16)
+    for _ in range(2):
+        assert_same_bits([optimizer.state[p]["master"] for p in model.parameters()], expected)
+        assert_same_bits([p.detach() for p in model.parameters()], [t.half() for t in expected])
+        optimizer.param_groups[0]["lr"] = 0.0
+        _run(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_keeps_the_float32_weights(dtype):
     """As masters, of the optimizer's parameters alone; a frozen one and a buffer are rounded and nothing else."""

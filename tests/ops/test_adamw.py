@@ -119,6 +119,7 @@ def _check_written(dtype, impl):
             assert torch.equal(mine[4][0].nan_to_num(1e9), expected.nan_to_num(1e9))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # Triton's interpreter, where float16 has inf
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_a_weight_that_is_not_its_masters_rounding_is_begun_from(impl, dtype):

@@ -4,6 +4,8 @@
 //   exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * g^2
 //   param       = param * (1 - lr * weight_decay)
 //               - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+// param is float32, or the rounded copy of a float32 master, which is what is updated; where it is another number than
+// that, somebody wrote it, and the master begins from it.
 // Work is cut into chunks of all tensors laid end to end, so threads share it evenly and sums have one order.
 #include "isa.h"
 #include "kernels.h"
@@ -82,6 +84,14 @@ static Factors factors_of(const Hyper& h, double step, double coefficient) {
           (float)h.eps};
 }
 
+// The master of each element: as it is where param is its rounding, bit for bit; else param, which was written since. A
+// NaN needs no care: the master becomes one, whichever of the two it was.
+template <class T>
+GPT2_INLINE vf master_of(const T* param, vf master, int64_t left) {
+  vf written = load_n(param, left);
+  return select(as<vi>(written) == as<vi>(rounded<T>(master)), master, written);
+}
+
 template <class T, bool MASTER>
 static void update(const TensorRow& row, int64_t start, int64_t n, const Factors& f) {
   T* param = (T*)row.param + start;
@@ -90,7 +100,7 @@ static void update(const TensorRow& row, int64_t start, int64_t n, const Factors
   float* master = MASTER ? (float*)row.master + start : nullptr;
   for (int64_t i = 0; i < n; i += W) {
     int64_t left = n - i;
-    vf p = MASTER ? load_n(master + i, left) : load_n(param + i, left);
+    vf p = MASTER ? master_of(param + i, load_n(master + i, left), left) : load_n(param + i, left);
     vf g = load_n(grad + i, left) * f.gradient;
     vf average = load_n(m + i, left), square = load_n(v + i, left);
     average += (g - average) * f.average;

@@ -3,7 +3,8 @@
 // table [tensors, 10] int64, one row a parameter tensor, none empty:
 //   param, grad, exp_avg, exp_avg_sq, master (0: none), step: addresses; numel; group; dtype of param and grad;
 //   first_chunk: how many chunks of ADAMW_CHUNK elements the rows before it fill.
-// exp_avg, exp_avg_sq and master are float32, step is one float32; a bfloat16 or float16 param needs a master.
+// exp_avg, exp_avg_sq and master are float32, step is one float32; a bfloat16 or float16 param needs a master. A step
+//   begins from the master where param is its rounding, bit for bit, and from param where it is not.
 // hyper [groups, 6] float64: lr, beta1, beta2, eps, weight_decay, maximize (0 or 1).
 // norm: one float32, the 2-norm of all gradients; partial [chunks] float64 is scratch.
 // max_norm < 0: no clipping, and norm may be 0.

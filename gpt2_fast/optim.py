@@ -6,6 +6,9 @@ float32 master, in its state as "master": `cast` keeps the weight that was there
 read back to the host: step counts live on the parameters' device, as do the hyperparameters, copied there when they
 change, so a step can be captured in a CUDA graph. State dicts go both ways between the two classes.
 
+Weights may be written between steps in any way, through `.data` too: `load_state_dict`, clamping, a pruning mask. Each
+element that is not its master's rounding then, bit for bit, is what the next step begins from.
+
 DTensor parameters (`fully_shard`) are updated shard by shard, with the norm of the gradients of all ranks: see
 parallel/dtensor.py.
 
@@ -28,8 +31,8 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops import adamw as room
+from gpt2_fast.ops import adamw_contract as contract
 from gpt2_fast.ops.adamw import adamw
-from gpt2_fast.ops.adamw_contract import check_flags, check_group, unsupported
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
@@ -42,7 +45,7 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them, all on one device; a group may set lr, betas, eps, weight_decay and
-            maximize of its own.
+            maximize of its own, and these may be changed later.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr is a number.
         clip_grad_norm: the 2-norm of all gradients together beyond which they are scaled down to it, as
             torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled.
@@ -59,7 +62,8 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: hyperparameters out of range, parameters on several devices, sparse gradients, amsgrad,
-            differentiable, foreach and fused together.
+            differentiable, foreach and fused together, clip_grad_norm or impl in a group.
+        TypeError: hyperparameters that are no numbers.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
 
@@ -82,9 +86,8 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ):
-        check_flags({"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused})
-        if clip_grad_norm is not None and not clip_grad_norm > 0.0:
-            raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
+        contract.check_flags({"amsgrad": amsgrad, "differentiable": differentiable, "foreach": foreach, "fused": fused})
+        contract.check_clip(clip_grad_norm)
         self.clip_grad_norm, self.impl = clip_grad_norm, impl
         self.last_grad_norm: Tensor | None = None
         self.last_found_inf: Tensor | None = None
@@ -107,24 +110,20 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; add groups before shard()")
+        if isinstance(param_group, dict):  # else torch says so
+            contract.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        if len(devices) > 1:
-            names = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"AdamW: parameters are on {names}; make one optimizer for each device")
+        contract.check_one_device(self.param_groups)
 
     def upload_hyperparameters(self) -> None:
         """Brings the param_groups' numbers to the device if they changed, without waiting for it.
 
         `step` does it too, except while a CUDA graph is captured: call this before each replay.
         """
-        rows = [
-            [float(g["lr"]), *map(float, g["betas"]), float(g["eps"]), float(g["weight_decay"]), float(g["maximize"])]
-            for g in self.param_groups
-        ]
+        rows = contract.hyper_rows(self.param_groups)
         if rows == self._uploaded:
             return
+        contract.check_groups(self.param_groups)
         device = self.param_groups[0]["params"][0].device
         host = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
         if self._hyper is None or self._hyper.shape != host.shape or self._hyper.device != device:
@@ -161,6 +160,7 @@ class AdamW(torch.optim.Optimizer):
         wide = [self._master(p) for p in params]
         model.to(dtype)
         for p, master in zip(params, wide, strict=True):
+            p.copy_(master)  # what was rounded before is rounded twice by `to`, which is no rounding of its master
             self.state[p]["master"] = master
             self._init_state(p)
         return model
@@ -168,7 +168,11 @@ class AdamW(torch.optim.Optimizer):
     def _master(self, p: Tensor) -> Tensor:
         """The weight of `p` before it was rounded; what is left of an earlier cast says nothing of a float32 one."""
         held = self.state.get(p, {}).get("master") if p.dtype in LOW_PRECISION else None
-        return p.detach().float() if held is None else held
+        if held is None:
+            return p.detach().float()
+        param, master = _dtensor().local(p, held) if is_dtensor(p) else (p, held)
+        room.take_written(master, param)
+        return held
 
     def _init_state(self, p: Tensor) -> dict[str, Tensor]:
         wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
@@ -185,7 +189,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _implementation(self, p: Tensor) -> str:
         """Which implementation updates `p`: the chosen one, or the reference where that cannot."""
-        reason = unsupported(p)
+        reason = contract.unsupported(p)
         if reason is None:
             return dispatch.choose(room.OP, self.impl, p.device, p.dtype)
         if self.impl not in ("auto", "reference"):
@@ -312,7 +316,12 @@ class AdamW(torch.optim.Optimizer):
                 its own.
 
         After `shard`, it takes the gradients that were accumulated, of all processes; ValueError unless they are whole.
+
+        Raises:
+            ValueError, TypeError: what the constructor refuses, set on a group since. No weight has changed then.
         """
+        for param_group in self.param_groups:
+            contract.check_options(param_group)
         if self._shards is not None:
             if closure is not None:
                 raise ValueError("AdamW: a closure takes no part in a shared step; call accumulate() and step()")
@@ -389,10 +398,12 @@ class AdamW(torch.optim.Optimizer):
         """Takes the state of this class or of torch.optim.AdamW.
 
         A low-precision parameter's averages stay float32; a master that is not in the state is made from the
-        parameter as it is now, so load the model first.
+        parameter as it is now, so load the model first. At the next step a weight that is not its master's rounding
+        wins over the master, whichever was loaded first.
+
+        Raises ValueError for another optimizer's state, hyperparameters out of range and shapes that do not fit.
         """
-        for group in state_dict["param_groups"]:
-            check_group({**self.defaults, **group})
+        contract.check_state(state_dict, self.defaults)
         whole = self._shards is None
         super().load_state_dict(state_dict if whole else {**state_dict, "state": {}})
         for group in self.param_groups:

@@ -11,7 +11,8 @@ The tensors are reached through a table of addresses, cut into chunks, one progr
     table [tensors, 10] int64: param, grad, exp_avg, exp_avg_sq, master (0: none), step: addresses; numel;
         group; dtype of param and grad (0 float32, 1 bfloat16, 2 float16); first_chunk, the chunks of the rows
         before. exp_avg, exp_avg_sq and master are float32, step is one float32, already counting this step. A
-        float32 param is its own master; the others need one.
+        float32 param is its own master; the others need one. A step begins from the master where param is its
+        rounding, bit for bit, and from param where it is not.
     chunk_rows [chunks] int32: the row of the table that a chunk belongs to, see `chunk_rows`.
     hyper [groups, 6] float64: lr, beta1, beta2, eps, weight_decay, maximize (0 or 1).
 
@@ -107,13 +108,20 @@ def _update_block(
     sign, decay, average, keep, add, step_size, root_scale, eps,
     MASTER: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one tensor. MASTER: the weights are at master_ptr, param is their rounded copy."""
+    """One block of one tensor. MASTER: the weights are at master_ptr, param is their rounded copy.
+
+    What of param is no such copy was written since, and its master begins from it. NaN: either way that is a NaN.
+    """
     mask = at < left if MASKED else None
     weight_ptr = master_ptr if MASTER else param_ptr
     g = tl.load(grad_ptr + at, mask=mask).to(tl.float32) * sign
     m = tl.load(exp_avg_ptr + at, mask=mask)
     v = tl.load(exp_avg_sq_ptr + at, mask=mask)
     p = tl.load(weight_ptr + at, mask=mask)
+    if MASTER:
+        written = tl.load(param_ptr + at, mask=mask)
+        copy = cast(p, param_ptr.dtype.element_ty)
+        p = tl.where(written.to(tl.int16, bitcast=True) == copy.to(tl.int16, bitcast=True), p, written.to(tl.float32))
     m += average * (g - m)
     v = keep * v + add * g * g
     p = p * decay - step_size * (m / (tl.sqrt(v) * root_scale + eps))

@@ -91,6 +91,85 @@ def test_low_precision_follows_a_float32_master(dtype):
     assert ours.state[p]["exp_avg"].dtype == torch.float32
 
 
+def _load(model, saved):
+    model.load_state_dict(saved)
+
+
+def _zero(model, saved):
+    with torch.no_grad():
+        model[0].weight[1::2].zero_()
+
+
+def _clamp(model, saved):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.05, 0.05)
+
+
+def _assign_data(model, saved):
+    for p, old in zip(model.parameters(), saved.values(), strict=True):
+        p.data = old.clone()
+
+
+def _copy_into_data(model, saved):
+    for p, old in zip(model.parameters(), saved.values(), strict=True):
+        p.data.copy_(old)
+
+
+WRITES = [_load, _zero, _clamp, _assign_data, _copy_into_data]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_that_were_written_between_steps_are_begun_from(write, dtype, impl):
+    """Element by element; what was not written goes on from its master, and averages go on."""
+    model = _model(dtype)
+    saved = copy.deepcopy(model.state_dict())
+    optimizer = AdamW(model.parameters(), **OPTIONS, impl=impl)
+    _run(model, optimizer, 3)
+    old = [p.detach().clone() for p in model.parameters()]
+    masters = [optimizer.state[p].get("master", p).detach().clone() for p in model.parameters()]
+    averages = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+    write(model, saved)
+    written = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert_same_bits(_run(model, optimizer, 1), written)
+    for p, before, now, master, average in zip(model.parameters(), old, written, masters, averages, strict=True):
+        expected = torch.where(before == now, master, now.float())
+        assert torch.equal(optimizer.state[p].get("master", p), expected)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], average + 0.1 * (p.grad.float() - average))
+
+
+def test_a_model_that_is_loaded_after_the_optimizer_wins():
+    model, other = _model(torch.bfloat16), _model(torch.bfloat16)
+    optimizer, resumed = (AdamW(m.parameters(), **OPTIONS) for m in (model, other))
+    _run(model, optimizer, 3)
+    first = copy.deepcopy(model.state_dict())
+    _run(model, optimizer, 3, start=3)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(first)
+    resumed.param_groups[0]["lr"] = 0.0
+    assert_same_bits(_run(other, resumed, 1), first.values())
+
+
+def test_cast_from_one_low_precision_to_another():
+    """The masters stay and are rounded once; a weight that was written is its own master."""
+    model = _model()
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    expected = [p.detach().clone() for p in model.parameters()]
+    optimizer.cast(model, torch.bfloat16)
+    with torch.no_grad():
+        model[0].bias[0] = expected[1][0] = 0.3
+    expected[1][0] = model[0].bias[0].float()
+    optimizer.cast(model, torch.float16)
+    for _ in range(2):
+        assert_same_bits([optimizer.state[p]["master"] for p in model.parameters()], expected)
+        assert_same_bits([p.detach() for p in model.parameters()], [t.half() for t in expected])
+        optimizer.param_groups[0]["lr"] = 0.0
+        _run(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_keeps_the_float32_weights(dtype):
     """As masters, of the optimizer's parameters alone; a frozen one and a buffer are rounded and nothing else."""
@@ -298,6 +377,68 @@ def test_changed_hyperparameters_are_uploaded():
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("clip_grad_norm", 1.0, ValueError, "a param group has its own clip_grad_norm"),
+        ("impl", "cpp", ValueError, "a param group has its own impl"),
+        ("amsgrad", True, ValueError, "amsgrad is not implemented"),
+        ("differentiable", True, ValueError, "differentiable is not implemented"),
+        ("betas", (1.5, 0.9), ValueError, r"betas are \(1.5, 0.9\)"),
+        ("betas", (0.9,), TypeError, r"betas are \(0.9,\); pass two numbers"),
+        ("betas", 0.9, TypeError, "betas are 0.9; pass two numbers"),
+        ("betas", (0.9, "0.99"), TypeError, "one of betas is '0.99', a str; pass a number"),
+        ("lr", float("nan"), ValueError, "lr is nan"),
+        ("lr", -1.0, ValueError, "lr is -1.0"),
+        ("lr", "1e-4", TypeError, "lr is '1e-4', a str; pass a number"),
+        ("lr", "fast", TypeError, "lr is 'fast', a str; pass a number"),
+        ("lr", None, TypeError, "lr is None, a NoneType; pass a number"),
+        ("eps", float("nan"), ValueError, "eps is nan"),
+        ("weight_decay", [0.1], TypeError, r"weight_decay is \[0.1\], a list"),
+    ],
+)
+def test_what_a_group_may_not_have(name, value, error, message):
+    """At once, where it is given; at the next step, where it is set later. No weight changes, no step is counted."""
+    p = torch.nn.Parameter(torch.zeros(3, device=DEVICE))
+    with pytest.raises(error, match=message):
+        AdamW([{"params": [p], name: value}])
+    for steps in (0, 1):
+        optimizer = AdamW([p])
+        p.grad = torch.ones_like(p)
+        for _ in range(steps):
+            optimizer.step()
+        optimizer.param_groups[0][name] = value
+        before = p.detach().clone()
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert torch.equal(p.detach(), before)
+        assert optimizer.state[p].get("step", 0) == steps
+    optimizer = AdamW([p])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros_like(p))], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_what_is_not_an_adamws_state_is_named():
+    p = torch.nn.Parameter(torch.zeros(3, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    fix = "pass what state_dict.. of this class or of torch.optim.AdamW gave"
+    optimizer = AdamW([p])
+    before = optimizer.state_dict()
+    for other, message in [
+        (torch.optim.SGD([p], momentum=0.9), "group 0 of the state has no betas, so it is another optimizer's"),
+        (torch.optim.SGD([p]), "group 0 of the state has no betas"),
+        (torch.optim.Adamax([p]), "state of parameter 0 has step, exp_avg, exp_inf and no exp_avg_sq"),
+    ]:
+        other.step()
+        with pytest.raises(ValueError, match=f"{message}.*; {fix}"):
+            optimizer.load_state_dict(other.state_dict())
+    for state in ({}, {"weight": p.detach()}, None):
+        with pytest.raises(ValueError, match=f"load_state_dict was given no optimizer's state; {fix}"):
+            optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
 def test_torchs_flags_are_accepted():
     """Those without effect give the same step; those that are not implemented are named."""
     results = []
@@ -382,8 +523,10 @@ def test_bad_input_is_named():
         ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm is 0.0"),
+        ({"lr": "1e-3"}, "lr is '1e-3', a str; pass a number"),
+        ({"clip_grad_norm": "1"}, "clip_grad_norm is '1', a str; pass a number"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             AdamW([p], **options)
     with pytest.raises(ValueError, match="parameters are on cpu, meta|parameters are on cuda:0, meta"):
         AdamW([p, torch.nn.Parameter(torch.zeros(3, device="meta"))])

@@ -367,6 +367,47 @@ def test_a_group_of_one_is_the_step_that_adds_up_by_itself(dtype):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_shard_begins_from_weights_that_were_written(world, dtype, monkeypatch):
+    """Each process from its part of the parameters, which are whole: as a step that nobody shares."""
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(n, generator=generator) for n in (70, 3000, 6000)]
+    written = [torch.randn(t.shape, generator=generator).add(8.0).to(dtype) for t in wide]
+    gradient = [torch.randn(t.shape, generator=generator) for t in wide]
+    monkeypatch.setattr(Group, "same", lambda *_: None)
+
+    def begun():
+        model = torch.nn.ParameterList(t.clone() for t in wide)
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        return model if dtype == torch.float32 else optimizer.cast(model, dtype), optimizer
+
+    def write(model):
+        for p, t in zip(model, written, strict=True):
+            p.data[::2] = t[::2]
+
+    alone = []
+    for t, w in zip(wide, written, strict=True):
+        alone.append(torch.nn.Parameter(t.clone()))
+        alone[-1].data[::2] = w[::2].float()
+        alone[-1].grad = gradient[len(alone) - 1]
+    AdamW(alone, lr=1e-2).step()
+    for rank in range(world):
+        model, optimizer = begun()
+        optimizer.shard(Group(rank, world), world)
+        shards = optimizer._shards
+        write(model)
+        flat = torch.zeros(shards.layout.length)
+        for offset, g in zip(shards.layout.offsets, gradient, strict=True):
+            flat[offset : offset + len(g)] = g
+        shards._gradient = flat.view(world, -1)[rank]
+        optimizer.update()
+        for index, start, stop, _ in shards._pieces:
+            expected = alone[index].detach()[start:stop]
+            assert_same_bits([optimizer.state[model[index]].get("master", expected)], [expected])
+            assert_same_bits([model[index].detach()[start:stop]], [expected.to(dtype)])
+
+
 def test_the_whole_state_is_not_that_of_the_next_step():
     """A checkpoint is written beside the steps, which go on counting."""
 

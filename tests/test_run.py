@@ -251,6 +251,22 @@ def test_another_dtype_goes_on_from_the_float32_weights(corpus, tmp_path, capsys
     run.train()
 
 
+@pytest.mark.parametrize("after", ["bfloat16", "float32"])
+def test_a_weight_that_was_written_before_it_was_saved_is_gone_on_from(corpus, tmp_path, after, tiny):  # noqa: F811
+    """The others from their float32 masters."""
+    out = tmp_path / "run"
+    run = start_run(tiny_options(tiny, corpus, out, steps=2, dtype="bfloat16"))
+    run.train()
+    bias = run.model.transformer.ln_f.bias
+    expected = run.optimizer.state[bias]["master"].clone()
+    bias.data[3] = expected[3] = 0.5
+    run.save()
+    run = resume_run(str(out), {"dtype": after, "steps": 3})
+    bias = run.model.transformer.ln_f.bias
+    assert torch.equal(run.optimizer.state[bias].get("master", bias), expected)
+    assert torch.equal(bias, expected.to(bias.dtype))
+
+
 def test_what_is_given_on_resume_takes_effect(corpus, tmp_path, capsys, tiny):  # noqa: F811
     out = tmp_path / "run"
     start_run(tiny_options(tiny, corpus, out, steps=2)).train()

@@ -14,6 +14,10 @@ kernels reach the tensors through a table of addresses, so gradients that autogr
 each number is read and written once, and once more read where a norm is wanted. A bfloat16 or float16 parameter has
 float32 state and a float32 master, which is what is updated; the parameter is its rounded copy, made in the same
 pass. torch updates such a parameter in its own precision, where small steps are lost.
+
+An element of the parameter that is not its master's rounding, bit for bit, was written by somebody since: a step begins
+from it (`take_written`). The kernels compare as they go, which reads the parameter once more; a version counter would
+miss what is written through `.data`.
 """
 
 from __future__ import annotations
@@ -68,6 +72,16 @@ def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.contiguous(), dtype=wide) for g in grads]))
 
 
+def take_written(master: Tensor, param: Tensor) -> None:
+    """master becomes param where param is not its rounding, bit for bit; param: bfloat16 or float16.
+
+    So 0 written over a master that rounds to 0 is not seen, nor inf over one that overflows float16. A NaN needs no
+    care: whichever of the two it was, the master becomes one.
+    """
+    same = param.view(torch.int16) == master.to(param.dtype).view(torch.int16)
+    master.copy_(torch.where(same, master, param.to(master.dtype)))
+
+
 def adamw_reference(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -97,6 +111,8 @@ def adamw_reference(
     for p, grad, m, v, step, group in zip(params, grads, exp_avgs, exp_avg_sqs, steps, groups, strict=True):
         lr, beta1, beta2, eps, weight_decay, maximize = hyper[group].unbind()
         weight = next(masters) if p.dtype in LOW_PRECISION else p
+        if weight is not p:
+            take_written(weight, p)
         g = grad.to(m.dtype) * torch.where(maximize != 0, -1.0, 1.0)
         g = g if coefficient is None else g * coefficient
         m.add_((g - m) * (1.0 - beta1))
@@ -273,7 +289,8 @@ def adamw(
     Args:
         params, grads: tensors of one device, a grad in its param's dtype. Kernels want params contiguous.
         exp_avgs, exp_avg_sqs: the running averages, float32 (the reference: or float64), contiguous.
-        masters: the float32 weights of the bfloat16 and float16 params alone, in their order.
+        masters: the float32 weights of the bfloat16 and float16 params alone, in their order. An element whose param is
+            not its rounding, bit for bit, is taken from the param first.
         steps: float32 scalars on the device, already counting this step.
         groups: for each param, its row of `hyper`.
         hyper: float64 [groups, 6] on the device, columns `adamw_contract.HYPERPARAMETERS`.
@@ -340,7 +357,7 @@ def cost(numel: int, itemsize: int, clip: bool = True) -> dict[str, dict[str, in
     """Bytes and FLOPs of one step over `numel` elements in parameters of `itemsize` bytes.
 
     Read and written: both averages and the float32 weights. Read: the gradient, once more for its norm, which must
-    be known before the first update. Written: the rounded copy of a low-precision parameter.
+    be known before the first update. Read and written: the rounded copy of a low-precision parameter.
     """
-    per_element = 24 + itemsize * (1 + clip) + (itemsize if itemsize < 4 else 0)
+    per_element = 24 + itemsize * (1 + clip) + (2 * itemsize if itemsize < 4 else 0)
     return {"forward": {"bytes": numel * per_element, "flops": (15 + 2 * clip) * numel}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,17 +141,84 @@ def refuse_what_kernels_cannot(impl, params, masters, exp_avgs, exp_avg_sqs) -> 
             raise ValueError(f"{OP}: impl={impl!r} cannot update param {i}: {reason}; use impl='reference'")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless an option of AdamW is a number. YAML reads 1e-3 as a string."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"AdamW: {name} is {value!r}, a {type(value).__name__}; pass a number")
+
+
 def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError for hyperparameters of a param_group that AdamW does not take."""
-    beta1, beta2 = group["betas"]
+    """Raises ValueError or TypeError for hyperparameters of a param_group that AdamW does not take."""
     if isinstance(group["lr"], Tensor):
         raise ValueError("AdamW: lr is a tensor; pass a number, which a captured step follows too")
-    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
-        if not value >= 0.0:
-            raise ValueError(f"AdamW: {name} is {value}; it must be at least 0")
+    for name in ("lr", "eps", "weight_decay"):
+        check_number(name, group[name])
+        if not group[name] >= 0.0:
+            raise ValueError(f"AdamW: {name} is {group[name]}; it must be at least 0")
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise TypeError(f"AdamW: betas are {group['betas']!r}; pass two numbers") from None
+    for beta in (beta1, beta2):
+        check_number("one of betas", beta)
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"AdamW: betas are {(beta1, beta2)}; each must be at least 0 and below 1")
+    check_options(group)
+
+
+def check_groups(groups: Sequence[dict[str, Any]]) -> None:
+    for group in groups:
+        check_group(group)
+
+
+def hyper_rows(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """The rows of `hyper`. Raises TypeError for what is no number; what is out of range is for `check_groups`."""
+    try:
+        return [[*map(float, (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"]))] for g in groups]
+    except (TypeError, ValueError):
+        check_groups(groups)  # says which one
+        raise
+
+
+def check_one_device(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError for parameters on several."""
+    devices = {p.device for group in groups for p in group["params"]}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"AdamW: parameters are on {names}; make one optimizer for each device")
+
+
+def check_clip(clip_grad_norm: float | None) -> None:
+    """Raises TypeError or ValueError unless AdamW takes it."""
+    if clip_grad_norm is not None:
+        check_number("clip_grad_norm", clip_grad_norm)
+        if not clip_grad_norm > 0.0:
+            raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raises ValueError for what a param_group has and a step would not follow."""
     check_flags(group)
+    for name in ("clip_grad_norm", "impl"):
+        if name in group:
+            raise ValueError(
+                f"AdamW: a param group has its own {name}; it is of all parameters: pass AdamW(..., {name}=...)"
+            )
+
+
+def check_state(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises ValueError, one line, unless what `AdamW.load_state_dict` is given is an AdamW's state that it takes."""
+    fix = "pass what state_dict() of this class or of torch.optim.AdamW gave"
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"AdamW: load_state_dict was given no optimizer's state; {fix}")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if "betas" not in group:
+            raise ValueError(f"AdamW: group {i} of the state has no betas, so it is another optimizer's; {fix}")
+        check_group({**defaults, **group})
+    for i, state in state_dict["state"].items():
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+        if state and missing:
+            raise ValueError(f"AdamW: the state of parameter {i} has {', '.join(state)} and no {missing[0]}; {fix}")
 
 
 def check_flags(flags: dict[str, Any]) -> None:

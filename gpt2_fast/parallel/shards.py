@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf
+from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf, take_written
 from gpt2_fast.ops.adamw_contract import unsupported
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
@@ -129,6 +129,10 @@ class Shards:
         norm = None if max_norm is None else self.norm
         # Gradients are float32, so a low-precision weight's master is updated as a float32 weight is, and then rounded.
         wide, lists = self._held["master"] if self._low else self._own, Lists.empty()
+        if self._low:
+            piece = 1 << (18 if wide.device.type == "cpu" else 22)  # elements: what is made of them stays small
+            for master, own in zip(wide.split(piece), self._own.split(piece), strict=True):
+                take_written(master, own)
         for index, start, stop, at in self._pieces:
             part = slice(at, at + stop - start)
             m, v = (self._held[key][part] for key in ("exp_avg", "exp_avg_sq"))

@@ -15,7 +15,9 @@ from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.vocabulary import vocabulary_of
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.ops.adamw import take_written
 from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
 from gpt2_fast.optim import AdamW
 from gpt2_fast.parallel import tree
@@ -85,8 +87,9 @@ def build_optimizer(model: GPT2LMHeadModel, config: TrainConfig, group: Group | 
 def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimizer_state: dict) -> None:
     """Brings a saved state into a model and its optimizer, in whichever dtype it was saved.
 
-    A low-precision weight is its float32 master, rounded: the master is what training goes on from. What the state
-    says of learning rates, betas and decay gives way to the optimizer's own. Raises ValueError for another model.
+    A low-precision weight is its float32 master, rounded: the master is what training goes on from, but for what was
+    written into the weight after its last step. What the state says of learning rates, betas and decay gives way to
+    the optimizer's own. Raises ValueError for another model.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     numbers = [i for group in optimizer_state["param_groups"] for i in group["params"]]
@@ -97,10 +100,13 @@ def restore(model: GPT2LMHeadModel, optimizer: AdamW, model_state: dict, optimiz
     for i, p in zip(numbers, params, strict=True):
         states[i] = dict(optimizer_state["state"].get(i, {}))
         name = names[id(p)]
-        wide = states[i].pop("master", weights.get(name))
+        saved, master = weights.get(name), states[i].pop("master", None)
+        wide = saved if master is None else master
         if wide is None or wide.shape != p.shape:
             found = "missing" if wide is None else f"{tuple(wide.shape)}"
             raise ValueError(f"its {name} is {found}; that of its config is {tuple(p.shape)}")
+        if master is not None and saved is not None and saved.dtype in LOW_PRECISION and saved.shape == p.shape:
+            take_written(wide := master.clone(), saved)
         weights[name] = wide
         if not states[i]:  # of a run that was stopped before its first step
             del states[i]

@@ -134,6 +134,27 @@ def fsdp_bfloat16():
     return found
 
 
+@case("own")
+def fsdp_written():
+    """Weights that are written after a step are what the next begins from."""
+    model = sharded(build())
+    optimizer = optimizer_of(model)
+    optimizer.cast(model, torch.bfloat16)
+    found = run(model, expected=alone(dtype=torch.bfloat16), optimizer=optimizer)
+    params = [p for p in model.parameters() if p.grad is not None]
+    for p in params:
+        p.to_local().data.mul_(0.5).view(-1)[::2].zero_()
+    before = [p.to_local().clone() for p in params]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p.to_local(), old)
+        assert torch.equal(optimizer.state[p]["master"].to_local(), old.float())
+    assert params
+    return found
+
+
 class Rounded(nn.Module):
     """A model that computes with its float32 weights rounded to bfloat16, as FSDP2's param_dtype has it."""
 

@@ -79,6 +79,75 @@ def test_dtypes_together(impl):
     assert torch.equal(base[98:], after)
 
 
+def _written(dtype, shape=(3, 2731)):
+    """Lists of one parameter, a chunk and one element, of which some are written; and the master that is right then."""
+    generator = torch.Generator().manual_seed(0)
+    g, m, master, written = (torch.randn(shape, generator=generator) for _ in range(4))
+    v = torch.rand(shape, generator=generator)
+    written += 8.0  # nowhere what was there
+    master.view(-1)[:6] = torch.tensor([1e6, -1e6, 1e-9, -1e-9, 1.5e-40, torch.nan])  # inf and 0 are some's roundings
+    param, expected = master.to(dtype), master.clone()
+    for t in (param, expected):  # each third, and an end that is shorter than a vector
+        t.view(-1)[7::3] = written.to(dtype).to(t.dtype).view(-1)[7::3]
+        t.view(-1)[-4:] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    param.view(-1)[3] = expected.view(-1)[3] = 0.0  # where the rounding is -0 in float16
+    lists = ([param], [g.to(dtype)], [m], [v], [master], [torch.tensor(2.0)], [0])
+    on_device = [[t.to(DEVICE) for t in tensors] for tensors in lists[:6]]
+    return [*on_device, [0]], expected.to(DEVICE)
+
+
+def _hyper(lr):
+    return torch.tensor([[lr, 0.9, 0.99, 1e-8, 0.1, 0.0]], dtype=torch.float64, device=DEVICE)
+
+
+def _check_written(dtype, impl):
+    lists, expected = _written(dtype)
+    if (impl, DEVICE) == ("triton", "cpu"):  # Triton's interpreter makes 0 of a bfloat16 that is subnormal
+        for t in (lists[0][0], lists[4][0], expected):
+            t.view(-1)[4] = 0.0
+    given = _clones(lists)
+    given[4][0].copy_(expected)
+    given[0][0].copy_(expected)
+    for lr in (0.0, 0.1):  # without a rate, the step shows what it begins from
+        mine, right = _clones(lists), _clones(given)
+        adamw(*mine, _hyper(lr), max_norm=1.0, impl=impl)
+        adamw(*right, _hyper(lr), max_norm=1.0, impl=impl)
+        for at in (0, 2, 3, 4):  # of a NaN, that it is one
+            assert_same_bits([t.nan_to_num(1e9) for t in mine[at]], [t.nan_to_num(1e9) for t in right[at]], impl)
+            assert torch.equal(mine[at][0].isnan(), right[at][0].isnan())
+        if lr == 0.0:
+            assert torch.equal(mine[4][0].nan_to_num(1e9), expected.nan_to_num(1e9))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # Triton's interpreter, where float16 has inf
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_weight_that_is_not_its_masters_rounding_is_begun_from(impl, dtype):
+    _check_written(dtype, impl)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_a_written_weight_in_every_instruction_set(isa, dtype):
+    _check_written(dtype, "cpp")
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_step_that_is_left_out_leaves_a_written_weight_and_its_master(impl):
+    lists, _ = _written(torch.float16)
+    mine = _clones(lists)
+    adamw(*mine, _hyper(0.1), found_inf=torch.ones((), device=DEVICE), impl=impl)
+    for at in (0, 2, 3, 4):
+        assert_same_bits(mine[at], lists[at])
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_a_written_weight_with_strides(dtype):
+    lists, expected = _written(dtype)
+    lists[0][0] = lists[0][0].t().contiguous().t()
+    adamw(*lists, _hyper(0.0), impl="reference")
+    assert torch.equal(lists[4][0].nan_to_num(1e9), expected.nan_to_num(1e9))
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("max_norm", [1.0, 1e6, float("inf")])
 def test_clipping_is_torchs(impl, max_norm):

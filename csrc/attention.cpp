@@ -7,6 +7,8 @@
 // Scores exist one BLOCK x BLOCK tile at a time, float32 and transposed ([key][query], see attention_tile.h). Where the
 // processor multiplies pairs of bfloat16, probabilities and dS of bfloat16 inputs are rounded to pairs for the products
 // that take them (G = 2 throughout; see gemm_micro.h).
+// Scores of any finite size are right: those in the thousands and beyond take a longer way, shift_scores and in backward
+// softmax_again, as float32 holds their lse too coarsely.
 // Forward: a task is up to four blocks of queries of one head, which share each packed tile of K and V.
 #include "attention_backward.h"
 #include "attention_tile.h"
@@ -17,51 +19,6 @@ namespace GPT2_ISA {
 namespace {
 
 constexpr int64_t QUERY_BLOCKS = 4;  // of a forward task, at most
-
-// Scores to probabilities in place, with the running maximum `high` and sum `total` of each query.
-// With G = 2 row n of s becomes the pairs of keys 2 n and 2 n + 1.
-// shrink[query] is the factor that what was summed before must be multiplied by; returns whether any is not 1.
-template <Visibility VISIBILITY, bool DROP, int G>
-__attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high, float* total, float* shrink) {
-  bool shrunk = false;
-  for (int64_t c = 0; c < t.columns(); c += W) {
-    const int64_t rows = tile_rows(t.diagonal(), c, t.keys);
-    Queries q{};
-    if (VISIBILITY != FULL) q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
-    vf top = splat(-INFINITY);
-    for (int64_t r = 0; r < rows; ++r) {
-      vf x = load(s + r * BLOCK + c);
-      if (VISIBILITY != FULL) {
-        x = visible<VISIBILITY>(q, t.segments, t.j0 + r) ? x : splat(-INFINITY);
-        store(s + r * BLOCK + c, x);
-      }
-      top = max2(top, x);
-    }
-    const vf before = load(high + c);
-    const vf now = max2(top * t.log2_scale, before);
-    const vf factor = vexp2(before - now);
-    vf sum{}, even{};
-    for (int64_t r = 0; r < rows; r += KEEP_KEYS) {
-      vi keep[KEEP_KEYS];
-      if (DROP) keep_keys(*t.dropout, (uint32_t)t.z, t.i0 + c, t.j0 + r, keep);
-      for (int64_t k = 0; k < smaller(KEEP_KEYS, rows - r); ++k) {
-        float* x = s + (r + k) * BLOCK + c;
-        vf p = vexp2(load(x) * t.log2_scale - now);
-        sum += p;
-        if (DROP) p = keep[k] ? p : vf{};
-        leave<G>(s + c, r + k, even, p);
-      }
-    }
-    if (G == 2 && rows % 2) store(s + rows / 2 * BLOCK + c, pair_of(even, vf{}));
-    clear_missing_pairs(s + c, rows);
-    store(high + c, now);
-    store(total + c, load(total + c) * factor + sum);
-    store(shrink + c, factor);
-    vi other = factor != 1.0f;
-    for (int l = 0; l < W; ++l) shrunk |= other[l] != 0;
-  }
-  return shrunk;
-}
 
 // O^T += V^T P^T for one tile. v is [steps][D], or where tile registers multiply its transpose.
 template <int G>
@@ -83,13 +40,13 @@ struct QueryBlock {
   float high[BLOCK], total[BLOCK];
 };
 
-void finish_queries(const Shape& shape, const QueryBlock& block, int64_t queries, float keep_scale, float* rows,
+void finish_queries(const Tile& t, const Shape& shape, const QueryBlock& block, int64_t queries, float* rows,
                     Elements out, float* lse) {
   alignas(64) float factor[BLOCK];
   for (int64_t i = 0; i < BLOCK; ++i) {
-    const float total = block.total[i];
-    factor[i] = total == 0.0f ? 0.0f : keep_scale / total;
-    if (i < queries) lse[i] = total == 0.0f ? -INFINITY : block.high[i] * LN2 + logf(total);
+    const float total = block.total[i], high = block.high[i] * t.log2_scale;
+    factor[i] = total == 0.0f ? 0.0f : t.dropout->scale / total;
+    if (i < queries) lse[i] = total == 0.0f ? -INFINITY : high * LN2 + logf(total);
   }
   for (int64_t d = 0; d < shape.D; ++d)
     for (int64_t c = 0; c < round_up(queries, W); c += W) {
@@ -165,7 +122,7 @@ struct Forward {
     }
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i0 = (first + n) * BLOCK, queries = smaller(BLOCK, T - i0);
-      finish_queries(shape, blocks[n], queries, t.dropout->scale, k, out + ((b * T + i0) * shape.H + h) * D,
+      finish_queries(t, shape, blocks[n], queries, k, out + ((b * T + i0) * shape.H + h) * D,
                      lse + z * T + i0);
     }
   }

@@ -145,6 +145,23 @@ struct Backward {
     }
   }
 
+  // high and log2_total of a block of queries, as forward found them: the largest score, and log2 of the sum over all
+  // keys of 2^((score - high) * log2_scale). lse is their sum, rounded to a multiple of 2^-11 and more where it is far.
+  void softmax_again(const Gradients& x, int64_t z, Tile t, float* high, float* log2_total) const {
+    const Elements k_rows = qkv + (packed(z, 0) + shape.H * shape.D);
+    float *keys = x.dq, total[BLOCK], shrink[BLOCK];
+    for (int64_t i = 0; i < BLOCK; ++i) high[i] = NOTHING, total[i] = 0.0f;
+    for (t.j0 = 0; t.j0 <= t.i0; t.j0 += BLOCK) {
+      t.keys = smaller(BLOCK, shape.T - t.j0);
+      const Visibility visibility = tile_visibility(t.segments, t.i0, t.queries, t.j0, t.keys);
+      if (visibility == HIDDEN) continue;
+      pack_columns<G>(keys, k_rows + t.j0 * shape.row(), shape.row(), t.keys, shape);
+      scores<G>(t, shape, keys, x.q_columns, x.s);
+      GPT2_VISIBILITY(visibility, V, (softmax_tile<V, false, G>(t, x.s, high, total, shrink)));
+    }
+    for (int64_t i = 0; i < BLOCK; ++i) log2_total[i] = log2f(total[i]);
+  }
+
   // Where dQ of a block goes after one group: to its own partial sums, else onto the running total, and
   // from there, in the block's last group, to dqkv.
   void leave_queries(const Gradients& x, int64_t z, int64_t group, int64_t i0, int64_t queries) const {
@@ -164,7 +181,8 @@ struct Backward {
     const Gradients x(ld, partial || groups() == 1 ? 0 : T * ld);
     const int64_t begin = group * GROUP, rows = smaller(GROUP, T - begin);
     const Elements k_rows = qkv + (packed(z, begin) + side);
-    alignas(64) float shift[BLOCK], mean[BLOCK];
+    alignas(64) float shift[BLOCK], mean[BLOCK], high[BLOCK], log2_total[BLOCK];
+    alignas(64) const float zeros[BLOCK] = {};
     Tile t = tile;
     t.z = z;
     t.segments = segments ? segments + z / shape.H * T : nullptr;
@@ -178,8 +196,12 @@ struct Backward {
       pack_block(x.q_steps, x.q_columns, qkv + packed(z, t.i0), row, t, x);
       pack_block(x.g_steps, x.g_columns, dout + token(z, t.i0) * D, side, t, x);
       row_products(x, out + token(z, t.i0) * D, t, mean);
-      memset(x.dq, 0, BLOCK * ld * sizeof(float));
       for (int64_t i = 0; i < BLOCK; ++i) shift[i] = i < t.queries ? lse[z * T + t.i0 + i] * LOG2E : 0.0f;
+      vi some{};
+      for (int64_t c = 0; c < BLOCK; c += W) some |= is_far(load(shift + c));
+      const bool far = any(some);
+      if (far) softmax_again(x, z, t, high, log2_total);
+      memset(x.dq, 0, BLOCK * ld * sizeof(float));
       for (int64_t at = 0; at < rows && begin + at <= t.i0; at += BLOCK) {
         t.j0 = begin + at;
         t.keys = smaller(BLOCK, T - t.j0);
@@ -187,9 +209,17 @@ struct Backward {
         if (visibility == HIDDEN) continue;
         scores<G>(t, shape, k_columns + at * ld, x.q_columns, x.s);
         scores<G>(t, shape, x.v_columns + at * ld, x.g_columns, x.ds);
+        Tile u = t;
+        if (far) {  // the tile's scores become the exponents
+          for (int64_t c = 0; c < t.columns(); c += W)
+            shift_scores(x.s + c, tile_rows(t.diagonal(), c, t.keys), is_far(load(shift + c)), load(high + c),
+                         load(log2_total + c), load(shift + c), t.log2_scale);
+          u.log2_scale = 1.0f;
+        }
+        const float* less = far ? zeros : shift;
         GPT2_VISIBILITY(visibility, V,
-                        t.dropout->on ? gradient_tile<V, true, G>(t, x.s, x.ds, x.pairs, shift, mean)
-                                      : gradient_tile<V, false, G>(t, x.s, x.ds, x.pairs, shift, mean));
+                        t.dropout->on ? gradient_tile<V, true, G>(u, x.s, x.ds, x.pairs, less, mean)
+                                      : gradient_tile<V, false, G>(u, x.s, x.ds, x.pairs, less, mean));
         add_gradients<G>(t, shape, x, at);
       }
       leave_queries(x, z, group, t.i0, t.queries);

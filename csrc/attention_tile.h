@@ -1,9 +1,10 @@
-// What the attention kernels share: the exponential and the visibility of one tile of scores.
+// What the attention kernels share: the exponential, the visibility and the softmax of one tile of scores.
 //
 // Score tiles are kept transposed, [key][query]: the lanes of a vector are neighbouring queries. Then the softmax
 // needs no sum across lanes, and Q alone is packed transposed.
 #pragma once
 
+#include <float.h>
 #include <stdlib.h>
 
 #include "gemm_micro.h"
@@ -16,7 +17,9 @@ constexpr int64_t BLOCK = 64;  // queries of a block and keys of a tile
 constexpr int64_t CHUNK = HAS_TILES ? 32 : 16;  // a diagonal tile is worked on in steps of CHUNK keys
 constexpr int64_t BY_KEYS = BLOCK / 2;  // units of a row of pairs of keys: the left side of a product in tile registers
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
-constexpr float NOTHING = -1e30f;  // the running maximum before any key was seen
+constexpr float NOTHING = -FLT_MAX;  // the running maximum before any key was seen
+// Where the maximum is beyond it, in units of log 2, it is subtracted before scores are scaled: see shift_scores.
+constexpr float FAR = 4096.0f;
 
 // One maximum instruction; where b is NaN the result is NaN.
 GPT2_INLINE vf max2(vf a, vf b) {
@@ -219,6 +222,84 @@ GPT2_INLINE void leave(float* column, int64_t r, vf& even, vf x) {
 GPT2_INLINE void clear_missing_pairs(float* column, int64_t keys) {
   if (HAS_TILES)
     for (int64_t r = ceil_div(keys, 2); r % 16; ++r) store(column + r * BLOCK, vf{});
+}
+
+// ---- softmax ----
+
+// A maximum of scores in units of log 2. NOTHING stays finite.
+GPT2_INLINE vf in_log2(vf high, float log2_scale) { return max2(high * log2_scale, splat(NOTHING)); }
+
+// -inf, the lse of a query that sees nothing, is not far.
+GPT2_INLINE vi is_far(vf x) { return (x > FAR) | ((x < -FAR) & (x != -INFINITY)); }
+
+GPT2_INLINE bool any(vi mask) {
+  int32_t found = 0;
+  for (int l = 0; l < W; ++l) found |= mask[l];
+  return found != 0;
+}
+
+// Exponents in place of the scores of one column of vectors: (x - high) * log2_scale - log2_total in lanes that are far, in
+// the others x * log2_scale - shift, as everywhere else. That one is wrong by half a unit in the last place of shift,
+// which is nothing for a small score, 2^8 for one of 4e9: the probability of the maximum itself would overflow or vanish.
+GPT2_OUT_OF_LINE void shift_scores(float* column, int64_t rows, vi far, vf high, vf log2_total, vf shift, float log2_scale) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const vf x = load(column + r * BLOCK);
+    const vf near = multiply_add(x, splat(log2_scale), -shift);
+    store(column + r * BLOCK, select(far, (x - high) * log2_scale - log2_total, near));
+  }
+}
+
+// Scores to probabilities in place, with the running maximum `high` of the scores, not scaled, and sum `total` of each query.
+// With G = 2 row n of s becomes the pairs of keys 2 n and 2 n + 1.
+// shrink[query] is the factor that what was summed before must be multiplied by; returns whether any is not 1.
+template <Visibility VISIBILITY, bool DROP, int G>
+__attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high, float* total, float* shrink) {
+  bool shrunk = false;
+  for (int64_t c = 0; c < t.columns(); c += W) {
+    const int64_t rows = tile_rows(t.diagonal(), c, t.keys);
+    Queries q{};
+    if (VISIBILITY != FULL) q = load_queries(VISIBILITY == MASKED ? t.segments : nullptr, t.i0 + c, t.T);
+    vf top = splat(-INFINITY);
+    for (int64_t r = 0; r < rows; ++r) {
+      vf x = load(s + r * BLOCK + c);
+      if (VISIBILITY != FULL) {
+        x = visible<VISIBILITY>(q, t.segments, t.j0 + r) ? x : splat(-INFINITY);
+        store(s + r * BLOCK + c, x);
+      }
+      top = max2(top, x);
+    }
+    const vf before = load(high + c);
+    const vf now = max2(top, before);
+    const vf shift = in_log2(now, t.log2_scale);
+    vf factor = vexp2(in_log2(before, t.log2_scale) - shift), less = shift;
+    float scale = t.log2_scale;
+    const vi far = is_far(shift) & (now != NOTHING);
+    if (any(far)) {
+      shift_scores(s + c, rows, far, now, vf{}, shift, scale);
+      factor = select(far, vexp2((before - now) * scale), factor);
+      scale = 1.0f, less = vf{};
+    }
+    vf sum{}, even{};
+    for (int64_t r = 0; r < rows; r += KEEP_KEYS) {
+      vi keep[KEEP_KEYS];
+      if (DROP) keep_keys(*t.dropout, (uint32_t)t.z, t.i0 + c, t.j0 + r, keep);
+      for (int64_t k = 0; k < smaller(KEEP_KEYS, rows - r); ++k) {
+        float* x = s + (r + k) * BLOCK + c;
+        vf p = vexp2(load(x) * scale - less);
+        sum += p;
+        if (DROP) p = keep[k] ? p : vf{};
+        leave<G>(s + c, r + k, even, p);
+      }
+    }
+    if (G == 2 && rows % 2) store(s + rows / 2 * BLOCK + c, pair_of(even, vf{}));
+    clear_missing_pairs(s + c, rows);
+    store(high + c, now);
+    store(total + c, load(total + c) * factor + sum);
+    store(shrink + c, factor);
+    vi other = factor != 1.0f;
+    for (int l = 0; l < W; ++l) shrunk |= other[l] != 0;
+  }
+  return shrunk;
 }
 
 // ---- scratch ----

@@ -129,6 +129,26 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often it was changed in place; None of an inference tensor, which counts nothing, and in torch.compile."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None  # no tensor: what somebody's tree_map left in its place
+    return tensor._version
+
+
+def has_changed(tensor: Tensor, version: int | None) -> bool:
+    """Whether it was changed in place since `version_of` said `version`; an inference tensor's changes are not seen."""
+    return version is not None and tensor._version != version
+
+
+def hidden_changed(whose: str) -> RuntimeError:
+    """The error, one line that begins with `whose`, for hidden states that logits can no longer be computed from."""
+    return RuntimeError(
+        f"{whose}: the hidden states have changed since this output was computed, in place; read .logits before that, "
+        "or call the model again"
+    )
+
+
 class Seen:
     """The weight of a head in one forward pass, which logits that are computed later must find as it was.
 
@@ -139,7 +159,7 @@ class Seen:
     def __init__(self, head: nn.Module, sharded: bool = False):
         compiling = torch.compiler.is_compiling()
         self.head, self.weight = head, head.weight
-        self.version = None if compiling or self.weight.is_inference() else self.weight._version
+        self.version = version_of(self.weight)
         self.grad = None if compiling else (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         # A sharded weight lies elsewhere in every pass, and is found by its count.
         self.place = None if compiling or sharded else self._place()
@@ -173,7 +193,7 @@ class Seen:
                 "reshard_after_forward=False, or under torch.no_grad(), or call the model without labels"
             )
         moved = self.place is not None and not torch.compiler.is_compiling() and self._place() not in (None, self.place)
-        if moved or (self.version is not None and self.weight._version != self.version):
+        if moved or has_changed(self.weight, self.version):
             raise RuntimeError(
                 f"{whose}: the head has changed since this output was computed, by an optimizer step perhaps; read "
                 ".logits before the step, or call the model again"

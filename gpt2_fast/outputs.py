@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gpt2_fast.modules import Seen, is_plain_head
+from gpt2_fast.modules import Seen, has_changed, hidden_changed, is_plain_head, version_of
 from gpt2_fast.ops.bound import Operations
 
 
@@ -20,9 +21,18 @@ class Head:
         self.module, self.ops, self.called, self.sharded = lm_head, ops, not is_plain_head(lm_head), sharded
         self.seen = None if self.called else Seen(lm_head, sharded)
         self.weight = None if self.called else lm_head.weight
+        self.refused = False
+
+    def refusing(self) -> Head:
+        """This head for hidden states that are no longer those of the forward pass: asked for logits, it raises."""
+        head = copy.copy(self)
+        head.refused = True
+        return head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of hidden [..., C]. Raises RuntimeError where the head has changed since the forward pass."""
+        """[..., V] of hidden [..., C]. Raises RuntimeError where either has changed since the forward pass."""
+        if self.refused:
+            raise hidden_changed("logits")
         if self.called:
             return self.module(hidden)
         self.seen.check("logits")
@@ -51,7 +61,9 @@ class CausalLMOutput:
     """`.loss` (float32 scalar, or None without labels) and `.logits` [B, T, V], computed when first asked for.
 
     Unpacks and indexes as transformers' output does: (loss, logits) with labels, (logits,) without. torch's walkers
-    (DistributedDataParallel, FSDP2, torch.export) find the tensors in it.
+    (DistributedDataParallel, FSDP2, torch.export) find the tensors in it. Copies and pickles hold the logits and
+    no head. `.logits` raises RuntimeError where the head or last_hidden_state has changed in place; of an inference
+    tensor, which counts no changes, it is not seen.
     """
 
     loss: Tensor | None
@@ -59,11 +71,22 @@ class CausalLMOutput:
     head: Head
     computed_logits: Tensor | None = None
 
+    def __post_init__(self):
+        self._version = version_of(self.last_hidden_state)
+
     @property
     def logits(self) -> Tensor:
         if self.computed_logits is None:
-            self.computed_logits = self.head.logits(self.last_hidden_state)
+            self.computed_logits = self._current_head().logits(self.last_hidden_state)
         return self.computed_logits
+
+    def _current_head(self) -> Head:
+        """The head, or one that refuses where the hidden states have changed: a rebuilt output counts from there."""
+        changed = self.computed_logits is None and has_changed(self.last_hidden_state, self._version)
+        return self.head.refusing() if changed else self.head
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"computed_logits": self.logits, "head": None}
 
     def __iter__(self):
         return iter((self.logits,) if self.loss is None else (self.loss, self.logits))
@@ -76,7 +99,7 @@ class CausalLMOutput:
 
 pytree.register_pytree_node(
     CausalLMOutput,
-    lambda output: ([output.loss, output.last_hidden_state, output.computed_logits], output.head),
+    lambda output: ([output.loss, output.last_hidden_state, output.computed_logits], output._current_head()),
     lambda tensors, head: CausalLMOutput(tensors[0], tensors[1], head, tensors[2]),
     serialized_type_name="gpt2_fast.CausalLMOutput",
     to_dumpable_context=lambda head: None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import socket
 import subprocess
 import sys
@@ -122,6 +124,33 @@ def test_logits_after_a_step_are_refused(model, ids):
     torch.testing.assert_close(kept.logits, before, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"read \.logits before the step"):
         _ = late.logits
+
+
+def test_logits_of_changed_hidden_states_are_refused(model, ids):
+    """Also of an output that a walker rebuilt after the change. Logits that were read before it stay."""
+    with torch.no_grad():
+        kept, late = model(ids, labels=ids), model(ids, labels=ids)
+        before = kept.logits.clone()
+        for output in (kept, late):
+            output.last_hidden_state.mul_(2)
+    torch.testing.assert_close(kept.logits, before, rtol=0, atol=0)
+    for output in (late, pytree.tree_map(lambda leaf: leaf, late)):
+        with pytest.raises(RuntimeError, match="^logits: the hidden states have changed since"):
+            _ = output.logits
+    named = pytree.tree_map_only(torch.Tensor, lambda leaf: tuple(leaf.shape), late)
+    assert named.last_hidden_state == tuple(late.last_hidden_state.shape)
+
+
+@pytest.mark.parametrize("copied", [lambda o: pickle.loads(pickle.dumps(o)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copied_output_has_its_logits(model, ids, copied):
+    with torch.no_grad():
+        output = model(ids, labels=ids)
+    other = copied(output)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(other.logits, output.logits, rtol=0, atol=0)
+    assert other.loss == output.loss
+    assert other.head is None
 
 
 def test_a_second_derivative_raises(model, ids):

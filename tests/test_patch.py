@@ -168,6 +168,11 @@ def test_logits_are_computed_when_asked_for():
         patched.lm_head.weight.mul_(2)
     with pytest.raises(RuntimeError, match="patched model: the head has changed since this output was computed"):
         output.logits  # noqa: B018
+    with torch.no_grad():
+        output = patched(tokens, labels=tokens, output_hidden_states=True)
+        output.hidden_states[-1].mul_(2)
+    with pytest.raises(RuntimeError, match="patched model: the hidden states have changed since"):
+        output.logits  # noqa: B018
 
 
 @pytest.mark.parametrize("masked", ["no mask", "left"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from gpt2_fast.modules import Seen
+from gpt2_fast.modules import Seen, has_changed, hidden_changed, version_of
 
 
 class _Later:
@@ -17,12 +17,15 @@ class _Later:
 
     def __init__(self, head: nn.Module, hidden: Tensor, sharded: bool):
         self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded)
+        self.version = version_of(hidden)
         device = hidden.device.type  # it may be asked for after autocast's block
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),
                          "enabled": torch.is_autocast_enabled(device)}  # fmt: skip
 
     def compute(self) -> Tensor:
         self.seen.check("the logits of a patched model")
+        if has_changed(self.hidden, self.version):
+            raise hidden_changed("the logits of a patched model")
         with self.seen.mode(), torch.autocast(**self.autocast):
             if self.head.weight is self.seen.weight or hasattr(self.head.weight, "device_mesh"):
                 return self.head(self.hidden)

@@ -23,6 +23,8 @@ from gpt2_fast.ops.runtime.philox import Dropout
 IMPLS = ["cpp", "triton"] if DEVICE == "cpu" else ["triton"]
 INTERPRETED = DEVICE == "cpu"  # Triton takes most of a second a tile there
 
+DROPPED = {"dropout": Dropout(0.1, torch.tensor([5]))}
+
 
 def _check(qkv, options, impl):
     def run(x):
@@ -147,6 +149,49 @@ def test_large_scores_stay_finite(isa, dtype):
     assert_as_exact(out, attention_reference(qkv), exact, "output", dtype)
 
 
+def _error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("size", [3e2, 1e5, 1e18])
+def test_huge_scores(isa, size, dtype, most):
+    """Softmax is one-hot, or even between keys that are alike, in forward and backward; a score is size^2 or so."""
+    documents = {"segments": segments_from(torch.ones(2, 270), (torch.arange(270) // 90).expand(2, 270))}
+    for alike, T, options in [(False, 70, {}), (True, 70, {}), (True, 270, documents), (True, 270, DROPPED)]:
+        qkv = torch.randn(2, T, 3, 2, 16)
+        if alike:
+            qkv[:, :, 1] = qkv[:, :1, 1]
+        elif size < 1e5:
+            continue  # a few of the largest two scores are near each other
+        qkv = (qkv * torch.tensor([size, size, 1.0]).view(3, 1, 1)).to(dtype).requires_grad_()
+        exact = qkv.detach().double().requires_grad_()
+        grad = torch.randn(2, T, 2, 16).to(dtype)
+        for x, run in ((qkv, attention), (exact, attention_reference)):
+            out = run(x, **options, **({"impl": "cpp"} if x is qkv else {}))
+            out.backward(grad.to(out.dtype))
+            x.out = out.detach()
+        assert _error(qkv.out, exact.out) < most
+        for part in (slice(0, 2), slice(2, 3)):
+            assert _error(qkv.grad[:, :, part], exact.grad[:, :, part]) < most
+
+
+def test_huge_scores_leave_the_queries_beside_them_alone(isa):
+    """To the bit: a query has neighbours in a vector, and in a block that is worked on again."""
+    qkv, grads, outs = torch.randn(1, 140, 3, 1, 64), [], []
+    grad = torch.randn(1, 140, 1, 64)
+    grad[:, 75:] = 0
+    for size in (1.0, 1e8):
+        x = qkv.clone()
+        x[:, 75:, 0] *= size
+        x.requires_grad_()
+        out = attention(x, impl="cpp")
+        out.backward(grad)
+        outs.append(out[:, :75])
+        grads.append(x.grad[:, :75, 0])
+    assert_same_bits(*[[out, grad] for out, grad in zip(outs, grads, strict=True)])
+
+
 def test_not_a_number_is_not_hidden(isa):
     qkv = torch.randn(1, 70, 3, 2, 64)
     qkv[0, 40, 0, 1, 3] = float("nan")
@@ -231,6 +276,17 @@ def test_decode_alone_and_in_a_batch_same_bits(threads):
         q[:1], k[:1, :, 100:690], v[:1, :, 100:690], starts=starts[1:2], lengths=lengths[:1] - 100
     )  # fmt: skip
     assert_same_bits([together[:1]], [alone])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_decode_huge_scores(isa, dtype, most):
+    """All scores of the first sequence are below -1e30; the keys of the second are alike."""
+    q, k, v = (torch.randn(shape) for shape in ((2, 2, 16), (2, 2, 300, 16), (2, 2, 300, 16)))
+    q[0], k[0], k[1] = 1.0, -k[0].abs(), k[1, :, :1]
+    q, k, v = (q * 1e18).to(dtype), (k * 1e18).to(dtype), v.to(dtype)
+    bounds = {"starts": torch.tensor([0, 3], dtype=torch.int32), "lengths": torch.tensor([300, 290], dtype=torch.int32)}
+    exact = attention_decode_reference(q.double(), k.double(), v.double(), **bounds)
+    assert _error(attention_decode(q, k, v, **bounds, impl="cpp"), exact) < most
 
 
 # ---- the operators' contract ----

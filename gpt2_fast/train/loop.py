@@ -102,7 +102,7 @@ class Run:
             folders.take_over(self.out, state)
         self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
         self.step, self.saved = 0, None
-        self.best, self.best_step = math.inf, None  # as of the first process, which writes the checkpoints
+        self.best, self.best_step = math.inf, None  # of the first process, which writes checkpoints
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             self._restore(state)
@@ -370,11 +370,9 @@ class Run:
 
     def _catch_up(self, bar: Progress) -> None:
         """The validation of the step that a run goes on from, where a signal came before it or in the middle of it."""
-        every, due = self.config.eval_every, 0 < self.step < self.config.steps and self.step not in self.validated
-        if every and due and self.step % every == 0:
-            best = self._evaluate(bar)
-            if best is not None:
-                self._save_beside(bar, best)
+        every, there = self.config.eval_every, self.step in (0, self.config.steps) or self.step in self.validated
+        if every and self.step % every == 0 and not there and (best := self._evaluate(bar)) is not None:
+            self._save_beside(bar, best)
 
     def _take(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """One step; where --verify-every says so, computed twice."""
@@ -422,16 +420,9 @@ class Run:
         self._record(step=step, loss=loss, lr=lr, **extra, tokens_per_second=round(rate, 1))
 
     def _best(self, loss: float) -> float | None:
-        """`loss` where it is below that of the best checkpoint, else None.
-
-        The first process alone knows which that is: a save that failed, or is at work, may have been the best.
-        """
-
-        def decide() -> bool:
-            self.saver.settle()
-            return loss < self.best
-
-        return loss if self.group.decide(decide) else None
+        """`loss` where it is below that of the best checkpoint, else None. A save that is at work may fail."""
+        self.saver.settle()
+        return loss if self.group.decide(lambda: loss < self.best) else None
 
     def _evaluate(self, bar: Progress) -> float | None:
         """The validation loss of this step where it is the best so far, else None."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -85,6 +87,24 @@ def test_padding_without_a_mask_is_found(models):
     ids[(mask == 1) & (ids == PAD)] = PAD + 1
     expected, got = both(models, ids, max_new_tokens=10)
     assert got.tolist() == expected.tolist() == models[1].generate(ids, mask, max_new_tokens=10).tolist()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["mask", "pad_token_id"])
+def test_padding_is_not_penalised(models, given):
+    """Padding is what the row would say first; transformers before 5 penalised it."""
+    options = {"max_new_tokens": 8, "repetition_penalty": 50.0, "eos_token_id": None}
+    row = tokens(1, 4) % 3 + 100
+    said = models[1].generate(row, **options)[0, 4:].tolist()
+    assert said[0] not in row
+    ids = torch.cat((tokens(1, 9), torch.nn.functional.pad(row, (5, 0), value=said[0])))
+    ids[0] = torch.arange(40, 49)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options |= {"attention_mask": mask} if given else {"pad_token_id": said[0]}
+    expected, got = both(models, ids, **options)
+    assert got[1, 9:].tolist() == said
+    if "padding_lengths" in inspect.getsource(transformers.GenerationMixin._get_logits_processor):
+        assert got.tolist() == expected.tolist()
 
 
 def test_stop_strings_are_transformers(tmp_path):

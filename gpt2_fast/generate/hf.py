@@ -105,7 +105,7 @@ def generate_batch(
         max_new_tokens, max_length: of new tokens, or of prompt and new tokens; 20 new ones unless given.
         do_sample: False takes the most likely token, and temperature, top_k and top_p are not looked at.
         temperature, top_k, top_p, repetition_penalty: see `Sampling`; top_k 0 or None keeps all. The penalty counts
-            the whole of input_ids, padding too, as in transformers.
+            the prompt and what is said, padding not, as in transformers 5.
         eos_token_id: ends a row; by default the config's, None is none.
         pad_token_id: follows the end of a row; by default the config's, else the first end.
         num_return_sequences: samples of each prompt; they lie next to each other.
@@ -117,6 +117,7 @@ def generate_batch(
 
     Raises:
         ValueError: what does not fit, in one line; what only transformers does, naming it.
+        FloatingPointError: logits that are NaN or infinite.
         TypeError: an argument that nobody has.
     """
     _refuse_unsupported(others)
@@ -132,10 +133,13 @@ def generate_batch(
     check_lengths(config, input_ids.shape[1], max_new_tokens, context)
     stops = _stop_strings(stop_strings, tokenizer)
     input_ids, starts = (t.repeat_interleave(num_return_sequences, 0) for t in (input_ids, starts))
+    counted = torch.arange(input_ids.shape[1], device=input_ids.device) >= starts.unsqueeze(1)
     options = Sampling(repetition_penalty=repetition_penalty, temperature=0.0)
     if do_sample:
         options = Sampling(temperature, top_k or None, top_p, repetition_penalty)
-    sampler = Sampler.start(options, input_ids, config.vocab_size, max_new_tokens, seed=seed, generator=generator)
+    sampler = Sampler.start(
+        options, input_ids, config.vocab_size, max_new_tokens, counted=counted, seed=seed, generator=generator
+    )
     listens = streamer is not None or stops is not None
     new, _ = run(
         model, input_ids, starts, max_new_tokens, sampler, ends=ends, weights=weights,

@@ -89,6 +89,28 @@ def test_padding_without_a_mask_is_found(models):
     assert got.tolist() == expected.tolist() == models[1].generate(ids, mask, max_new_tokens=10).tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"do_sample": True, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["whole", "token"])
+def test_logits_that_are_no_numbers_raise(options, value, where):
+    """One line that names the row, where an id outside the vocabulary came, or token 0."""
+    _, ours = pair()
+    ours.eval()
+    with torch.no_grad():
+        if where == "token":
+            ours.transformer.wte.weight[5] = value
+        else:
+            ours.transformer.ln_f.bias.fill_(value)
+    ids = tokens(2, 6) % 3 + 50
+    for weights in (None, "int8") if DEVICE == "cpu" and where == "token" and value != value else (None,):
+        with pytest.raises(FloatingPointError, match=r"^the logits of row 0 are (NaN|infinite) and no token"):
+            ours.generate(ids, max_new_tokens=3, weights=weights, **options)
+    ids[1] = 5  # the other row is sound
+    with torch.no_grad():
+        ours.transformer.wte.weight[5], ours.transformer.ln_f.bias[:] = 0.0, 0.0
+    ours.generate(ids, max_new_tokens=3, **options)
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["mask", "pad_token_id"])
 def test_padding_is_not_penalised(models, given):
     """Padding is what the row would say first; transformers before 5 penalised it."""

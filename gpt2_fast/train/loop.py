@@ -266,7 +266,7 @@ class Run:
         """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
         try:
             text = sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, FloatingPointError) as error:
             return f"(no sample: {error})"
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either

@@ -357,10 +357,19 @@ def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
     path.write_text("one two eight")
     os.utime(path, ns=(1, 1))
     assert first_ids() == ("one two eight<|endoftext|>", 2)
+    # Of the same size and time: written anew, and another file under the name.
+    path.write_text("one two seven")
+    os.utime(path, ns=(1, 1))
+    assert first_ids() == ("one two seven<|endoftext|>", 3)
+    other = tmp_path / "other"
+    other.write_text("one two fifty")
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+    assert first_ids() == ("one two fifty<|endoftext|>", 4)
     # A cache file that lost its end is made again.
     for cached in (texts.cache_dir() / "tokens").iterdir():
         cached.write_bytes(cached.read_bytes()[:-2])
-    assert first_ids() == ("one two eight<|endoftext|>", 3)
+    assert first_ids() == ("one two fifty<|endoftext|>", 5)
 
 
 def test_default_corpus_is_the_standard_library(tmp_path, monkeypatch):

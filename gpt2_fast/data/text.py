@@ -77,7 +77,9 @@ def tokenised(documents: Sequence[tuple[str, Path]], progress: bool) -> Shard:
     for name, path in documents:
         stat = path.stat()
         size += stat.st_size
-        key.update(repr((name, str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode("utf-8", "replace"))
+        # Who replaces a file may keep its size and time of change, but neither inode nor ctime.
+        which = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        key.update(repr((name, str(path.resolve()), *which)).encode("utf-8", "replace"))
     cached = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.bin"
     named = documents[0][1] if len(documents) == 1 else Path(os.path.commonpath([path for _, path in documents]))
     try:

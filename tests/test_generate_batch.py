@@ -129,6 +129,23 @@ def test_padding_is_not_penalised(models, given):
         assert got.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_ids": [[1, 2]]}, "input_ids is a list; it must be an int64 tensor"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask is a list; it must be a tensor"),
+        ({"seed": 1.5, "do_sample": True}, "seed is 1.5; it must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; it must be a whole number"),
+        ({"top_k": 2.5, "do_sample": True}, "top_k is 2.5; it must be a whole number"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1'; it must be a number"),
+    ],
+)
+def test_wrong_types_are_one_line(models, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        models[1].generate(**{"input_ids": tokens(1, 3), **options})
+    assert "\n" not in str(error.value)
+
+
 def test_stop_strings_are_transformers(tmp_path):
     """On GPT-2's own vocabulary; also a string that begins in the prompt, and characters of several tokens."""
     tokenizer = get_tokenizer()

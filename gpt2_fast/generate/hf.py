@@ -40,6 +40,8 @@ def _starts_from(input_ids: Tensor, attention_mask: Tensor | None, pad: int | No
             return torch.zeros(input_ids.shape[0], dtype=torch.int32, device=input_ids.device)
         # As transformers: pad_token_id in the prompt is padding, where it is no end of text as well.
         attention_mask, name = input_ids != pad, "input_ids != pad_token_id"
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; it must be a tensor [batch, time]")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}")
     real = attention_mask.to(input_ids.device) != 0
@@ -152,6 +154,10 @@ def generate_batch(
 
 
 def _check_batch(model, input_ids: Tensor, do_sample: bool, num_return_sequences: int, temperature: float) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}; it must be an int64 tensor [batch, time]: torch.tensor(...)"
+        )
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}; it must be int64 [batch, time], neither 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -69,6 +70,8 @@ def check_lengths(config: GPT2Config, longest: int, max_new_tokens: int, context
     """Raises ValueError where max_new_tokens after prompts of `longest` tokens cannot be had."""
     if context not in (None, SLIDE):
         raise ValueError(f"context is {context!r}; it must be {SLIDE!r}, or None to refuse what does not fit")
+    if not isinstance(max_new_tokens, numbers.Integral):
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r:.60}; it must be a whole number")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if context is None and longest + max_new_tokens > config.n_positions:

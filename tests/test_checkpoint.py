@@ -310,7 +310,13 @@ def test_hub_names_ask_the_hub(folder, monkeypatch):
     (folder / "model.safetensors").unlink()
     _, state = load_pretrained("someone/gpt2", revision="v1", cache_dir="c", local_files_only=True)
     assert_equal(state, random_state())
-    names = ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    names = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+    ]
     assert asked == [("someone/gpt2", name, "v1", "c", True) for name in names]
 
 

@@ -13,6 +13,7 @@ from gpt2_fast.cli import main
 from gpt2_fast.data import Shard, TokenDataset, batches, corpus, load_data, load_tokens, read_bin, write_bin
 from gpt2_fast.data import text as texts
 from gpt2_fast.data.tokenizer import get_tokenizer
+from gpt2_fast.evaluate.tasks import encode_text
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +252,89 @@ def test_jsonl_without_text(tmp_path):
     assert not any((texts.cache_dir() / "tokens").iterdir())
 
 
+LATIN, UTF16 = "Grüße, café. ".encode("latin-1"), "Grüße, café. ".encode("utf-16")
+NOT_TEXT = [
+    ("a.txt", LATIN, "not UTF-8 text (byte 2)"),
+    ("a.txt", b"\xef\xbb\xbf" + LATIN, "not UTF-8 text (byte 5)"),
+    ("a.txt", b"x" * 120 + "é".encode() * 30 + b"\xff", "not UTF-8 text (byte 180)"),  # in another block
+    ("a.txt", b"plain, and cut in \xc3", "not UTF-8 text (byte 18)"),
+    ("a.md", UTF16, "not UTF-8 text (byte 0)"),
+    ("a.md", "plain".encode("utf-16-le"), "not text (byte 1 is NUL)"),
+    ("a.md", b"x" * 49 + "é\0".encode(), "not text (byte 51 is NUL)"),
+    ("a.txt.gz", b"\x1f\x8b\x08" + b"x" * 99, "not UTF-8 text (byte 1)"),
+    ("a.png", b"\x89PNG\r\n\x1a\n" + b"x" * 99, "not UTF-8 text (byte 0)"),
+    ("a.npy", b"\x93NUMPY\1\0" + b"x" * 99, "not UTF-8 text (byte 0)"),
+    ("a.safetensors", b"@\0\0\0\0\0\0\0{}", "not text (byte 1 is NUL)"),
+    ("a.jsonl", b'{"text": "' + LATIN + b'"}', "line 1 is not a JSON object (not UTF-8)"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), NOT_TEXT)
+def test_what_is_not_text_is_refused_by_name(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.setattr(texts, "BLOCK", 50)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    (folder / "good.txt").write_text("one two three " * 9)
+    named = name.endswith((".txt", ".md", ".jsonl"))
+    for source in [folder / name, folder] if named else [folder / name]:
+        with pytest.raises(ValueError) as error:
+            load_tokens(source, context=2)
+        assert_one_line(error.value, [folder / name, words])
+    if not named:  # of another kind: left out
+        tokens = load_tokens(folder, context=2).shards[0].tokens
+        assert get_tokenizer().decode(tokens) == "one two three " * 9 + "<|endoftext|>"
+    if not name.endswith(".jsonl"):
+        with pytest.raises(ValueError) as error:
+            encode_text(get_tokenizer(), folder / name)
+        assert_one_line(error.value, [folder / name, words])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone two\xef\xbb\xbf three")
+    wanted = get_tokenizer().encode("one two\ufeff three")
+    assert load_tokens(tmp_path / "a.txt", context=2).shards[0].tokens.tolist() == [*wanted, 50256]
+    assert encode_text(get_tokenizer(), tmp_path / "a.txt").tolist() == wanted
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match=r"b\.txt has no text"):
+        load_tokens(tmp_path / "b.txt", context=2)
+
+
+def test_suffixes_in_capitals(tmp_path):
+    write_jsonl(tmp_path / "A.JSONL", ["one two three"])
+    tokens = load_tokens(tmp_path / "A.JSONL", context=2).shards[0].tokens
+    assert get_tokenizer().decode(tokens) == "one two three<|endoftext|>"
+    np.arange(9, dtype="<u2").tofile(tmp_path / "B.BIN")
+    for source in (tmp_path / "B.BIN", tmp_path):
+        assert load_tokens(source, context=2).shards[0].tokens.tolist() == list(range(9))
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("one two three " * 99)
+    for source in ("", [""]):
+        with pytest.raises(ValueError, match="data is '', no name"):
+            load_tokens(source, context=2)
+    for more in ([], ["--dry-run"]):
+        assert main(["train", "--data", "", "--model", "nano", *more]) == 2
+        assert_one_line(capsys.readouterr().err.strip(), ["--data is ''"])
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8", ">u4", ">i8"])
+def test_wider_numbers_in_a_bin_are_refused(tmp_path, dtype):
+    ids = np.arange(4000)
+    (ids + 70000 * (dtype[0] == "<") * (ids % 7 == 0)).astype(dtype).tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError) as error:
+        load_tokens(tmp_path / "a.bin", context=2)
+    assert_one_line(error.value, [tmp_path / "a.bin", "32 or 64 bits", "uint16"])
+
+
+@pytest.mark.parametrize("ids", [np.arange(4000) % 4, np.zeros(4000), np.arange(4000) % 5, np.arange(500) % 2 * 9])
+def test_small_vocabularies_are_tokens(tmp_path, ids):
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    assert np.array_equal(load_tokens(tmp_path / "a.bin", context=2).shards[0].tokens, ids)
+
+
 def test_cut_character_does_not_make_a_file_binary(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 4095 + "é".encode())
     (tmp_path / "b.txt").write_bytes(b"x" * 4000 + b"\xff" + b"x" * 200)
@@ -273,10 +357,19 @@ def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
     path.write_text("one two eight")
     os.utime(path, ns=(1, 1))
     assert first_ids() == ("one two eight<|endoftext|>", 2)
+    # Of the same size and time: written anew, and another file under the name.
+    path.write_text("one two seven")
+    os.utime(path, ns=(1, 1))
+    assert first_ids() == ("one two seven<|endoftext|>", 3)
+    other = tmp_path / "other"
+    other.write_text("one two fifty")
+    os.utime(other, ns=(1, 1))
+    other.replace(path)
+    assert first_ids() == ("one two fifty<|endoftext|>", 4)
     # A cache file that lost its end is made again.
     for cached in (texts.cache_dir() / "tokens").iterdir():
         cached.write_bytes(cached.read_bytes()[:-2])
-    assert first_ids() == ("one two eight<|endoftext|>", 3)
+    assert first_ids() == ("one two fifty<|endoftext|>", 5)
 
 
 def test_default_corpus_is_the_standard_library(tmp_path, monkeypatch):

@@ -160,6 +160,35 @@ def test_packed_weights_follow_the_model(monkeypatch):
     assert alive == [None], "two packings of one model are in memory"
 
 
+def _swap(weight):
+    weight[[3, 5]] = weight[[5, 3]].clone()
+
+
+EDITS = {
+    "row": lambda weight: weight[5].neg_(),
+    "column": lambda weight: weight[:, 5].fill_(300.0),
+    "rows swapped": _swap,
+    "one bit": lambda weight: weight.view(torch.int16).view(-1)[5:6].bitwise_xor_(1),
+    "the last bit": lambda weight: weight.view(torch.int16).view(-1)[-1:].bitwise_xor_(1),
+    "halves swapped": lambda weight: weight.copy_(weight.roll(len(weight) // 2, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_write_through_data_is_seen(dtype):
+    """One that moves no version counter, of whatever part of whatever parameter."""
+    _, model = pair_on_cpu()
+    model = model.to(dtype).eval()
+    packed = packed_model(model, "float32")
+    for name, parameter in model.named_parameters():
+        for kind, edit in EDITS.items():
+            if parameter.ndim == 2 or "bit" in kind:
+                edit(parameter.data)
+                packed, before = packed_model(model, "float32"), packed
+                assert packed is not before, (name, kind)
+    assert packed_model(model, "float32") is packed
+
+
 def test_threads_pack_a_model_once(monkeypatch):
     """Eight that use it first at one time get one packing."""
     _, model = pair_on_cpu()

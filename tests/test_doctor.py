@@ -31,6 +31,20 @@ def test_names_what_runs_and_why(capsys):
         assert re.search(rf"^  {op} +(cpp|aten|triton|cuda)$", printed, re.MULTILINE), op
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["doctor"], ["--version"]], ids=str)
+def test_nobody_reads_what_is_printed(arguments, unbuffered):
+    """As with `| head -1`: no message, and the status that other tools have then."""
+    command, environment = (
+        [sys.executable, "-m", "gpt2_fast", *arguments],
+        os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+
+
 def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "_extension_missing", lambda: "the C++ extension is not built; run: pip install -e .")
     chosen, passed = dispatch.explain("attention", torch.device("cpu"), torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -85,6 +87,63 @@ def test_padding_without_a_mask_is_found(models):
     ids[(mask == 1) & (ids == PAD)] = PAD + 1
     expected, got = both(models, ids, max_new_tokens=10)
     assert got.tolist() == expected.tolist() == models[1].generate(ids, mask, max_new_tokens=10).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"do_sample": True, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["whole", "token"])
+def test_logits_that_are_no_numbers_raise(options, value, where):
+    """One line that names the row, where an id outside the vocabulary came, or token 0."""
+    _, ours = pair()
+    ours.eval()
+    with torch.no_grad():
+        if where == "token":
+            ours.transformer.wte.weight[5] = value
+        else:
+            ours.transformer.ln_f.bias.fill_(value)
+    ids = tokens(2, 6) % 3 + 50
+    for weights in (None, "int8") if DEVICE == "cpu" and where == "token" and value != value else (None,):
+        with pytest.raises(FloatingPointError, match=r"^the logits of row 0 are (NaN|infinite) and no token"):
+            ours.generate(ids, max_new_tokens=3, weights=weights, **options)
+    ids[1] = 5  # the other row is sound
+    with torch.no_grad():
+        ours.transformer.wte.weight[5], ours.transformer.ln_f.bias[:] = 0.0, 0.0
+    ours.generate(ids, max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["mask", "pad_token_id"])
+def test_padding_is_not_penalised(models, given):
+    """Padding is what the row would say first; transformers before 5 penalised it."""
+    options = {"max_new_tokens": 8, "repetition_penalty": 50.0, "eos_token_id": None}
+    row = tokens(1, 4) % 3 + 100
+    said = models[1].generate(row, **options)[0, 4:].tolist()
+    assert said[0] not in row
+    ids = torch.cat((tokens(1, 9), torch.nn.functional.pad(row, (5, 0), value=said[0])))
+    ids[0] = torch.arange(40, 49)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options |= {"attention_mask": mask} if given else {"pad_token_id": said[0]}
+    expected, got = both(models, ids, **options)
+    assert got[1, 9:].tolist() == said
+    if "padding_lengths" in inspect.getsource(transformers.GenerationMixin._get_logits_processor):
+        assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_ids": [[1, 2]]}, "input_ids is a list; it must be an int64 tensor"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask is a list; it must be a tensor"),
+        ({"seed": 1.5, "do_sample": True}, "seed is 1.5; it must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; it must be a whole number"),
+        ({"top_k": 2.5, "do_sample": True}, "top_k is 2.5; it must be a whole number"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1'; it must be a number"),
+    ],
+)
+def test_wrong_types_are_one_line(models, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        models[1].generate(**{"input_ids": tokens(1, 3), **options})
+    assert "\n" not in str(error.value)
 
 
 def test_stop_strings_are_transformers(tmp_path):

@@ -110,6 +110,43 @@ def test_dtype_on_the_way_in_and_out(tmp_path, dtype):
     assert next(GPT2LMHeadModel.from_pretrained(tmp_path / "ours").parameters()).dtype == torch.bfloat16
 
 
+def test_token_ids_of_generation_config(tmp_path):
+    """They end a text as in transformers, and stay through our folder, also where an older one's lie in it."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers_model(dataclasses.replace(CONFIG, eos_token_id=96))
+    ids = torch.randint(90, (1, 4))
+    free = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs.generation_config.eos_token_id = [96, int(free[0, 8])]
+    theirs.generation_config.pad_token_id, theirs.generation_config.bos_token_id = 3, 4
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT2LMHeadModel.from_pretrained(tmp_path / "theirs")
+    wanted = theirs.generate(ids, max_new_tokens=12, do_sample=False)
+    assert wanted.shape[1] < free.shape[1]
+    ours.save_pretrained(tmp_path / "ours")
+    (tmp_path / "over").mkdir()
+    (tmp_path / "over" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    ours.save_pretrained(tmp_path / "over")
+    for folder in ("theirs", "ours", "over"):
+        model = GPT2LMHeadModel.from_pretrained(tmp_path / folder)
+        assert (model.config.bos_token_id, model.config.eos_token_id[0], model.config.pad_token_id) == (4, 96, 3)
+        for again in (model, transformers.GPT2LMHeadModel.from_pretrained(tmp_path / folder).eval()):
+            assert torch.equal(again.generate(ids, max_new_tokens=12, do_sample=False), wanted), folder
+
+
+def test_settings_that_generate_does_not_read_are_named(tmp_path):
+    GPT2LMHeadModel(CONFIG).save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": 7, "temperature": 0.5, "repetition_penalty": 1.0, "top_k": null, "x": 1}')
+    with pytest.warns(UserWarning, match=r"is read for token ids alone: pass temperature=0.5 to generate$"):
+        assert GPT2LMHeadModel.from_pretrained(tmp_path).config.eos_token_id == 7
+    for content, words in (("{", "not valid JSON"), ("[1]", "holds a list"), ('{"eos_token_id": "a"}', "token id")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=words) as error:
+            GPT2LMHeadModel.from_pretrained(tmp_path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 def test_the_model_does_not_depend_on_its_file(tmp_path):
     """Weights saved over the folder they came from: in-place training must never write into a mapped file."""
     transformers_model(CONFIG).save_pretrained(tmp_path)

@@ -131,6 +131,68 @@ def test_a_full_disk_is_one_line_and_training_goes_on(corpus, tmp_path, monkeypa
     assert "Traceback" not in printed.out + printed.err
 
 
+def losses_of(monkeypatch, by_step: dict) -> None:
+    """Validation losses by step; 7.5 where none is given."""
+    from gpt2_fast.train import loop
+
+    steps = []
+    validate = loop.Run.validate
+    monkeypatch.setattr(loop.Run, "validate", lambda run: (steps.append(run.step), validate(run))[1])
+    monkeypatch.setattr(loop, "dataset_loss", lambda *a, **o: {"loss": by_step.get(steps[-1], 7.5)})
+
+
+def best_of(out: Path) -> tuple:
+    """What a finished run has as its best, and the validation losses in its log."""
+    extra = load_checkpoint(out)[0].extra
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    return os.readlink(out / "checkpoint-best"), extra["best"], extra["best_step"], logged
+
+
+@pytest.mark.parametrize("best", [3, 6])
+def test_a_resumed_run_has_the_best_of_the_undisturbed(corpus, tmp_path, monkeypatch, tiny, best):  # noqa: F811
+    """Step 4 has no validation of its own: one that saved nothing hid the best of those after it."""
+    losses_of(monkeypatch, {0: 9.0, 3: 8.0, 4: 5.0, 6: 8.5, best: 7.0})
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    more = {"steps": 10, "save_every": 4, "keep": 9, "eval_every": 3}
+    start_run(tiny_options(tiny, corpus, whole, **more)).train()
+    start_run(tiny_options(tiny, corpus, out, **more)).train()
+    run = resume_run(str(out / "checkpoint-000004"), {})
+    assert os.readlink(out / "checkpoint-best") == "checkpoint-000003"  # of the two so far
+    run.train()
+    assert best_of(out) == best_of(whole)
+    assert best_of(out)[:3] == (f"checkpoint-{best:06d}", 7.0, best)
+
+
+def test_a_signal_before_a_validation_costs_no_best(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
+    losses_of(monkeypatch, {0: 9.0, 2: 7.0, 4: 8.0})
+    out = tmp_path / "run"
+    run = start_run(tiny_options(tiny, corpus, out, steps=6, save_every=0, eval_every=2))
+    run.step = 2
+    run.save()  # as Stopped leaves it in the middle of a validation
+    run._leave()
+    resume_run(str(out), {}).train()
+    target, value, step, logged = best_of(out)
+    assert (target, value, step) == ("checkpoint-000002-2", 7.0, 2)
+    assert logged == [(2, 7.0), (4, 8.0), (6, 7.5)]
+
+
+def test_a_best_that_the_disk_refused_is_none(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
+    from gpt2_fast.train import loop
+
+    out, save = tmp_path / "run", loop.save_checkpoint
+
+    def full(*arguments, **more):
+        if more["step"] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "checkpoint-000003"))
+        return save(*arguments, **more)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    losses_of(monkeypatch, {0: 9.0, 3: 6.0, 6: 8.0, 9: 8.5, 10: 8.5})
+    start_run(tiny_options(tiny, corpus, out, steps=10, save_every=4, keep=1, eval_every=3)).train()
+    assert best_of(out)[:3] == ("checkpoint-000006", 8.0, 6)
+
+
 def test_killed_before_the_first_checkpoint(corpus, tmp_path, capsys, tiny):  # noqa: F811
     """One command, which the refusal names, starts it again with its options."""
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -160,7 +222,7 @@ def test_stopped_before_the_first_step(tiny, corpus, tmp_path):  # noqa: F811
 def test_what_a_killed_writer_left_is_mended(tiny, corpus, tmp_path):  # noqa: F811
     """Its temporary files, a link to the checkpoint before, and a link to one that is no longer there."""
     out = tmp_path / "run"
-    start_run(tiny_options(tiny, corpus, out, steps=4, save_every=2)).train()
+    start_run(tiny_options(tiny, corpus, out, steps=4, save_every=2, lr=1e-3)).train()
     (out / ".checkpoint-000004.0123abcd.tmp").mkdir()
     (out / ".loss.png.0123abcd.tmp").write_bytes(b"half")
     (out / ".mine.tmp").write_bytes(b"a user's")
@@ -169,7 +231,7 @@ def test_what_a_killed_writer_left_is_mended(tiny, corpus, tmp_path):  # noqa: F
         (out / link).symlink_to(target)
     assert main(["train", "--resume", str(out)]) == 0
     assert os.readlink(out / "checkpoint") == "checkpoint-000004"
-    assert not (out / "checkpoint-best").is_symlink()
+    assert os.readlink(out / "checkpoint-best") == "checkpoint-000004"
     assert sorted(path.name for path in out.glob(".*tmp")) == [".mine.tmp"]
 
 

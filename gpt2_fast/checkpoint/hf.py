@@ -6,9 +6,11 @@ All functions work on state dicts, names as in transformers' GPT2LMHeadModel, we
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,9 +25,22 @@ from gpt2_fast.checkpoint.torch_file import first_line, torch_load
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.files import atomic_write
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 # In the order in which they are looked for; an index lists the files that hold the tensors.
 WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# What of generation_config.json is read, and what transformers' generate would do otherwise, with the value that asks
+# for nothing besides None.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NOT_READ = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "max_length": 20, "min_length": 0,
+    "min_new_tokens": 0, "num_beams": 1, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "renormalize_logits": False, "guidance_scale": 1.0,
+} | dict.fromkeys((
+    "max_new_tokens", "max_time", "stop_strings", "penalty_alpha", "bad_words_ids", "force_words_ids", "constraints",
+    "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+))  # fmt: skip
 
 
 def save_pretrained(
@@ -37,7 +52,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained loads.
 
-    A tied head is not stored, as transformers does. dtype: of the stored weights; None keeps each tensor's.
+    A tied head is not stored, as transformers does. A generation_config.json that is there gets this config's ids,
+    and loses all else. dtype: of the stored weights; None keeps each tensor's.
     Raises ValueError for tensors that do not fit the config, OSError where the folder cannot be written.
     """
     tensors = canonical_state_dict(state_dict, config)
@@ -48,6 +64,10 @@ def save_pretrained(
         write_safetensors(path, tensors, {"format": "pt"})
     with atomic_write(Path(folder) / CONFIG) as path:
         config.to_json(path)
+    generation = Path(folder) / GENERATION
+    if generation.is_file():  # of a model that was here before: its ids would count
+        with atomic_write(generation) as path:
+            path.write_text(json.dumps({name: config.to_dict()[name] for name in TOKEN_IDS}, indent=2) + "\n")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -71,7 +91,9 @@ def load_pretrained(
 ) -> tuple[GPT2Config, dict[str, Tensor]]:
     """Config and state dict, on the CPU, of a GPT-2 in a local folder or on the Hugging Face hub.
 
-    Reads model.safetensors, its shards, or pytorch_model.bin (as weights only: no code in it is run).
+    Reads model.safetensors, its shards, or pytorch_model.bin (as weights only: no code in it is run). The ids of
+    generation_config.json, where it is there, take the place of config.json's, as in transformers; a warning names
+    what else of it would change a text, which is not read.
 
     Args:
         name_or_folder: a folder, or a repository such as "gpt2" or "openai-community/gpt2-xl".
@@ -91,7 +113,7 @@ def load_pretrained(
     else:
         raise FileNotFoundError(f"{folder} does not exist; give a checkpoint folder or a hub repository")
     config_path = fetch(CONFIG) or folder / CONFIG
-    config = GPT2Config.from_json(config_path)
+    config = _with_token_ids(GPT2Config.from_json(config_path), fetch(GENERATION))
     source, tensors = _read_weights(fetch, str(name_or_folder), lambda paths: _check_size(config, config_path, paths))
     try:
         tensors = canonical_state_dict(tensors, config)
@@ -101,6 +123,28 @@ def load_pretrained(
         cast = {id(t): t.to(dtype) for t in tensors.values()}  # a tied head stays one tensor
         tensors = {name: cast[id(t)] for name, t in tensors.items()}
     return config, tensors
+
+
+def _with_token_ids(config: GPT2Config, path: Path | None) -> GPT2Config:
+    """The config with the ids of a generation_config.json."""
+    if path is None:
+        return config
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); it may be truncated") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object; it may be damaged")
+    ids = {name: settings[name] for name in TOKEN_IDS if name in settings}
+    for name, value in ids.items():
+        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(i) is int and i >= 0 for i in several):
+            raise ValueError(f"{path}: {name} is {value!r:.60}; it must be a token id, or of ends a list of them")
+    unread = {k: v for k, v in settings.items() if k in _NOT_READ and v is not None and v != _NOT_READ[k]}
+    if unread:
+        named = ", ".join(f"{name}={value!r:.40}" for name, value in unread.items())
+        warnings.warn(f"{path} is read for token ids alone: pass {named} to generate", stacklevel=2)
+    return dataclasses.replace(config, **ids)
 
 
 def _check_size(config: GPT2Config, config_path: Path, files: Sequence[Path]) -> None:

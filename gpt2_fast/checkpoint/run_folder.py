@@ -122,8 +122,11 @@ def _load(path: Path) -> TrainingState:
     return dataclasses.replace(state, model=model)
 
 
-def mend(folder: Path) -> None:
-    """Finishes what a writer that was killed had begun: its temporary files go, and the links fit the checkpoints."""
+def mend(folder: Path, best_step: int | None = None) -> None:
+    """Finishes what a writer that was killed had begun: its temporary files go, and the links fit the checkpoints.
+
+    best_step: of the best checkpoint, as far as the newest knows; a later one may have been set aside.
+    """
     remove_temporary(folder)
     found = checkpoints(folder)
     if found and (folder / NEWEST).resolve() != found[-1].resolve():
@@ -131,6 +134,13 @@ def mend(folder: Path) -> None:
     for link in (folder / NEWEST, folder / BEST):
         if link.is_symlink() and not link.exists():  # to a checkpoint that was set aside
             link.unlink()
+    of_best = [path for path in found if best_step is not None and _step(path) == best_step]
+    if of_best and (folder / BEST).resolve() != of_best[-1].resolve():
+        _point(folder / BEST, of_best[-1])
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def set_aside(folder: Path, newest: Path) -> list[Path]:

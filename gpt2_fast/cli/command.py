@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import select
 import sys
 
 from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, recipe, train
@@ -70,18 +71,44 @@ def _meant(command: argparse.ArgumentParser, unknown: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose."""
-    # Of several processes the first says what is wrong with their options.
-    with contextlib.redirect_stderr(sys.stderr if _is_first() else io.StringIO()):
-        arguments = parse(argv)
+    """Runs one command. An error is one line on stderr and status 2; GPT2_FAST_DEBUG=1 shows where it arose.
+
+    Where what it prints is no longer read, as by `head`, it ends without a word, with the status of SIGPIPE in a shell.
+    """
     try:
-        return arguments.run(arguments)
+        # Of several processes the first says what is wrong with their options.
+        with contextlib.redirect_stderr(sys.stderr if _is_first() else io.StringIO()):
+            arguments = parse(argv)
+    except (SystemExit, BrokenPipeError):
+        if _nobody_reads():
+            return 141
+        raise
+    try:
+        status = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to do when nobody reads it
+        return status
+    except BrokenPipeError as error:
+        return 141 if _nobody_reads() else _fail(error)
     except (ValueError, IndexError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("GPT2_FAST_DEBUG"):
             raise
         return _fail(error, getattr(arguments, "offline", None))
     except KeyboardInterrupt:
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe without a reader. What is left for it then goes nowhere, or Python would complain."""
+    try:
+        waiting = select.poll()
+        waiting.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; a stdout that is none, or is no file
+        return False
+    return True
 
 
 def _is_first() -> bool:

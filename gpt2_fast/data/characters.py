@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_fast.data.plain_pickle import read_plain_pickle
+from gpt2_fast.data.shards import is_bin
 from gpt2_fast.files import atomic_write
 
 META, TOKENIZER = "meta.pkl", "tokenizer.json"
@@ -127,7 +128,8 @@ def beside_data(source: Any) -> Path | None:
     sources = [] if source is None else [source] if isinstance(source, (str, os.PathLike)) else list(source)
     for item in sources:
         path = Path(item).expanduser()
-        folder = path if path.is_dir() and any(path.glob("*.bin")) else path.parent if path.suffix == ".bin" else None
+        holds_bins = path.is_dir() and any(map(is_bin, path.iterdir()))
+        folder = path if holds_bins else path.parent if is_bin(path) else None
         if folder is not None and (folder / META).is_file():
             return folder / META
     return None

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_fast.data.batches import TokenDataset
-from gpt2_fast.data.shards import Shard, read_bin
-from gpt2_fast.data.text import by_hash, text_files, tokenised
+from gpt2_fast.data.shards import Shard, is_bin, read_bin
+from gpt2_fast.data.text import by_hash, is_jsonl, text_files, tokenised
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
@@ -39,11 +39,12 @@ def load_data(
         val_fraction: share that becomes validation where no file is named for it. A .bin or .jsonl is named for it
             when "val" is a word of its name (val.bin, fineweb_val_000000.bin); otherwise it is the end of the
             tokens. Those with the word "test" are left out. Text files of a folder are ordered by a hash of their
-            names, so that the end is a fair sample.
+            names, so that the end is a fair sample. Text is UTF-8; of a folder, files whose suffix does not name
+            text and whose first 4 KB are none are left out.
         progress: whether a terminal shows a bar while text is tokenised.
 
     Raises:
-        FileNotFoundError, ValueError: one line, for what is missing, empty, too short or not token data.
+        FileNotFoundError, ValueError: one line, for what is missing, empty, too short, not text or not token data.
         OSError: the tokenised text cannot be cached ($GPT2_FAST_CACHE chooses the folder).
     """
     if not 0.0 < val_fraction < 1.0:
@@ -81,16 +82,16 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
     documents: list[tuple[str, Path]] = []
     for path in [path for item in sources for path in _expand(item)]:
         if path.is_dir():
-            bins = sorted(path.glob("*.bin"))
+            bins = sorted(file for file in path.iterdir() if is_bin(file))
             shards += [read_bin(file) for file in bins]
             documents += [] if bins else by_hash(path, text_files(path))
-        elif path.suffix == ".bin":
+        elif is_bin(path):
             shards.append(read_bin(path))
         else:
             documents.append((path.name, path))
     groups: dict[str, list[tuple[str, Path]]] = {}
     for name, path in documents:
-        groups.setdefault(_part(path) if path.suffix == ".jsonl" else "text", []).append((name, path))
+        groups.setdefault(_part(path) if is_jsonl(path) else "text", []).append((name, path))
     for part, group in groups.items():
         shard = tokenised(group, progress)
         shards.append(shard if part == "text" else shard._replace(path=group[0][1]))
@@ -101,6 +102,8 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
 
 
 def _expand(item: str | os.PathLike[str]) -> list[Path]:
+    if not os.fspath(item):  # Path("") is the current folder, with all that lies in it
+        raise ValueError("data is '', no name; give a text file, a .bin file or a folder of either, . for this one")
     path = Path(item).expanduser()
     if path.exists():
         return [path]

@@ -25,6 +25,9 @@ FOREIGN = {
 }
 
 
+LOOKED_AT = 1 << 16  # 16-bit words of a bare .bin, for numbers of more bits
+
+
 class Shard(NamedTuple):
     """A token file's path and uint16 ids mapped from it. source: the user's file, where path is a cache's."""
 
@@ -50,6 +53,19 @@ def write_bin(path: str | os.PathLike[str], parts: Iterable[np.ndarray]) -> int:
     return count
 
 
+def is_bin(path: Path) -> bool:
+    return path.suffix.lower() == ".bin"
+
+
+def _is_wide(words: np.ndarray) -> bool:
+    """Whether 16-bit words are those of 32- or 64-bit ids: every other one is that of their upper bits.
+
+    Hundreds of ids below 4 in every other place, and others between them, are no text of any tokenizer.
+    """
+    halves = words[0::2], words[1::2]
+    return len(halves[1]) >= 256 and any(a.max() < 4 <= b.max() for a, b in (halves, halves[::-1]))
+
+
 def read_bin(path: str | os.PathLike[str]) -> Shard:
     """Map a nanoGPT or llm.c .bin file. Raises ValueError, one line, where it is not whole or not token data."""
     path = Path(path)
@@ -65,7 +81,13 @@ def read_bin(path: str | os.PathLike[str]) -> Shard:
     if magic in FOREIGN:
         raise ValueError(f"{path} is {FOREIGN[magic]}, not token data")
     if magic != MAGIC:
-        return Shard(path, np.memmap(path, dtype="<u2", mode="r"))
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        if _is_wide(tokens[:LOOKED_AT]):
+            raise ValueError(
+                f"{path} holds numbers of 32 or 64 bits and is read as 16-bit tokens; write the ids as uint16, "
+                "in numpy ids.astype('uint16').tofile(...)"
+            )
+        return Shard(path, tokens)
     if len(header) < HEADER_BYTES // 4:
         raise ValueError(f"{path} has {size:,} bytes; llm.c's header alone has {HEADER_BYTES:,}: it is truncated")
     version, count, held = int(header[1]), int(header[2]), (size - HEADER_BYTES) // 2

@@ -15,6 +15,7 @@ import torch
 
 from gpt2_fast.checkpoint import load, source_format
 from gpt2_fast.data import jsonl, load_tokens
+from gpt2_fast.data.text import read_text
 from gpt2_fast.data.tokenizer import EOT, Tokenizer, get_tokenizer, split_text
 from gpt2_fast.evaluate.losses import Measures, dataset_loss, exp, loglikelihoods, perplexity, window_sizes
 from gpt2_fast.files import atomic_write
@@ -201,13 +202,11 @@ def write_json(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
 
 
 def encode_text(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> np.ndarray:
-    """The ids of a UTF-8 file, uint16 [n]; <|endoftext|> in it is that token, as in transformers' tokenizer."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise type(error)(f"cannot read {path} ({error.strerror})") from None
+    """The ids of a UTF-8 file, uint16 [n]; <|endoftext|> in it is that token, as in transformers' tokenizer.
+
+    A byte order mark is left out, and what is not text refused, as in training data.
+    """
+    text = "".join(read_text(path))
     pieces = [tokenizer.encode_to_numpy(piece, allowed_special={EOT}) for piece in split_text(text, _TEXT_PIECE)]
     if sum(map(len, pieces)) < 2:
         raise ValueError(f"{path} has {sum(map(len, pieces))} tokens; perplexity needs at least 2")

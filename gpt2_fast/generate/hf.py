@@ -40,6 +40,8 @@ def _starts_from(input_ids: Tensor, attention_mask: Tensor | None, pad: int | No
             return torch.zeros(input_ids.shape[0], dtype=torch.int32, device=input_ids.device)
         # As transformers: pad_token_id in the prompt is padding, where it is no end of text as well.
         attention_mask, name = input_ids != pad, "input_ids != pad_token_id"
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; it must be a tensor [batch, time]")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}")
     real = attention_mask.to(input_ids.device) != 0
@@ -105,7 +107,7 @@ def generate_batch(
         max_new_tokens, max_length: of new tokens, or of prompt and new tokens; 20 new ones unless given.
         do_sample: False takes the most likely token, and temperature, top_k and top_p are not looked at.
         temperature, top_k, top_p, repetition_penalty: see `Sampling`; top_k 0 or None keeps all. The penalty counts
-            the whole of input_ids, padding too, as in transformers.
+            the prompt and what is said, padding not, as in transformers 5.
         eos_token_id: ends a row; by default the config's, None is none.
         pad_token_id: follows the end of a row; by default the config's, else the first end.
         num_return_sequences: samples of each prompt; they lie next to each other.
@@ -117,6 +119,7 @@ def generate_batch(
 
     Raises:
         ValueError: what does not fit, in one line; what only transformers does, naming it.
+        FloatingPointError: logits that are NaN or infinite.
         TypeError: an argument that nobody has.
     """
     _refuse_unsupported(others)
@@ -132,10 +135,13 @@ def generate_batch(
     check_lengths(config, input_ids.shape[1], max_new_tokens, context)
     stops = _stop_strings(stop_strings, tokenizer)
     input_ids, starts = (t.repeat_interleave(num_return_sequences, 0) for t in (input_ids, starts))
+    counted = torch.arange(input_ids.shape[1], device=input_ids.device) >= starts.unsqueeze(1)
     options = Sampling(repetition_penalty=repetition_penalty, temperature=0.0)
     if do_sample:
         options = Sampling(temperature, top_k or None, top_p, repetition_penalty)
-    sampler = Sampler.start(options, input_ids, config.vocab_size, max_new_tokens, seed=seed, generator=generator)
+    sampler = Sampler.start(
+        options, input_ids, config.vocab_size, max_new_tokens, counted=counted, seed=seed, generator=generator
+    )
     listens = streamer is not None or stops is not None
     new, _ = run(
         model, input_ids, starts, max_new_tokens, sampler, ends=ends, weights=weights,
@@ -148,6 +154,10 @@ def generate_batch(
 
 
 def _check_batch(model, input_ids: Tensor, do_sample: bool, num_return_sequences: int, temperature: float) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}; it must be an int64 tensor [batch, time]: torch.tensor(...)"
+        )
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}; it must be int64 [batch, time], neither 0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -45,6 +47,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, or prompt and new tokens beyond n_positions.
+        FloatingPointError: logits that are NaN or infinite; on a GPU at the end, as nothing is read before.
     """
     if not prompts or any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty; give at least one token, for example <|endoftext|>")
@@ -67,6 +70,8 @@ def check_lengths(config: GPT2Config, longest: int, max_new_tokens: int, context
     """Raises ValueError where max_new_tokens after prompts of `longest` tokens cannot be had."""
     if context not in (None, SLIDE):
         raise ValueError(f"context is {context!r}; it must be {SLIDE!r}, or None to refuse what does not fit")
+    if not isinstance(max_new_tokens, numbers.Integral):
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r:.60}; it must be a whole number")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if context is None and longest + max_new_tokens > config.n_positions:
@@ -143,8 +148,13 @@ def _decode(
     end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     lengths = torch.zeros(B, dtype=torch.int64, device=device)
+    highest = torch.full((B,), -torch.inf, device=device)
     for n in range(T, T + max_new_tokens):
-        token = sampler.choose(_next_logits(decoder, sequence[:, :n], starts, T), n - T)
+        logits = _next_logits(decoder, sequence[:, :n], starts, T)
+        highest = torch.maximum(highest, logits.amax(-1))  # NaN, where one of them is
+        if device.type == "cpu":  # elsewhere a look at every step would wait for the device
+            _check_finite(highest)
+        token = sampler.choose(logits, n - T)
         if n > T:
             token = torch.where(finished, sequence[:, n - 1] if filler is None else filler, token)
         sequence[:, n] = token
@@ -157,4 +167,15 @@ def _decode(
             finished |= stopped.to(device)
         if (len(ends) or stopped is not None) and finished.all():
             break
+    _check_finite(highest)
     return sequence[:, T : n + 1], lengths
+
+
+def _check_finite(highest: Tensor) -> None:
+    """Raises FloatingPointError, one line, where the largest logit of a row, float32 [B], is no number."""
+    for row, value in enumerate(highest.tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the logits of row {row} are {'NaN' if math.isnan(value) else 'infinite'} and no token can be chosen; "
+                "look for NaN or inf in the weights, or generate in float32"
+            )

@@ -1,13 +1,14 @@
 """From logits to the next token: what is penalised, what is kept, and how it is drawn.
 
-With a seed each row has random numbers of its own, Philox words of (seed, row, step): what a row draws depends
-neither on the other rows nor on how many there are. Without one they come from torch's generator as transformers
-draws them, so that after `torch.manual_seed` both draw the same tokens.
+With a seed each row has random numbers of its own, Philox words of (seed, row, step): they depend neither on the other
+rows nor on how many there are. Logits do, in float16 and on a GPU, in their last bits. Without one they come from
+torch's generator as transformers draws them, so that after `torch.manual_seed` both draw the same tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
+                raise ValueError(f"{name} is {value!r:.60}; it must be a number")
+        if self.top_k is not None and not isinstance(self.top_k, numbers.Integral):
+            raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
@@ -46,6 +52,8 @@ class Sampling:
 
 def check_seed(seed: int | None) -> None:
     """Raises ValueError for a seed that has no 64 bits; those that torch takes are as good here."""
+    if seed is not None and not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed is {seed!r:.60}; it must be a whole number")
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it must be from -2^63 to 2^64 - 1")
 

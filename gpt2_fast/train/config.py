@@ -71,6 +71,8 @@ class TrainConfig:
             raise ValueError(f"--timeout-minutes is {self.timeout_minutes}; it must be above 0")
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
+        if self.data == "":
+            raise ValueError("--data is '', no name; give text, .jsonl or .bin files, or leave it out")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
         if self.order not in ORDERS:

@@ -111,7 +111,7 @@ def take_over(out: Path, state: TrainingState | None) -> None:
     if state is not None and state.path is not None:
         for moved in set_aside(out, state.path.parent):
             print(f"the run goes on from {state.path.parent}; the newer checkpoint is kept as {moved}", file=sys.stderr)
-    mend(out)
+    mend(out, None if state is None else state.extra.get("best_step"))
 
 
 def options_to_resume(saved: dict[str, Any], given: dict[str, Any], out: Path) -> TrainConfig:

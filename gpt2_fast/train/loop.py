@@ -101,7 +101,8 @@ class Run:
             self.lock = lock or folders.open_folder(self.out)
             folders.take_over(self.out, state)
         self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
-        self.step, self.saved, self.best = 0, None, math.inf
+        self.step, self.saved = 0, None
+        self.best, self.best_step = math.inf, None  # of the first process, which writes checkpoints
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             self._restore(state)
@@ -164,7 +165,7 @@ class Run:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
         self.step = self.saved = state.step
-        self.best = state.extra.get("best", math.inf)
+        self.best, self.best_step = state.extra.get("best", math.inf), state.extra.get("best_step")
         then, given = state.extra.get("environment", {}), state.extra.get("train_config", {})
         for name, value in then.items():
             if self.environment.get(name, value) != value:
@@ -190,8 +191,10 @@ class Run:
             named |= {f"{name}'s {key}": t for key, t in self.optimizer.state.get(p, {}).items()}
         return named if self.loss_scale is None else named | self.loss_scale.tensors()
 
-    def save(self, best: bool = False, beside: bool = False) -> None:
+    def save(self, best: float | None = None, beside: bool = False) -> None:
         """A checkpoint of this step. beside: return when it is copied, and write it while steps go on.
+
+        best: its validation loss, where that is the best so far. It is the run's when the checkpoint is there.
 
         Every process calls it, and sends its part of the state to the first, which writes.
 
@@ -210,10 +213,12 @@ class Run:
                 "rng": {"cpu": torch.get_rng_state(), "cuda": []},  # a step draws nothing: for readers of this version
                 "extra": {
                     "train_config": dataclasses.asdict(self.config), "environment": self.environment,
-                    "data": self.fingerprint, "best": self.best,
+                    "data": self.fingerprint,
+                    "best": self.best if best is None else best,
+                    "best_step": self.best_step if best is None else self.step,
                     **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}),
                 },
-                "best": best,
+                "best": best is not None,
             },
             beside,
             own=("optimizer_state",) if self.group.world > 1 else (),
@@ -223,8 +228,9 @@ class Run:
         self.log.settle()  # no checkpoint is newer than its log
         self.trackers.flush()
         save_checkpoint(self.out, config=self.model.config, tokenizer=self.tokenizer, keep=self.config.keep, **state)
+        self.best, self.best_step = state["extra"]["best"], state["extra"]["best_step"]
 
-    def _save_beside(self, bar: Progress, best: bool = False) -> None:
+    def _save_beside(self, bar: Progress, best: float | None = None) -> None:
         """Training goes on when a disk is full: the next save may fit."""
         try:
             self.save(best, beside=True)
@@ -260,7 +266,7 @@ class Run:
         """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
         try:
             text = sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, FloatingPointError) as error:
             return f"(no sample: {error})"
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either
@@ -277,12 +283,14 @@ class Run:
         try:
             if self._finished():
                 return
-            first = self.validate()
-            self._say(f"validation loss before: {first:.4f}")
-            self.best = min(self.best, first)
+            if self.step == 0:
+                self.best = first = self.validate()  # what a checkpoint must be below, to be the best
+                self._say(f"validation loss before: {first:.4f}")
+            elif self.step in self.validated:
+                self._say(f"validation loss of step {self.step}: {self.validated[self.step]:.4f}")
             self._loop()
             if not self.interrupted:
-                self._say(f"validation loss after:  {self._validate_for_best():.4f}")
+                self._say(f"validation loss after:  {self.validate():.4f}")
         except Stopped:
             pass
         self._save_last()
@@ -323,9 +331,10 @@ class Run:
         except OSError as error:
             self.saved = None
             print(error, file=sys.stderr)
-        (needed,) = self.group.agree(int(self.group.first and self.saved != self.step))
+        best = self._best(self.validated.get(self.step, math.inf))
+        (needed,) = self.group.agree(int(self.group.first and (self.saved != self.step or best is not None)))
         if needed:
-            self.save(best=self.validated.get(self.step) == self.best)
+            self.save(best)
 
     def _leave(self) -> None:
         try:
@@ -344,6 +353,7 @@ class Run:
         try:
             silent = config.quiet or not self.group.first
             with Progress(config.steps, self.step, config.log_every, silent) as bar:
+                self._catch_up(bar)
                 while self.step < config.steps and not self.interrupted:
                     started = time.perf_counter()
                     loss = self._take(next(batches))
@@ -357,6 +367,12 @@ class Run:
                 self._report(bar)
         finally:
             batches.close()
+
+    def _catch_up(self, bar: Progress) -> None:
+        """The validation of the step that a run goes on from, where a signal came before it or in the middle of it."""
+        every, there = self.config.eval_every, self.step in (0, self.config.steps) or self.step in self.validated
+        if every and self.step % every == 0 and not there and (best := self._evaluate(bar)) is not None:
+            self._save_beside(bar, best)
 
     def _take(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """One step; where --verify-every says so, computed twice."""
@@ -403,10 +419,17 @@ class Run:
             extra |= {"loss_scale": loss_scale, "skipped": skipped}
         self._record(step=step, loss=loss, lr=lr, **extra, tokens_per_second=round(rate, 1))
 
-    def _validate_for_best(self) -> float:
+    def _best(self, loss: float) -> float | None:
+        """`loss` where it is below that of the best checkpoint, else None. A save that is at work may fail."""
+        self.saver.settle()
+        return loss if self.group.decide(lambda: loss < self.best) else None
+
+    def _evaluate(self, bar: Progress) -> float | None:
+        """The validation loss of this step where it is the best so far, else None."""
         loss = self.validate()
-        self.best = min(self.best, loss)
-        return loss
+        best = self._best(loss)
+        self._say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best is not None else ''}", bar)
+        return best
 
     def _periodically(self, bar: Progress) -> None:
         config, last = self.config, self.step >= self.config.steps
@@ -414,16 +437,13 @@ class Run:
             n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
         )
         late = self._agree(bool(config.save_minutes) and time.monotonic() - self.saver.last >= 60 * config.save_minutes)
-        best = False
+        best = None
         self._report_failed_save(bar, self.saver.take_error())
         if evaluate or sample or save or late:
             self._report(bar)  # what is saved is logged, and the clock stands still meanwhile
         if evaluate:
-            before = self.best
-            loss = self._validate_for_best()
-            best = loss < before
-            self._say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best else ''}", bar)
+            best = self._evaluate(bar)
         if sample and self.group.first and not config.quiet:
             bar.write(f"step {self.step}: {self.sample()!r}")
-        if not last and (save or late or best):
+        if not last and (save or late or best is not None):
             self._save_beside(bar, best)

@@ -18,7 +18,6 @@ each is called: by ModelDecoder, or on a GPU, where none has hooks, by GraphDeco
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from typing import Any, Protocol
@@ -35,7 +34,6 @@ from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel,
 from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
-SPAN, SPANS = 1024, 128  # 32-bit words of a sum of `_digest`, and sums at a time: what stays in a core's cache
 
 
 class Decoder(Protocol):
@@ -206,30 +204,13 @@ def _tensors_of(model: Model) -> Parameters:
     return Parameters(model.config, *tables, layers, norm(transformer.ln_f), model.lm_head.weight)
 
 
-@functools.cache
-def _factors() -> Tensor:
-    """SPAN different whole numbers below 2^11 in no order, float64, so that values that change places are seen."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return (torch.randperm(2**11 - 1, generator=generator, device="cpu")[:SPAN] + 1).double()
-
-
-def _digest(parameter: Tensor) -> Tensor:
-    """Sums float64 [n / SPAN] of a tensor's bits as whole numbers times `_factors`, at the pace of a matrix product.
-
-    The sums stay below 2^53, so every bit counts: exactly, in any order, on any number of threads.
-    """
-    plain = parameter.detach().contiguous().view(-1)
-    begin, end = plain.storage_offset() * plain.element_size(), plain.numel() * plain.element_size()
-    bits = plain.view(torch.int16 if begin % 4 or end % 4 else torch.int32)
-    factors, whole = _factors(), bits.numel() // SPAN * SPAN
-    spans, rest = bits[:whole].view(-1, SPAN), bits[whole:]
-    sums = factors.new_empty(len(spans) + 1)
-    numbers = factors.new_empty(min(len(spans), SPANS), SPAN)
-    for at in range(0, len(spans), SPANS):
-        some = spans[at : at + SPANS]
-        torch.mv(numbers[: len(some)].copy_(some), factors, out=sums[at : at + len(some)])
-    sums[-1] = rest.double() @ factors[: len(rest)]
-    return sums
+def _probe(parameter: Tensor) -> Tensor:
+    """Values that show a change of any row or column of a matrix, and of anything in a vector; float64."""
+    p = parameter.detach()
+    if p.ndim != 2:
+        return p.flatten().double()
+    i = torch.arange(max(p.shape))
+    return p[i % p.shape[0], i % p.shape[1]].double()
 
 
 @torch.no_grad()
@@ -237,19 +218,19 @@ def packed_model(model: Model, weights: str) -> PackedModel:
     """The model's weights packed for `ops.decode_step`, kept beside the model until they change.
 
     A model has one packing at a time. Its size in bytes is 4, 2, 1 or 0.5625 a weight, beside the model's own. Changed
-    parameters are known by their addresses and version counters, and by `_digest` of each, since a write through
-    `.data` moves no counter. Raises as `parameters_of` does.
+    parameters are known by their addresses and version counters, and by `_probe` of each, since a write through `.data`
+    moves no counter: one to a few numbers inside a matrix is not seen. Raises as `parameters_of` does.
     """
     tensors, parameters = parameters_of(model), list(model.parameters())
     layers = [block.ln_1.weight.data_ptr() for block in model.transformer.h]  # in which order, and which of them twice
     scales = [layer.scale for layer in tensors.layers]
     versions = (weights, *layers, *scales, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
-    digest = torch.cat([_digest(p) for p in parameters])
+    probes = torch.cat([_probe(p) for p in parameters]).view(torch.int64)  # whole numbers: a NaN is equal to itself
     with PACKING:
         held = PACKED.pop(model, None)
-        if held is None or held[0] != versions or not torch.equal(held[1], digest):
+        if held is None or held[0] != versions or not torch.equal(held[1], probes):
             del held  # before the new one is made: two would be in memory
-            held = (versions, digest, PackedModel(tensors, weights))
+            held = (versions, probes, PackedModel(tensors, weights))
         PACKED[model] = held
         return held[2]
 

@@ -68,17 +68,14 @@ def ranks(launcher: int, world: int, patience: float = 60) -> list[int]:
     raise TimeoutError(f"torchrun has not started {world} processes")
 
 
-def log(out: Path, validations: tuple[int, ...] | None = None) -> list[dict]:
-    """metrics.jsonl without what is measured by a clock. A line that is being written is left out.
-
-    validations: leave out those of other steps, with which a resumed run begins.
-    """
+def log(out: Path) -> list[dict]:
+    """metrics.jsonl without what is measured by a clock. A line that is being written is left out."""
     records = []
     path = out / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n"):
             records.append({k: v for k, v in json.loads(line).items() if k != "tokens_per_second"})
-    return [r for r in records if "loss" in r or validations is None or r["step"] in validations]
+    return records
 
 
 def wait_for_step(out: Path, step: int, launcher: subprocess.Popen, patience: float = 90) -> None:
@@ -89,7 +86,7 @@ def wait_for_step(out: Path, step: int, launcher: subprocess.Popen, patience: fl
         time.sleep(0.02)
 
 
-def digests(out: Path, validations: tuple[int, ...] | None = None) -> dict[str, str]:
+def digests(out: Path) -> dict[str, str]:
     """SHA-256 of the weights, the averages (with masters and step counts) and the log of a run's newest checkpoint."""
     import torch
 
@@ -104,7 +101,7 @@ def digests(out: Path, validations: tuple[int, ...] | None = None) -> dict[str, 
 
     state = load_checkpoint(out)[0]
     averages = ((f"{i} {key}", t) for i, s in state.optimizer["state"].items() for key, t in s.items())
-    lines = "\n".join(json.dumps(record) for record in log(out, validations))
+    lines = "\n".join(json.dumps(record) for record in log(out))
     return {
         "weights": sha(state.model.items()),
         "averages": sha(averages),

@@ -76,12 +76,8 @@ def alone(place, launch):
     for dtype in ("float32", "bfloat16"):
         out = place / f"alone-{dtype}"
         assert launch(1, *options(place, out, dtype=dtype))["codes"] == [0]
-        found[dtype] = digests(out)
+        found[dtype] = parallel.digests(out)
     return found
-
-
-def digests(out):
-    return parallel.digests(out, validations=(0, 3, STEPS))
 
 
 def one_line(answer):
@@ -98,7 +94,7 @@ def test_the_number_of_processes_changes_no_bit(place, launch, alone, world, dty
     out = place / f"of-{world}-{dtype}"
     answer = launch(world, *options(place, out, dtype=dtype))
     assert answer["codes"] == [0] * world, answer["stderr"]
-    assert digests(out) == alone[dtype]
+    assert parallel.digests(out) == alone[dtype]
     assert "validation loss before" in answer["stdout"][0]
     assert not any(answer["stdout"][1:] + answer["stderr"][1:])
 
@@ -113,7 +109,7 @@ def test_another_number_at_each_resume(place, launch, alone, dtype):
         assert f"SIGTERM: stopped at step {step + 1} of {STEPS}" in answer["stdout"][0]
         arguments = ["--resume", out]
     assert launch(1, *arguments)["codes"] == [0]
-    assert digests(out) == alone[dtype]
+    assert parallel.digests(out) == alone[dtype]
 
 
 def test_a_killed_process_takes_all_with_it_and_the_run_goes_on(place, launch, alone):
@@ -126,7 +122,7 @@ def test_a_killed_process_takes_all_with_it_and_the_run_goes_on(place, launch, a
     assert answer["seconds"] < 10
     assert "lost another process" in one_line(answer)
     assert launch(2, "--resume", out)["codes"] == [0, 0]
-    assert digests(out) == alone["float32"], (rank, step)
+    assert parallel.digests(out) == alone["float32"], (rank, step)
 
 
 def test_torchrun_starts_a_killed_run_again(place, alone):
@@ -145,7 +141,7 @@ def test_torchrun_starts_a_killed_run_again(place, alone):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert process.returncode == 0, errors
-    assert digests(out) == alone["float32"]
+    assert parallel.digests(out) == alone["float32"]
 
 
 def test_without_torchrun_its_processes_end(place):
@@ -249,7 +245,7 @@ def test_a_step_is_verified_by_all_processes(place, launch, alone):
     out = place / "verified"
     answer = launch(2, *options(place, out, verify_every=2))
     assert answer["codes"] == [0, 0], answer["stderr"]
-    assert digests(out) == alone["float32"]
+    assert parallel.digests(out) == alone["float32"]
 
 
 def _node(leaves):
@@ -455,7 +451,7 @@ def test_one_process_of_torchrun_has_the_threads_of_several(place):
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         state = load_checkpoint(out)[0]
-        found.append((digests(out), state.extra["environment"].get("number of threads", "1")))
+        found.append((parallel.digests(out), state.extra["environment"].get("number of threads", "1")))
     assert found[0] == found[1]
     assert found[0][1] == "1"
 

@@ -70,12 +70,16 @@ class Group:
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _talking(self, to_store: bool = False) -> Iterator[None]:
+        """Makes an error of a connection `Lost`. to_store: it is the one to whoever keeps the store."""
         try:
             yield
         except Lost:
             raise
         except RuntimeError as error:  # dist.DistError is one
+            # torchrun's connections close before its children get another parent.
+            if self._orphaned() or (to_store and _torchrun_keeps_store()):
+                raise self._without_torchrun() from error
             if re.search("[Tt]imed? ?out", str(error).splitlines()[0]):
                 raise Lost(
                     f"rank {self.rank} waited {self._minutes:g} minutes for another process, which hangs or is slower "
@@ -84,6 +88,13 @@ class Group:
             raise Lost(
                 f"rank {self.rank} lost another process, which has ended; go on from the last checkpoint with --resume"
             ) from error
+
+    def _orphaned(self) -> bool:
+        """Whether torchrun has ended: nobody would end these processes then, or start them again."""
+        return self._launcher not in (None, os.getppid())
+
+    def _without_torchrun(self) -> Lost:
+        return Lost(f"rank {self.rank}: torchrun has ended; go on from the last checkpoint with --resume")
 
     def exchange(self, received: Tensor, sent: Tensor) -> None:
         """sent [world, n] -> received [world, n], laid flat: row r of `sent` goes to rank r, from each its own row."""
@@ -111,12 +122,12 @@ class Group:
     def agree(self, *values: int) -> list[int]:
         """The largest of each value over all processes. Every process must call it at the same point.
 
-        Raises Lost where torchrun has ended: nobody would end these processes then, or start them again.
+        Raises Lost where torchrun has ended.
         """
         if self.world == 1:
             return list(values)
-        if self._launcher not in (None, os.getppid()):
-            raise Lost(f"rank {self.rank}: torchrun has ended; go on from the last checkpoint with --resume")
+        if self._orphaned():
+            raise self._without_torchrun()
         numbers = torch.tensor(values or (0,), dtype=torch.int64)
         with self._talking():
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -137,10 +148,12 @@ class Group:
         key = f"decision {self._turn}"
         if self.first:
             value = make()
-            self._store.set(key, json.dumps(value))
+            with self._talking(to_store=True):
+                self._store.set(key, json.dumps(value))
             return value
         self._wait(key)
-        return json.loads(self._store.get(key))
+        with self._talking(to_store=True):
+            return json.loads(self._store.get(key))
 
     def in_turn(self, make: Callable[[], Any]) -> Any:
         """`make()` of every process: on each machine of one first, so that the others find what it put in the cache."""
@@ -150,7 +163,8 @@ class Group:
         key = f"turn {self._turn} {self.rank - self.local_rank}"
         if self.local_rank == 0:
             value = make()
-            self._store.set(key, b"done")
+            with self._talking(to_store=True):
+                self._store.set(key, b"done")
             return value
         self._wait(key)
         return make()
@@ -158,7 +172,7 @@ class Group:
     def _wait(self, key: str) -> None:
         """For a key in the store. Ends when a process has failed meanwhile."""
         pause = 0.01
-        with self._talking():
+        with self._talking(to_store=True):
             while not self._store.check([key]):
                 if self._store.check([_FAILED]):
                     raise Lost(f"rank {self.rank}: another process has failed")
@@ -230,15 +244,18 @@ def _open_store(rank: int, world: int, limit: timedelta) -> dist.Store:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ValueError(f"WORLD_SIZE is {world} and {missing[0]} is not set; start the processes by torchrun")
-    kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         environment["MASTER_ADDR"],
         _number("MASTER_PORT", environment["MASTER_PORT"], 1, 65535),
         world,
-        rank == 0 and not kept,
+        rank == 0 and not _torchrun_keeps_store(),
         limit,
     )
     return dist.PrefixStore(f"gpt2_fast {environment.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def environment_world() -> int:

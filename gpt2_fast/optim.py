@@ -35,12 +35,12 @@ from gpt2_fast.ops import adamw_contract as contract
 from gpt2_fast.ops.adamw import adamw
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime import dispatch
-from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel.group import Group, check_world
 from gpt2_fast.parallel.shards import Shards, check_shareable
+from gpt2_fast.uncompiled import Optimizer
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """AdamW with decoupled weight decay, global-norm clipping and mixed-precision masters in one pass.
 
     Args:
@@ -151,7 +151,7 @@ class AdamW(torch.optim.Optimizer):
         """
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; cast before shard()")
-        if dtype not in LOW_PRECISION:
+        if dtype not in dispatch.LOW_PRECISION:
             raise ValueError(f"AdamW: cast is to {dtype}; a master is kept beside bfloat16 and float16 weights")
         params = [p for group in self.param_groups for p in group["params"]]
         known = set(map(id, model.parameters()))
@@ -167,7 +167,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _master(self, p: Tensor) -> Tensor:
         """The weight of `p` before it was rounded; what is left of an earlier cast says nothing of a float32 one."""
-        held = self.state.get(p, {}).get("master") if p.dtype in LOW_PRECISION else None
+        held = self.state.get(p, {}).get("master") if p.dtype in dispatch.LOW_PRECISION else None
         if held is None:
             return p.detach().float()
         param, master = _dtensor().local(p, held) if is_dtensor(p) else (p, held)
@@ -175,13 +175,13 @@ class AdamW(torch.optim.Optimizer):
         return held
 
     def _init_state(self, p: Tensor) -> dict[str, Tensor]:
-        wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+        wide = torch.float32 if p.dtype in dispatch.LOW_PRECISION else p.dtype
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-        if p.dtype not in LOW_PRECISION:
+        if p.dtype not in dispatch.LOW_PRECISION:
             state.pop("master", None)
         elif "master" not in state:
             state["master"] = p.detach().to(wide)
@@ -424,7 +424,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())
-            wide = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+            wide = torch.float32 if p.dtype in dispatch.LOW_PRECISION else p.dtype
             for key in ("exp_avg", "exp_avg_sq", "master"):
                 if key in source:
                     if source[key].shape != p.shape:

@@ -29,7 +29,6 @@ from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import tokenizer_of
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.parallel.group import Group, Lost
-from gpt2_fast.report.figures import save_loss_plot
 from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
@@ -316,6 +315,8 @@ class Run:
     def _conclude(self) -> None:
         """The plot, a sample, and where everything is."""
         if self.step:
+            from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
+
             save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
         if self.interrupted:
             again = f"gpt2-fast train --resume {self.out}"

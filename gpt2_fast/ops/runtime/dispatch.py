@@ -28,6 +28,7 @@ import torch
 
 from gpt2_fast import sources
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
+from gpt2_fast.uncompiled import assume_constant_result
 
 # Filled by the declarations (`declare.Op`): operation -> device type -> implementations, best first.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -70,7 +71,7 @@ def checked(impl: str) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def of_model(impl: str, op: str, device_type: str) -> str:
     """What a model's `impl` is for one of its operations.
 
@@ -147,7 +148,7 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     return _constant_choice(op, impl, device.type, dtype, device.index)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _constant_choice(op: str, impl: str, device_type: str, dtype: torch.dtype, index: int | None) -> str:
     """torch.compile takes the answer as a constant: how it is found would break its graph."""
     return _choice(op, impl, device_type, dtype, index)

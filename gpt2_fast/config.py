@@ -141,7 +141,9 @@ class GPT2Config:
         """Read a config.json. Raises FileNotFoundError, or ValueError that names the path."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a GPT-2 checkpoint has a config.json")
+            inside = min(path.parent.glob(f"*/{path.name}"), default=None)  # of a run, its newest checkpoint
+            more = f"; {inside.parent} has one" if inside else ""
+            raise FileNotFoundError(f"{path} does not exist; a GPT-2 checkpoint has a config.json{more}")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

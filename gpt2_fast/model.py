@@ -27,6 +27,7 @@ from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.ops.runtime.philox import new_key
 from gpt2_fast.outputs import CausalLMOutput, Head
+from gpt2_fast.uncompiled import meta_device
 
 
 @part
@@ -178,7 +179,7 @@ class GPT2LMHeadModel(compat.Compatible):
         config, state = checkpoints.load_pretrained(
             name_or_folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, dtype=dtype
         )
-        with torch.device("meta"):  # no memory, no initialisation: every parameter is replaced below
+        with meta_device():  # no memory, no initialisation: every parameter is replaced below
             model = cls(config, impl)
         # A mapped file's tensors start at any multiple of 8 bytes, torch's own at 64, as vector loads like it.
         state = {name: tensor.clone() if tensor.data_ptr() % 64 else tensor for name, tensor in state.items()}

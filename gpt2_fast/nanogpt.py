@@ -37,6 +37,7 @@ from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
 from gpt2_fast.outputs import CausalLMOutput, Head
 from gpt2_fast.report import machine
+from gpt2_fast.uncompiled import meta_device
 
 IGNORED_TARGET = -1
 
@@ -193,7 +194,7 @@ class GPT(nn.Module):
             raise ValueError(f"override_args has {sorted(unknown)[0]!r}; only dropout can be overridden")
         gpt2_config, state = checkpoints.load_pretrained(model_type)
         check_expressible(gpt2_config, "nanoGPT")
-        with torch.device("meta"):  # no memory, no initialisation: every parameter is replaced below
+        with meta_device():  # no memory, no initialisation: every parameter is replaced below
             model = cls(GPTConfig(**{**nanogpt_arguments(gpt2_config), **dropout}))
         state = {name: t.clone() for name, t in nanogpt_state(state, gpt2_config).items()}
         model.load_state_dict(state, assign=True)

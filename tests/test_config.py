@@ -130,6 +130,16 @@ def test_missing_and_truncated_files(tmp_path):
         GPT2Config.from_json(tmp_path / "config.json")
 
 
+def test_a_folder_of_checkpoints_names_one_that_is_there(tmp_path):
+    for name in ("checkpoint", "checkpoint-000002", "samples"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint", "checkpoint-000002"):
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError) as error:
+        GPT2Config.from_json(tmp_path / "config.json")
+    assert_one_line(error.value, [f"; {tmp_path / 'checkpoint'} has one"])
+
+
 def test_unknown_preset_and_field():
     with pytest.raises(ValueError, match="unknown model 'gpt3'; the presets are nano, "):
         GPT2Config.from_preset("gpt3")

@@ -15,7 +15,7 @@ from gpt2_fast.cli import main
 sizes = "--n-layer 1 --n-head 1 --n-embd 16 --context 8 --batch-size 2 --grad-accum 2 --steps 2 --save-every 1"
 options = f"{sizes} --eval-every 1 --data text.txt --out out --device cpu".split()
 assert main(["train", *options]) == 0
-assert main(["generate", "--model", "out", "--max-new-tokens", "2"]) == 0
+assert main(["generate", "--model", "out/checkpoint", "--max-new-tokens", "2"]) == 0
 print(*sorted({name.split(".")[0] for name in sys.modules} & {"sympy", "pandas", "transformers", "triton"}))
 print("torch._dynamo" in sys.modules)
 """

@@ -32,7 +32,7 @@ SIZES = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32"]
 @pytest.fixture
 def train(corpus, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Runs `gpt2-fast train` on a small model and its data; (status, stdout, stderr). No plots, no samples."""
-    monkeypatch.setattr(loop, "save_loss_plot", lambda metrics, path: path.write_bytes(b""))
+    monkeypatch.setattr("gpt2_fast.report.figures.save_loss_plot", lambda metrics, path: path.write_bytes(b""))
     monkeypatch.setattr(loop, "sample_text", lambda *_: "a sample")
 
     def run(*arguments, data=str(corpus), small=True):

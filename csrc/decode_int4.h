@@ -89,7 +89,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
       scales += LINE / 2;
       if (line % (2 * INT4_LINES) == 0) scales = w, w += LINE;
     }
-    __builtin_prefetch(w + AHEAD);
+    fetch_ahead(w);
     vu packed[PV][2];
     vf scale[PV];
 #pragma GCC unroll 4
@@ -154,7 +154,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
   for (int64_t g = 0; g < steps; ++g) {
     scales += LINE / 2;
     if (g % 2 == 0) {
-      __builtin_prefetch(w + AHEAD);
+      fetch_ahead(w);
       scales = w;
       w += LINE;
     }
@@ -162,7 +162,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
     __m512i weight[QUADS];
 #pragma GCC unroll 4
     for (int i = 0; i < INT4_LINES; ++i) {
-      __builtin_prefetch(w + AHEAD);
+      fetch_ahead(w);
       const vu line = (vu)_mm512_loadu_si512(w);
       weight[2 * i] = (__m512i)levels.low(line);
       weight[2 * i + 1] = (__m512i)levels.high(line);

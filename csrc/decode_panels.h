@@ -13,7 +13,14 @@ namespace GPT2_ISA {
 
 constexpr int PANEL = 16, LINE = 64;
 constexpr int PV = PANEL / W;  // vectors of a panel's columns
-constexpr int64_t AHEAD = 4096;  // bytes fetched before they are used
+
+// A line is fetched in two steps. A core can wait for few lines to its first cache and for more to its second: the far
+// ones come from memory to the second, the near ones from there.
+GPT2_INLINE void fetch_ahead(const char* w) {
+  constexpr int64_t TO_SECOND = 8192, TO_FIRST = 2048;  // bytes
+  __builtin_prefetch(w + TO_SECOND, 0, 2);
+  __builtin_prefetch(w + TO_FIRST);
+}
 
 // The rows that one pass over a panel serves; a pass for fewer takes the next of these.
 #if defined(__AVX512F__)
@@ -65,7 +72,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
     vu packed[P][PV];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(w + p * pitch + AHEAD);
+      fetch_ahead(w + p * pitch);
 #pragma GCC unroll 4
       for (int v = 0; v < PV; ++v) memcpy(&packed[p][v], w + p * pitch + v * sizeof(vu), sizeof(vu));
     }
@@ -128,7 +135,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
     __m512i weight[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(w + p * pitch + AHEAD);
+      fetch_ahead(w + p * pitch);
       weight[p] = _mm512_loadu_si512(w + p * pitch);
     }
 #pragma GCC unroll 24

@@ -5,8 +5,8 @@ import sys
 
 # Each is a module of this package with a main(argv).
 COMMANDS = (
-    "train", "compare", "reproduce", "scale", "generate", "quantisation", "ops", "products", "roofline", "tune",
-    "profile_step",
+    "train", "compare", "reproduce", "scale", "generate", "reading", "quantisation", "ops", "products", "roofline",
+    "tune", "profile_step",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from test_model import pair, tokens
 from gpt2_fast import checkpoint, cli
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.data.tokenizer import get_tokenizer
-from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample
+from gpt2_fast.generate import KVCache, TextStream, complete, generate, sample, sampling
 from gpt2_fast.generate.decoders import make_decoder
 from gpt2_fast.generate.sampling import Sampler, Sampling, row_uniforms
 from gpt2_fast.generate.text import StopStrings
@@ -339,6 +339,32 @@ def test_sampling_keeps_what_it_should():
     assert set(sample(logits, temperature=0).tolist()) == {0}
     share = (sample(logits, temperature=2.0, generator=generator) == 0).float().mean().item()
     assert abs(share - torch.softmax(logits[0] / 2, 0)[0].item()) < 0.03
+
+
+@pytest.mark.parametrize("top_k", [None, 40, 900])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.999])
+def test_the_nucleus_is_its_definition(top_k, top_p):
+    """In float64, token by token, whether or not the most likely few are enough to tell."""
+    V, generator = 1000, torch.Generator().manual_seed(0)
+    spread = torch.tensor([[12.0], [3.0], [1.0], [0.01], [0.0], [3.0]])  # from one likely token to all alike
+    logits = torch.randn(6, V, generator=generator) * spread
+    logits[5, 30:] = -torch.inf
+    logits[1] = logits[1].round()  # many are as likely as one another
+    kept = sampling._kept(logits, top_k, top_p)
+    for row, got in zip(logits, kept, strict=True):
+        assert torch.equal(sampling._kept(row.unsqueeze(0), top_k, top_p)[0], got)  # whatever the others are
+        k = V if top_k is None else top_k
+        exact = torch.where(row >= row.sort(descending=True).values[k - 1], row, -torch.inf).double().softmax(-1)
+        mine = exact.unsqueeze(1)
+        before = torch.where(exact > mine, exact, 0).sum(1)  # of what is likelier
+        alike = torch.where(exact == mine, exact, 0).sum(1)  # of those alike some are kept, in any order
+        finite = got > -torch.inf
+        assert torch.equal(got[finite], row[finite])
+        assert not finite[(before > top_p + 1e-5) | (exact == 0)].any()
+        assert finite[(before + alike < top_p - 1e-5) & (exact > 0)].all()
+        assert exact[finite].sum() > min(top_p, 1) - 1e-5
+        least = exact[finite].min()
+        assert exact[finite].sum() - least < top_p + 1e-5 or finite.sum() == 1  # no token too many
 
 
 def test_seeded_draws_are_uniform_and_land_where_they_should():

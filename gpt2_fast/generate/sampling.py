@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gpt2_fast.ops.runtime import philox
 
+FEW = 512  # most likely tokens among which top_p is looked for first
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -145,21 +147,60 @@ def sample(
             return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time that torch's own takes
         return logits.argmax(-1)
     logits = _cooled(logits, temperature)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        beyond = before >= top_p
-        beyond[:, 0] = False  # however small top_p is, one is kept
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    logits = _kept(logits, top_k, top_p)
     probabilities = logits.softmax(-1)
     if uniform is None:
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     # In float64 uniform * total stays below total, so the first sum above it belongs to a token that can be drawn.
     cumulated = probabilities.double().cumsum(-1)
     return torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True).squeeze(1)
+
+
+def _kept(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits [B, V], -inf where top_k and then top_p leave a token out."""
+    top_k = None if top_k is None or top_k >= logits.shape[-1] else top_k
+    if top_p is None or top_p >= 1.0:
+        return logits if top_k is None else _most_likely(logits, top_k)
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:  # a device would be waited for
+        return _nucleus(logits, top_k, top_p)
+    kept, told = _nucleus_of_few(logits, top_k, top_p)
+    # Row by row: what one keeps does not depend on the others.
+    return kept if told.all() else torch.where(told.unsqueeze(1), kept, _nucleus(logits, top_k, top_p))
+
+
+def _most_likely(logits: Tensor, top_k: int) -> Tensor:
+    return logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+
+
+def _nucleus(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    logits = logits if top_k is None else _most_likely(logits, top_k)
+    ordered, order = logits.sort(descending=True)
+    beyond = _beyond(ordered.softmax(-1), top_p)
+    return logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+
+
+def _nucleus_of_few(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """What `_nucleus` returns, from the most likely tokens alone: to sort all of GPT-2's takes as long as three steps.
+
+    And in which rows that tells, bool [B]: not where further tokens are as likely as the top_k-th, or where FEW have
+    less than top_p together.
+    """
+    values, order = logits.topk(min(top_k or FEW, logits.shape[-1]))
+    if top_k is None:
+        probabilities = logits.softmax(-1).gather(1, order)
+        told = probabilities.cumsum(-1)[:, -1] >= top_p
+    else:
+        probabilities = values.softmax(-1)
+        told = (logits >= values[:, -1:]).sum(-1) == top_k
+    values = values.masked_fill(_beyond(probabilities, top_p), -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(1, order, values), told
+
+
+def _beyond(probabilities: Tensor, top_p: float) -> Tensor:
+    """Of the most likely tokens, in order, those before which the probabilities sum to top_p already."""
+    beyond = probabilities.cumsum(-1) - probabilities >= top_p
+    beyond[:, 0] = False  # however small top_p is, one is kept
+    return beyond
 
 
 def _cooled(logits: Tensor, temperature: float) -> Tensor:

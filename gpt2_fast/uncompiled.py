@@ -1,4 +1,4 @@
-"""Names of torch whose first use imports all of torch.compile, without that: 1.7 of the 4 seconds of a command's start.
+"""Names of torch whose first use imports all of torch.compile, without that: half of a command's start.
 
 Each does here what it does there. tests/test_uncompiled.py compares them, so that another torch shows.
 """

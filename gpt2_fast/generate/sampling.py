@@ -180,7 +180,7 @@ def _nucleus(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
 
 
 def _nucleus_of_few(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """What `_nucleus` returns, from the most likely tokens alone: to sort all of GPT-2's takes as long as three steps.
+    """What `_nucleus` returns, from the most likely tokens alone: to sort all of GPT-2's takes longer than a step.
 
     And in which rows that tells, bool [B]: not where further tokens are as likely as the top_k-th, or where FEW have
     less than top_p together.

@@ -77,14 +77,15 @@ class Group:
         except Lost:
             raise
         except RuntimeError as error:  # dist.DistError is one
-            # torchrun's connections close before its children get another parent.
-            if self._orphaned() or (to_store and _torchrun_keeps_store()):
+            if self._orphaned():
                 raise self._without_torchrun() from error
             if re.search("[Tt]imed? ?out", str(error).splitlines()[0]):
                 raise Lost(
                     f"rank {self.rank} waited {self._minutes:g} minutes for another process, which hangs or is slower "
                     "(--timeout-minutes); go on from the last checkpoint with --resume"
                 ) from error
+            if to_store and _torchrun_keeps_store():  # its connections close before its children get another parent
+                raise self._without_torchrun() from error
             raise Lost(
                 f"rank {self.rank} lost another process, which has ended; go on from the last checkpoint with --resume"
             ) from error

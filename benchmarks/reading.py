@@ -1,7 +1,7 @@
 """A decode step of one sequence on a CPU beside the reading of its weights once, which it cannot be faster than.
 
 Both take turns in one process, in random order, on the same memory and threads. The reading loop is compiled when it is
-asked for (benchmarks/reading.cpp, by CXX or g++).
+asked for (benchmarks/reading.cpp, by CXX, g++ or c++).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,14 @@ def compile_reader() -> Callable[[Sequence[Tensor], int], int]:
     """(matrices, threads) -> the sum of their 4-byte words modulo 2^32. Raises SystemExit where nothing compiles it."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "reading.so"
-        command = [*shlex.split(os.environ.get("CXX", "g++")), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        command = [
+            *shlex.split(os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")),
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-shared",
+            "-fPIC",
+        ]
         try:
             source = Path(__file__).with_suffix(".cpp")
             subprocess.run([*command, str(source), "-o", str(library)], check=True, capture_output=True, text=True)

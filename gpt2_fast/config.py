@@ -144,12 +144,7 @@ class GPT2Config:
             inside = min(path.parent.glob(f"*/{path.name}"), default=None)  # of a run, its newest checkpoint
             more = f"; {inside.parent} has one" if inside else ""
             raise FileNotFoundError(f"{path} does not exist; a GPT-2 checkpoint has a config.json{more}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} holds a {type(data).__name__}, not the JSON object of a config.json")
+        data = read_object(path)
         try:
             return cls.from_dict(data)
         except ValueError as error:
@@ -158,6 +153,17 @@ class GPT2Config:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a config.json."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises ValueError, one line, for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not a JSON object; it may be damaged")
+    return data
 
 
 def _refuse_assignment(self: GPT2Config, name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import parallel
 import pytest
@@ -25,7 +26,7 @@ from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops.runtime.dispatch import unavailable
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
 from gpt2_fast.parallel import Group, Layout, group, tree
-from gpt2_fast.parallel.group import check_world
+from gpt2_fast.parallel.group import Lost, check_world
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked and found by /proc")
 STEPS = 6
@@ -161,6 +162,27 @@ def test_without_torchrun_its_processes_end(place):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert "torchrun has ended" in errors
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "said"),
+    [
+        ("True", "Connection reset by peer", "rank 1: torchrun has ended"),
+        ("False", "Connection reset by peer", "rank 1 lost another process"),
+        ("True", "wait timeout after 100ms: timed out", "rank 1 waited 3 minutes"),
+    ],
+)
+def test_an_error_of_the_store_says_who_kept_it(monkeypatch, kept, error, said):
+    def fail(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
+    for rank in (0, 1):
+        group = Group(rank, 2, rank, 2)
+        group._minutes, group._store = 3.0, types.SimpleNamespace(check=fail, get=fail, set=fail)
+        for call in (group.decide, group.in_turn):
+            with pytest.raises(Lost, match=said.replace("rank 1", f"rank {rank}")):
+                call(lambda: 0)
 
 
 def test_an_error_of_one_process_is_one_line_and_ends_all(place, launch):

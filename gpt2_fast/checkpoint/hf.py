@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt2_fast import hub_client
 from gpt2_fast.checkpoint.state_dict import HEAD, canonical_state_dict, check_plausible
 from gpt2_fast.checkpoint.torch_file import first_line, torch_load
-from gpt2_fast.config import GPT2Config
+from gpt2_fast.config import GPT2Config, read_object
 from gpt2_fast.files import atomic_write
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
@@ -129,12 +129,7 @@ def _with_token_ids(config: GPT2Config, path: Path | None) -> GPT2Config:
     """The config with the ids of a generation_config.json."""
     if path is None:
         return config
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); it may be truncated") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object; it may be damaged")
+    settings = read_object(path)
     ids = {name: settings[name] for name in TOKEN_IDS if name in settings}
     for name, value in ids.items():
         several = value if isinstance(value, list) and name == "eos_token_id" else [value]

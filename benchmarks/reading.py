@@ -38,14 +38,8 @@ def compile_reader() -> Callable[[Sequence[Tensor], int], int]:
     """(matrices, threads) -> the sum of their 4-byte words modulo 2^32. Raises SystemExit where nothing compiles it."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "reading.so"
-        command = [
-            *shlex.split(os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")),
-            "-O3",
-            "-march=native",
-            "-fopenmp",
-            "-shared",
-            "-fPIC",
-        ]
+        compiler = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
+        command = [*shlex.split(compiler), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         try:
             source = Path(__file__).with_suffix(".cpp")
             subprocess.run([*command, str(source), "-o", str(library)], check=True, capture_output=True, text=True)

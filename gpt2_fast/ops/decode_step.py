@@ -291,7 +291,7 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
 def _rows(tokens: Tensor, cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens [B, T] that are no padding, laid flat, and of each its sequence and its position, int32."""
     (B, T), first = tokens.shape, cache.length
-    if T == 1 and cache.last_start <= first:  # a step: what is below are a dozen calls
+    if T == 1:  # a step, as short as can be: of no row is it padding, or `_validate` had refused it
         return tokens.contiguous(), cache.sequences, first - cache.starts
     positions = torch.arange(first, first + T, dtype=torch.int32) - cache.starts.unsqueeze(1)
     sequences = cache.sequences.unsqueeze(1).expand(B, T)

@@ -75,9 +75,11 @@ struct Grouped {
 
 // As in decode_panels.h, a step being a group. Level times scale is exact in float32.
 template <int R, int P>
-__attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps, const Grouped& a, int64_t row,
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Grouped& a, int64_t row,
                                           float* out, int64_t ldo) {
   static_assert(P == 1, "one panel");
+  const char* w = panels.w;
+  const int64_t steps = panels.steps;
   const Levels levels(a.levels);
   vf sum[R][PV];
 #pragma GCC unroll 32
@@ -89,7 +91,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
       scales += LINE / 2;
       if (line % (2 * INT4_LINES) == 0) scales = w, w += LINE;
     }
-    fetch_ahead(w);
+    stream.fetch_ahead(w);
     vu packed[PV][2];
     vf scale[PV];
 #pragma GCC unroll 4
@@ -140,9 +142,11 @@ struct SplitGroups {
 
 // A group's sum of 32 products is exact in int32; groups are added in float32.
 template <int R, int P>
-__attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps, const SplitGroups& a, int64_t row,
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const SplitGroups& a, int64_t row,
                                           float* out, int64_t ldo) {
   static_assert(P == 1, "one panel");
+  const char* w = panels.w;
+  const int64_t steps = panels.steps;
   constexpr int QUADS = INT4_GROUP / 4;
   const Levels levels(a.levels, (char)-128);  // unsigned, as the instruction has it: 128 more
   vf sum[R];
@@ -154,7 +158,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
   for (int64_t g = 0; g < steps; ++g) {
     scales += LINE / 2;
     if (g % 2 == 0) {
-      fetch_ahead(w);
+      stream.fetch_ahead(w);
       scales = w;
       w += LINE;
     }
@@ -162,7 +166,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t, int64_t steps,
     __m512i weight[QUADS];
 #pragma GCC unroll 4
     for (int i = 0; i < INT4_LINES; ++i) {
-      fetch_ahead(w);
+      stream.fetch_ahead(w);
       const vu line = (vu)_mm512_loadu_si512(w);
       weight[2 * i] = (__m512i)levels.low(line);
       weight[2 * i + 1] = (__m512i)levels.high(line);

@@ -14,13 +14,23 @@ namespace GPT2_ISA {
 constexpr int PANEL = 16, LINE = 64;
 constexpr int PV = PANEL / W;  // vectors of a panel's columns
 
-// A line is fetched in two steps. A core can wait for few lines to its first cache and for more to its second: the far
-// ones come from memory to the second, the near ones from there.
-GPT2_INLINE void fetch_ahead(const char* w) {
-  constexpr int64_t TO_SECOND = 8192, TO_FIRST = 2048;  // bytes
-  __builtin_prefetch(w + TO_SECOND, 0, 2);
-  __builtin_prefetch(w + TO_FIRST);
-}
+// What a thread reads: memory up to `end`, then what lies `jump` bytes on. So what comes next is on its way before it
+// is asked for, and nothing is fetched that nobody reads.
+struct Stream {
+  const char* end;
+  int64_t jump;
+
+  static Stream to(const char* end, const char* next) { return {end, next - end}; }
+
+  // A line is fetched in two steps. A core can wait for few lines to its first cache and for more to its second: the
+  // far ones come from memory to the second, the near ones from there.
+  inline __attribute__((always_inline)) void fetch_ahead(const char* w) const {
+    constexpr int64_t TO_SECOND = 8192, TO_FIRST = 2048;  // bytes
+    const char *far = w + TO_SECOND, *near = w + TO_FIRST;
+    __builtin_prefetch(far < end ? far : far + jump, 0, 2);
+    __builtin_prefetch(near < end ? near : near + jump);
+  }
+};
 
 // The rows that one pass over a panel serves; a pass for fewer takes the next of these.
 #if defined(__AVX512F__)
@@ -60,10 +70,20 @@ struct Dense {
   static int64_t pitch(int64_t steps) { return steps * LINE; }
 };
 
-// out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels `pitch` bytes apart, over `steps` lines of each.
+// Panels as they lie in memory, the lines of one `line` bytes apart and panels `pitch` bytes.
+struct Panels {
+  const char* w;
+  int64_t pitch, line, steps;  // steps: lines of a panel; of int4, groups
+
+  Panels from(int64_t panel) const { return {w + panel * pitch, pitch, line, steps}; }
+};
+
+// out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels.
 template <int R, int P, class E>
-__attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t steps, const Dense<E>& a, int64_t row,
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Dense<E>& a, int64_t row,
                                           float* out, int64_t ldo) {
+  const char* w = panels.w;
+  const int64_t pitch = panels.pitch, line = panels.line, steps = panels.steps;
   vf sum[R][P][PV];
 #pragma GCC unroll 32
   for (int i = 0; i < R * P * PV; ++i) sum[i / (P * PV)][i / PV % P][i % PV] = vf{};
@@ -72,7 +92,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
     vu packed[P][PV];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      fetch_ahead(w + p * pitch);
+      stream.fetch_ahead(w + p * pitch);
 #pragma GCC unroll 4
       for (int v = 0; v < PV; ++v) memcpy(&packed[p][v], w + p * pitch + v * sizeof(vu), sizeof(vu));
     }
@@ -92,7 +112,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
           for (int v = 0; v < PV; ++v) sum[r][p][v] = multiply_add(x, weight[p][v], sum[r][p][v]);
       }
     }
-    w += LINE;
+    w += line;
 #pragma GCC unroll 8
     for (int i = 0; i < (R + 2) / 3; ++i) third[i] += GROUP_OF<E>;
   }
@@ -125,8 +145,10 @@ GPT2_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes)
 
 // The same for int8: R rows are 2 R rows of int8. The weights' scales are not yet applied.
 template <int R, int P>
-__attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t steps, const Split& a, int64_t row,
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Split& a, int64_t row,
                                           float* out, int64_t ldo) {
+  const char* w = panels.w;
+  const int64_t pitch = panels.pitch, steps = panels.steps;
   __m512i sum[2 * R][P];
 #pragma GCC unroll 64
   for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
@@ -135,7 +157,7 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
     __m512i weight[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      fetch_ahead(w + p * pitch);
+      stream.fetch_ahead(w + p * pitch);
       weight[p] = _mm512_loadu_si512(w + p * pitch);
     }
 #pragma GCC unroll 24
@@ -159,22 +181,22 @@ __attribute__((noinline)) void panel_tile(const char* w, int64_t pitch, int64_t 
 }
 #endif
 
-// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for; of a few rows one, as memory gives
-// a single stream more than four.
+// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for. Of a few rows it is one where each
+// panel lies by itself, as memory gives a single stream more than four.
 template <class A>
-constexpr int panels_of(int rows) {
-  return rows <= 4 ? 1 : 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;
+constexpr int panels_of(int rows, bool apart) {
+  return apart && rows <= 4 ? 1 : 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;
 }
 
 // `count` panels side by side, R rows.
-template <int R, class A>
-GPT2_INLINE void panel_row(const char* w, int64_t pitch, int64_t steps, const A& a, int64_t row, int64_t count,
+template <int R, bool APART, class A>
+GPT2_INLINE void panel_row(const Panels& panels, const Stream& stream, const A& a, int64_t row, int64_t count,
                            float* out, int64_t ldo) {
-  constexpr int P = panels_of<A>(R);
+  constexpr int P = panels_of<A>(R, APART);
   int64_t p = 0;
-  for (; p + P <= count; p += P) panel_tile<R, P>(w + p * pitch, pitch, steps, a, row, out + p * PANEL, ldo);
+  for (; p + P <= count; p += P) panel_tile<R, P>(panels.from(p), stream, a, row, out + p * PANEL, ldo);
   if (P > 1)
-    for (; p < count; ++p) panel_tile<R, 1>(w + p * pitch, pitch, steps, a, row, out + p * PANEL, ldo);
+    for (; p < count; ++p) panel_tile<R, 1>(panels.from(p), stream, a, row, out + p * PANEL, ldo);
 }
 
 // How many rows the tile for `rows` more of them has: memory up to there is read and written.
@@ -184,19 +206,19 @@ GPT2_INLINE int tile_rows(int64_t rows) {
   return ROWS;
 }
 
-// out = a[row .. row + rows) times `count` panels; rows is what tile_rows gave.
-template <class A>
-__attribute__((noinline)) void panel_rows(const char* w, int64_t pitch, int64_t steps, const A& a, int64_t row,
-                                          int rows, int64_t count, float* out, int64_t ldo) {
+// out = a[row .. row + rows) times `count` panels; rows is what tile_rows gave. APART: a panel's lines follow one another.
+template <bool APART = true, class A>
+__attribute__((noinline)) void panel_rows(const Panels& panels, const Stream& stream, const A& a, int64_t row, int rows,
+                                          int64_t count, float* out, int64_t ldo) {
   switch (rows) {
-    case 1: return panel_row<1>(w, pitch, steps, a, row, count, out, ldo);
-    case 2: return panel_row<2>(w, pitch, steps, a, row, count, out, ldo);
+    case 1: return panel_row<1, APART>(panels, stream, a, row, count, out, ldo);
+    case 2: return panel_row<2, APART>(panels, stream, a, row, count, out, ldo);
 #if defined(__AVX2__)
-    case 4: return panel_row<4>(w, pitch, steps, a, row, count, out, ldo);
+    case 4: return panel_row<4, APART>(panels, stream, a, row, count, out, ldo);
 #endif
 #if defined(__AVX512F__)
-    case 8: return panel_row<8>(w, pitch, steps, a, row, count, out, ldo);
-    case 12: return panel_row<12>(w, pitch, steps, a, row, count, out, ldo);
+    case 8: return panel_row<8, APART>(panels, stream, a, row, count, out, ldo);
+    case 12: return panel_row<12, APART>(panels, stream, a, row, count, out, ldo);
 #endif
   }
 }

@@ -18,8 +18,14 @@ constexpr int64_t HEAD_MAX = 128;  // largest D
 // Input k of output n of a matrix of K inputs, as stored.
 template <class E>
 GPT2_INLINE const E& element(const char* panels, int64_t K, int64_t n, int64_t k) {
-  constexpr int64_t G = 4 / sizeof(E);
+  constexpr int64_t G = GROUP_OF<E>;
   return ((const E*)panels)[((n / PANEL * ((K + G - 1) / G) + k / G) * PANEL + n % PANEL) * G + k % G];
+}
+// The value d of D, of a position, in a head's cache: all of a position, or of two, lie together.
+template <class E>
+GPT2_INLINE E& value_at(char* values, int64_t D, int64_t position, int64_t d) {
+  constexpr int64_t G = GROUP_OF<E>;
+  return ((E*)values)[(position / G * round_up(D, PANEL) + d) * G + position % G];
 }
 GPT2_INLINE float value(float x) { return x; }
 GPT2_INLINE float value(bf16 x) {
@@ -159,50 +165,79 @@ struct Worker {
 
   template <class A>
   void multiply(const A& a, const DecodeMatrix& w, int64_t N, int64_t K, int64_t rows, Finish finish, float* out,
-                int64_t ldo, int64_t limit) const {
-    const int64_t steps = (K + A::GROUP - 1) / A::GROUP, panels = (N + PANEL - 1) / PANEL;
+                int64_t ldo, int64_t limit, const char* next) const {
+    const int64_t steps = ceil_div(K, A::GROUP), count_of_all = ceil_div(N, PANEL);
+    const Panels panels{w.panels, A::pitch(steps), LINE, steps};
+    const Stream stream = Stream::to(panels.from(last(count_of_all)).w, next);
     alignas(64) float sum[ROWS * COLUMNS * PANEL];
-    for (int64_t p = first(panels); p < last(panels); p += COLUMNS) {
-      const int64_t count = last(panels) - p < COLUMNS ? last(panels) - p : COLUMNS, column = p * PANEL;
+    for (int64_t p = first(count_of_all); p < last(count_of_all); p += COLUMNS) {
+      const int64_t count = smaller(last(count_of_all) - p, COLUMNS), column = p * PANEL;
       for (int64_t r = 0; r < rows; r += ROWS) {
-        panel_rows(w.panels + p * A::pitch(steps), A::pitch(steps), steps, a, r, tile_rows(rows - r), count, sum,
-                   COLUMNS * PANEL);
+        panel_rows(panels.from(p), stream, a, r, tile_rows(rows - r), count, sum, COLUMNS * PANEL);
         finish_tile(sum, rows - r < ROWS ? rows - r : ROWS, count * PANEL, w.scale ? w.scale + column : nullptr,
                     w.bias ? w.bias + column : nullptr, finish, out + r * ldo + column, ldo, limit - column);
       }
     }
   }
 
-  // out (rows ldo apart, `limit` columns) from x [rows, stride] and a matrix [N, K].
+  int64_t pitch(int64_t K) const {
+    switch (m.weights) {
+      case DECODE_F32: return Dense<float>::pitch(K);
+      case DECODE_BF16: return Dense<bf16>::pitch(ceil_div(K, GROUP_OF<bf16>));
+      case DECODE_INT8: return Dense<uint8_t>::pitch(ceil_div(K, GROUP_OF<uint8_t>));
+      default: return int4_pitch(K / INT4_GROUP);
+    }
+  }
+  // Where this thread begins in a matrix [N, K].
+  const char* part_of(const DecodeMatrix& w, int64_t N, int64_t K) const {
+    return w.panels + first(ceil_div(N, PANEL)) * pitch(K);
+  }
+
+  // out (rows ldo apart, `limit` columns) from x [rows, stride] and a matrix [N, K]; `next` is what the thread reads then.
   void product(const float* x, int64_t stride, const DecodeMatrix& w, int64_t N, int64_t K, int64_t rows,
-               Finish finish, float* out, int64_t ldo, int64_t limit) const {
+               Finish finish, float* out, int64_t ldo, int64_t limit, const char* next) const {
     if (m.weights == DECODE_F32)
-      multiply(Dense<float>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+      multiply(Dense<float>{x, stride}, w, N, K, rows, finish, out, ldo, limit, next);
     else if (m.weights == DECODE_BF16)
-      multiply(Dense<bf16>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+      multiply(Dense<bf16>{x, stride}, w, N, K, rows, finish, out, ldo, limit, next);
 #if defined(__AVX512VNNI__)
     else if (m.weights == DECODE_INT8)
-      multiply(Split{c.split, c.split_offsets, c.split_scales, split_stride()}, w, N, K, rows, finish, out, ldo, limit);
+      multiply(Split{c.split, c.split_offsets, c.split_scales, split_stride()}, w, N, K, rows, finish, out, ldo, limit,
+               next);
     else
       multiply(SplitGroups{c.split, c.split_offsets, c.split_scales, split_stride(), split_groups(), m.levels}, w, N, K,
-               rows, finish, out, ldo, limit);
+               rows, finish, out, ldo, limit, next);
 #else
     else if (m.weights == DECODE_INT8)
-      multiply(Dense<uint8_t>{x, stride}, w, N, K, rows, finish, out, ldo, limit);
+      multiply(Dense<uint8_t>{x, stride}, w, N, K, rows, finish, out, ldo, limit, next);
     else
-      multiply(Grouped{x, stride, m.levels}, w, N, K, rows, finish, out, ldo, limit);
+      multiply(Grouped{x, stride, m.levels}, w, N, K, rows, finish, out, ldo, limit, next);
 #endif
+  }
+
+  // A head's keys and values in the cache.
+  template <class E>
+  char* keys_of(int64_t layer, int64_t sequence, int64_t head) const {
+    const int64_t slot = (layer * c.B + sequence) * m.H + head;
+    return c.keys + slot * S16() * round_up(m.D, GROUP_OF<E>) * (int64_t)sizeof(E);
+  }
+  template <class E>
+  char* values_of(int64_t layer, int64_t sequence, int64_t head) const {
+    const int64_t slot = (layer * c.B + sequence) * m.H + head;
+    return c.values + slot * S16() * round_up(m.D, PANEL) * (int64_t)sizeof(E);
   }
 
   // Queries at `position` and after, rows of qkv: scores, softmax and values of one head.
   template <class E>
   void attend_tile(const float* q, int64_t position, int64_t rows, const char* keys, const char* values, float scale,
-                   float* out) const {
+                   float* out, const char* next) const {
     const int64_t D = m.D, G = GROUP_OF<E>, seen = position + rows, S = S16();
     float* scores = c.scores + thread * ROWS * S;
-    const int64_t key_steps = (D + G - 1) / G, value_steps = (seen + G - 1) / G;
-    panel_rows(keys, key_steps * LINE, key_steps, Dense<E>{q, round_up(3 * m.C, 16)}, 0, tile_rows(rows),
-               (seen + PANEL - 1) / PANEL, scores, S);
+    const int64_t key_steps = ceil_div(D, G), key_panels = ceil_div(seen, PANEL), value_panels = ceil_div(D, PANEL);
+    const Panels of_keys{keys, key_steps * LINE, LINE, key_steps};
+    const Panels of_values{values, LINE, value_panels * LINE, ceil_div(seen, G)};
+    panel_rows(of_keys, Stream::to(of_keys.from(key_panels).w, values), Dense<E>{q, round_up(3 * m.C, 16)}, 0,
+               tile_rows(rows), key_panels, scores, S);
     float inverse[ROWS];
     for (int64_t r = 0; r < rows; ++r) {
       float* row = scores + r * S;
@@ -219,8 +254,8 @@ struct Worker {
       inverse[r] = 1.0f / hsum(sum);
     }
     alignas(64) float sums[ROWS * HEAD_MAX];
-    panel_rows(values, S / G * LINE, value_steps, Dense<E>{scores, S}, 0, tile_rows(rows), (D + PANEL - 1) / PANEL,
-               sums, HEAD_MAX);
+    panel_rows<false>(of_values, Stream::to(values + of_values.steps * of_values.line, next), Dense<E>{scores, S}, 0,
+                      tile_rows(rows), value_panels, sums, HEAD_MAX);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < D; d += W)
         store_n(out + r * C16() + d, load(sums + r * HEAD_MAX + d) * inverse[r], D - d);
@@ -229,11 +264,10 @@ struct Worker {
   // Stores the keys and values of a segment for one head, then attends to them from its rows `from` on.
   template <class E>
   void attend_segment(Segment s, int64_t from, const int32_t* sequences, const int32_t* positions, int64_t head,
-                      int64_t layer) const {
-    const int64_t D = m.D, C = m.C, stride = round_up(3 * C, 16), G = GROUP_OF<E>, S = S16();
-    const int64_t slot = (layer * c.B + sequences[s.begin]) * m.H + head;
-    char* keys = c.keys + slot * S * round_up(D, G) * (int64_t)sizeof(E);
-    char* values = c.values + slot * S * round_up(D, 16) * (int64_t)sizeof(E);
+                      int64_t layer, const char* next) const {
+    const int64_t D = m.D, C = m.C, stride = round_up(3 * C, 16);
+    char* keys = keys_of<E>(layer, sequences[s.begin], head);
+    char* values = values_of<E>(layer, sequences[s.begin], head);
     const float* qkv = c.qkv + head * D;
     for (int64_t r = s.begin; r < s.end; ++r) {
       const float* row = qkv + r * stride;
@@ -244,17 +278,19 @@ struct Worker {
       }
       for (int64_t d = 0; d < D; ++d) {
         const_cast<E&>(element<E>(keys, D, positions[r], d)) = key[d];
-        const_cast<E&>(element<E>(values, S, d, positions[r])) = value[d];
+        value_at<E>(values, D, positions[r], d) = value[d];
       }
     }
     for (int64_t r = from; r < s.end; r += ROWS)
-      attend_tile<E>(qkv + r * stride, positions[r], s.end - r < ROWS ? s.end - r : ROWS, keys, values,
-                     m.constants[layer], c.y + r * C16() + head * D);
+      attend_tile<E>(qkv + r * stride, positions[r], smaller(s.end - r, ROWS), keys, values, m.constants[layer],
+                     c.y + r * C16() + head * D, next);
   }
 
   // y = attention of the rows of qkv, whose keys and values the cache takes first. In the last layer only the newest
-  // rows of sequences are needed further on.
-  void attend(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t rest, int64_t layer) const {
+  // rows of sequences are needed further on. `next` is what the thread reads then.
+  template <class E>
+  void attend_as(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t rest, int64_t layer,
+                 const char* next) const {
     int64_t segments = 0, task = 0;
     for (int64_t r = 0; r < rows; ++r) segments += r == 0 || sequences[r] != sequences[r - 1];
     const int64_t begin = first(segments * m.H), end = last(segments * m.H);
@@ -263,12 +299,25 @@ struct Worker {
       for (int64_t head = 0; head < m.H; ++head, ++task) {
         if (task < begin || task >= end) continue;
         const int64_t from = layer + 1 < m.L ? s.begin : newest(sequences, s.end - 1, rest) ? s.end - 1 : s.end;
-        if (m.weights == DECODE_F32)
-          attend_segment<float>(s, from, sequences, positions, head, layer);
-        else
-          attend_segment<bf16>(s, from, sequences, positions, head, layer);
+        const bool is_last = task + 1 == end, same = head + 1 < m.H;
+        const char* then = is_last ? next : keys_of<E>(layer, sequences[same ? s.begin : s.end], same ? head + 1 : 0);
+        attend_segment<E>(s, from, sequences, positions, head, layer, then);
       }
     }
+  }
+  void attend(const int32_t* sequences, const int32_t* positions, int64_t rows, int64_t rest, int64_t layer,
+              const char* next) const {
+    if (m.weights == DECODE_F32)
+      attend_as<float>(sequences, positions, rows, rest, layer, next);
+    else
+      attend_as<bf16>(sequences, positions, rows, rest, layer, next);
+  }
+  // Where this thread's attention begins to read, as far as one row a sequence goes.
+  const char* attention_of(const int32_t* sequences, int64_t rows, int64_t layer) const {
+    const int64_t task = first(rows * m.H);
+    if (task == rows * m.H) return c.keys;
+    return m.weights == DECODE_F32 ? keys_of<float>(layer, sequences[task / m.H], task % m.H)
+                                   : keys_of<bf16>(layer, sequences[task / m.H], task % m.H);
   }
 
   // Whether row r, of the `rest` that are not yet done, is the last of its sequence.
@@ -295,23 +344,27 @@ struct Worker {
   int64_t layer(const DecodeLayer& l, int64_t index, const int32_t* sequences, const int32_t* positions, int64_t rows,
                 int64_t rest) const {
     const int64_t C = m.C, F = m.F, QKV16 = round_up(3 * C, 16);
+    const bool is_last = index + 1 == m.L;
     layernorm(c.h, l.ln_1_weight, l.ln_1_bias, rows);
     meet();
-    product(c.y, C16(), l.c_attn, 3 * C, C, rows, FINISH_STORE, c.qkv, QKV16, QKV16);
+    product(c.y, C16(), l.c_attn, 3 * C, C, rows, FINISH_STORE, c.qkv, QKV16, QKV16,
+            attention_of(sequences, rows, index));
     meet();
-    attend(sequences, positions, rows, rest, index);
-    if (index + 1 == m.L) {
+    attend(sequences, positions, rows, rest, index, part_of(l.attn_proj, C, C));
+    if (is_last) {
       meet();
       rows = gather(sequences, rows, rest);
     }
     hand_over(c.y, C16(), rows);
-    product(c.y, C16(), l.attn_proj, C, C, rows, FINISH_ADD, c.h, C16(), C16());
+    product(c.y, C16(), l.attn_proj, C, C, rows, FINISH_ADD, c.h, C16(), C16(), part_of(l.c_fc, F, C));
     meet();
     layernorm(c.h, l.ln_2_weight, l.ln_2_bias, rows);
     meet();
-    product(c.y, C16(), l.c_fc, F, C, rows, m.erf ? FINISH_ERF_GELU : FINISH_TANH_GELU, c.f, F16(), F16());
+    product(c.y, C16(), l.c_fc, F, C, rows, m.erf ? FINISH_ERF_GELU : FINISH_TANH_GELU, c.f, F16(), F16(),
+            part_of(l.mlp_proj, C, F));
     hand_over(c.f, F16(), rows);
-    product(c.f, F16(), l.mlp_proj, C, F, rows, FINISH_ADD, c.h, C16(), C16());
+    product(c.f, F16(), l.mlp_proj, C, F, rows, FINISH_ADD, c.h, C16(), C16(),
+            is_last ? part_of(m.lm_head, m.V, C) : part_of((&l)[1].c_attn, 3 * C, C));
     meet();
     return rows;
   }
@@ -335,7 +388,8 @@ struct Worker {
       const int64_t n = c.B - begin < c.chunk ? c.B - begin : c.chunk;
       layernorm(c.newest + begin * C16(), m.ln_f_weight, m.ln_f_bias, n);
       meet();
-      product(c.y, C16(), m.lm_head, m.V, m.C, n, FINISH_STORE, logits + begin * m.V, m.V, m.V);
+      product(c.y, C16(), m.lm_head, m.V, m.C, n, FINISH_STORE, logits + begin * m.V, m.V, m.V,
+              part_of(m.layers[0].c_attn, 3 * m.C, m.C));
       meet();
     }
   }

@@ -24,7 +24,7 @@ namespace gpt2 {
   M(float*, wpe) M(float*, ln_f_weight) M(float*, ln_f_bias)
 
 // A cache and the scratch of a call. Widths C16, F16, S16, D16: rounded up to 16; R: `chunk` rows and 16 to spare.
-// keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, D16 / 16, S16 / G, 16, G]: float32, G = 1, or
+// keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, S16 / G, D16, G]: float32, G = 1, or
 // bfloat16, G = 2; zero before their first use. h and y [R, C16], qkv [R, 3 C rounded up], f [R, F16],
 // newest [B, C16], scores [threads, 12, S16]; split [2 R, max(C16, F16)], with float32 [R] and int32 [R, max(2, groups of
 // max(C16, F16))]: see Split in decode_panels.h and SplitGroups in decode_int4.h.

@@ -397,12 +397,16 @@ struct Worker {
 
 }  // namespace
 
-void decode_step(addr model, addr cache, addr tokens, addr sequences, addr positions, int64_t rows, addr logits,
-                 int64_t threads) {
+void decode_step(addr model, addr cache, addr tokens, addr sequences, addr positions, int64_t rows, int64_t first,
+                 addr logits, int64_t threads) {
+  const DecodeCache& c = *(const DecodeCache*)cache;
+  const int32_t* at = positions ? (const int32_t*)positions : c.positions;
+  if (!positions)
+    for (int64_t b = 0; b < c.B; ++b) c.positions[b] = (int32_t)first - c.starts[b];
 #pragma omp parallel num_threads((int)threads)
   {
-    const Worker worker{*(const DecodeModel*)model, *(const DecodeCache*)cache, this_thread(), thread_count()};
-    worker.run((const int64_t*)tokens, (const int32_t*)sequences, (const int32_t*)positions, rows, (float*)logits);
+    const Worker worker{*(const DecodeModel*)model, c, this_thread(), thread_count()};
+    worker.run((const int64_t*)tokens, (const int32_t*)sequences, at, rows, (float*)logits);
   }
 }
 

@@ -141,6 +141,7 @@ class PackedDecoder:
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
         self.packed, self.batch_size, self.n_positions = packed, batch_size, n_positions
         self.cache: PackedCache | None = None
+        self.logits = torch.empty(batch_size, packed.config.vocab_size)
 
     @property
     def length(self) -> int:
@@ -151,7 +152,7 @@ class PackedDecoder:
         return self.packed.prefill(tokens, self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self.packed.step(tokens, self.cache)
+        return self.packed.step(tokens, self.cache, self.logits)
 
 
 PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()

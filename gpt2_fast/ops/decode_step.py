@@ -161,15 +161,16 @@ class PackedModel:
             raise ValueError(f"{OP}: the cache already holds {cache.length} positions; prefill takes a new PackedCache")
         return decode_step(self, tokens, cache)
 
-    def step(self, tokens: Tensor, cache: PackedCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: PackedCache, out: Tensor | None = None) -> Tensor:
         """Logits [B, V], float32, after one more token a row: tokens int64 [B].
+
+        out: what the logits are written to, float32 [B, V], contiguous, on the CPU; None: a new tensor.
 
         Raises ValueError when the cache is full.
         """
-        check_dense(OP, "tokens", tokens)
-        if tokens.ndim != 1:
+        if isinstance(tokens, Tensor) and tokens.ndim != 1:
             raise ValueError(f"{OP}: tokens is {tuple(tokens.shape)}; a step takes one token a row, [B]")
-        return decode_step(self, tokens.unsqueeze(1), cache)
+        return decode_step(self, tokens, cache, out)
 
 
 class _PackedLayer:
@@ -224,7 +225,7 @@ class PackedCache:
                 f"{OP}: starts is {starts.dtype} {tuple(starts.shape)} on {starts.device}; "
                 f"it must be int32 [{batch_size}] on the CPU, >= 0"
             )
-        self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone()
+        self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone().contiguous()
         self.sequences = torch.arange(batch_size, dtype=torch.int32)
         self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
         self.threads = torch.get_num_threads()
@@ -246,6 +247,7 @@ class PackedCache:
             "h": torch.empty(rows, C16), "y": torch.empty(rows, C16), "f": torch.empty(rows, F16),
             "qkv": torch.empty(rows, round_up(3 * config.n_embd, PANEL)),
             "newest": torch.empty(self.batch_size, C16),
+            "starts": self.starts, "positions": torch.empty(self.batch_size, dtype=torch.int32),
             "scores": torch.empty(self.threads, TILE_ROWS, S),
             "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8),
             "split_offsets": torch.empty(rows * max(2, round_up(max(C16, F16), GROUP) // GROUP), dtype=torch.int32),
@@ -256,9 +258,11 @@ class PackedCache:
         self._table = torch.tensor(cpp.struct("DecodeCache", **held, **sizes, **self._scratch))
 
 
+@torch.no_grad()
 def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
     """What is correct: plain PyTorch in packed.dtype on the weights that the packed numbers mean."""
     config, dtype = packed.config, packed.dtype
+    tokens = tokens.view(cache.batch_size, -1)
     (B, T), H, first = tokens.shape, config.n_head, cache.length
     last = first + T
 
@@ -288,37 +292,41 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
     return linear(normed(h[:, -1], packed.ln_f), packed.lm_head)
 
 
-def _rows(tokens: Tensor, cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(tokens: Tensor, cache: PackedCache) -> dict[str, Tensor]:
     """The tokens [B, T] that are no padding, laid flat, and of each its sequence and its position, int32."""
     (B, T), first = tokens.shape, cache.length
-    if T == 1:  # a step, as short as can be: of no row is it padding, or `_validate` had refused it
-        return tokens.contiguous(), cache.sequences, first - cache.starts
     positions = torch.arange(first, first + T, dtype=torch.int32) - cache.starts.unsqueeze(1)
     sequences = cache.sequences.unsqueeze(1).expand(B, T)
     if cache.last_start > first:
         real = positions >= 0
         tokens, positions, sequences = tokens[real], positions[real], sequences[real]
-    return tokens.contiguous(), sequences.contiguous(), positions.contiguous()
+    return {"tokens": tokens.contiguous(), "sequences": sequences.contiguous(), "positions": positions.contiguous()}
 
 
-def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
-    tokens, sequences, positions = _rows(tokens, cache)
-    logits = torch.empty(cache.batch_size, packed.config.vocab_size)
+def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache, logits: Tensor) -> None:
+    if tokens.numel() == cache.batch_size:  # a token a row, none of which is padding, or `_validate` had refused it
+        rows = {"tokens": tokens, "sequences": cache.sequences, "positions": None}
+        if not tokens.is_contiguous():
+            rows["tokens"] = tokens.contiguous()
+    else:
+        rows = _rows(tokens, cache)
     cpp.decode_step(
-        model=packed._table, cache=cache._table, tokens=tokens, sequences=sequences, positions=positions,
-        rows=tokens.numel(), logits=logits, threads=cache.threads,
+        rows, model=packed._table, cache=cache._table, rows=rows["tokens"].numel(), first=cache.length, logits=logits,
+        threads=cache.threads,
     )  # fmt: skip
-    return logits
 
 
-@torch.no_grad()
-def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tensor:
+def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Tensor | None = None) -> Tensor:
     """Appends tokens to every row of the cache; returns the logits of the token after the newest. No gradient.
+
+    A step is a hundredth of a second and less, after which the processor's caches hold nothing but weights: a call of
+    torch then takes 10 to 30 us. So there are few.
 
     Args:
         packed: the weights.
-        tokens: int64 [B, T] on the CPU, T >= 1; what a row holds before its start is ignored.
+        tokens: int64 [B, T] on the CPU, T >= 1, or [B], one a row; what a row holds before its start is ignored.
         cache: holds the keys and values before them; grows by T positions.
+        out: see `PackedModel.step`.
 
     Returns:
         [B, V] float32.
@@ -329,30 +337,38 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> Tens
         IndexError: a token outside the vocabulary.
     """
     _validate(packed, tokens, cache)
-    run = decode_step_reference if packed.impl == "reference" else _decode_step_cpp
-    logits = run(packed, tokens, cache)
-    cache.length += tokens.shape[1]
-    return logits
+    shape = (cache.batch_size, packed.config.vocab_size)
+    if out is not None and (out.shape != shape or out.dtype != torch.float32 or out.requires_grad):
+        raise ValueError(f"{OP}: out is {out.dtype} {tuple(out.shape)}; it must be float32 {shape} without a gradient")
+    if packed.impl == "reference":
+        logits = decode_step_reference(packed, tokens, cache)
+        out = logits if out is None else out.copy_(logits)
+    else:
+        out = torch.empty(shape) if out is None else out
+        _decode_step_cpp(packed, tokens, cache, out)
+    cache.length += 1 if tokens.ndim == 1 else tokens.shape[1]
+    return out
 
 
 def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
     if cache._of() is not packed:
         raise ValueError(f"{OP}: the cache was made for another PackedModel; make PackedCache(packed, ...) of this one")
     check_dense(OP, "tokens", tokens)
-    fits = tokens.ndim == 2 and tokens.shape[0] == cache.batch_size and tokens.shape[1] > 0
-    if tokens.dtype != torch.int64 or not fits or not tokens.is_cpu:
+    shape = tokens.shape
+    count = 1 if len(shape) == 1 else shape[1] if len(shape) == 2 else 0  # tokens of a row
+    if tokens.dtype != torch.int64 or count == 0 or shape[0] != cache.batch_size or not tokens.is_cpu:
         raise ValueError(
             f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}; it must be int64 on the CPU, "
             f"{cache.batch_size} rows of at least one token"
         )
-    needed = cache.length + tokens.shape[1]
+    needed = cache.length + count
     if needed > cache.n_positions:
         raise ValueError(
             f"{OP}: the cache is for {cache.n_positions} positions and {needed} are needed; make it longer"
         )
     if cache.last_start >= needed:
         raise ValueError(f"{OP}: a row starts at {cache.last_start} and has no token among {needed} positions")
-    ends = torch.aminmax(tokens) if tokens.shape[1] > 1 else tokens.flatten().tolist()  # of a step: few
+    ends = tokens.tolist() if len(shape) == 1 else torch.aminmax(tokens)  # of a step: few
     low, high = int(min(ends)), int(max(ends))
     if low < 0 or high >= packed.config.vocab_size:
         wrong = low if low < 0 else high

@@ -1,0 +1,54 @@
+// Who of a decode step's threads does what.
+#pragma once
+
+#include <atomic>
+
+#include "decode_panels.h"
+#include "kernels.h"
+
+namespace gpt2 {
+namespace GPT2_ISA {
+namespace {
+
+// Panels [begin, end) of a matrix.
+struct Part {
+  int64_t begin, end;
+};
+
+// The first half of a matrix's panels is shared out beforehand, the other taken by whoever is done, ever less at a time,
+// since one thread is as fast as another only where nothing else runs. Every second product has the same counter; nobody
+// looks at the other one meanwhile.
+struct Claims {
+  alignas(64) std::atomic<int64_t> taken[2]{};
+};
+
+// One thread's view of a step.
+struct Thread {
+  const DecodeModel& m;
+  const DecodeCache& c;
+  Claims& claims;
+  int64_t thread, threads;
+  mutable int64_t products = 0;  // so far
+
+  int64_t part(int64_t n, int64_t i) const { return n * i / threads; }
+  int64_t first(int64_t n) const { return part(n, thread); }
+  int64_t last(int64_t n) const { return part(n, thread + 1); }
+  // Panels of a matrix of `all` that nobody has; none: begin is `all`.
+  Part claim(std::atomic<int64_t>& taken, int64_t all) const {
+    const int64_t rest = all - all / 2;
+    int64_t at = taken.load(std::memory_order_relaxed), count;
+    do {
+      if (at >= rest) return {all, all};
+      count = (rest - at) / (2 * threads);
+      if (count < 1) count = 1;
+    } while (!taken.compare_exchange_weak(at, at + count, std::memory_order_relaxed));
+    return {all / 2 + at, all / 2 + at + count};
+  }
+
+  int64_t C16() const { return round_up(m.C, 16); }
+  int64_t S16() const { return round_up(c.S, 16); }
+};
+
+}  // namespace
+}  // namespace GPT2_ISA
+}  // namespace gpt2

@@ -148,8 +148,8 @@ struct Worker : Attention {
                 const char* next) const {
     const int64_t steps = ceil_div(K, A::GROUP), all = ceil_div(N, PANEL);
     const Panels panels{w.panels, A::pitch(steps), LINE, steps};
-    std::atomic<int64_t>& taken = claims.taken[products % 2];
-    if (thread == 0) claims.taken[(products + 1) % 2].store(0, std::memory_order_relaxed);
+    int64_t* taken = &claims.taken[products % 2];
+    if (thread == 0) __atomic_store_n(&claims.taken[(products + 1) % 2], 0, __ATOMIC_RELAXED);
     ++products;
     for (Part part{first(all / 2), last(all / 2)}; part.begin < all;) {
       const Part then = claim(taken, all);  // before its turn: what is read next has to be known

@@ -1,8 +1,6 @@
 // Who of a decode step's threads does what.
 #pragma once
 
-#include <atomic>
-
 #include "decode_panels.h"
 #include "kernels.h"
 
@@ -19,7 +17,7 @@ struct Part {
 // since one thread is as fast as another only where nothing else runs. Every second product has the same counter; nobody
 // looks at the other one meanwhile.
 struct Claims {
-  alignas(64) std::atomic<int64_t> taken[2]{};
+  alignas(64) int64_t taken[2] = {};
 };
 
 // One thread's view of a step.
@@ -34,14 +32,14 @@ struct Thread {
   int64_t first(int64_t n) const { return part(n, thread); }
   int64_t last(int64_t n) const { return part(n, thread + 1); }
   // Panels of a matrix of `all` that nobody has; none: begin is `all`.
-  Part claim(std::atomic<int64_t>& taken, int64_t all) const {
+  Part claim(int64_t* taken, int64_t all) const {
     const int64_t rest = all - all / 2;
-    int64_t at = taken.load(std::memory_order_relaxed), count;
+    int64_t at = __atomic_load_n(taken, __ATOMIC_RELAXED), count;
     do {
       if (at >= rest) return {all, all};
       count = (rest - at) / (2 * threads);
       if (count < 1) count = 1;
-    } while (!taken.compare_exchange_weak(at, at + count, std::memory_order_relaxed));
+    } while (!__atomic_compare_exchange_n(taken, &at, at + count, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return {all / 2 + at, all / 2 + at + count};
   }
 

@@ -17,6 +17,7 @@
   GPT2_LINEAR_KERNELS(KERNEL) \
   GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
   GPT2_ADAMW_KERNELS(KERNEL) \
+  GPT2_DRAW_KERNELS(KERNEL) \
   GPT2_BLOCK_KERNELS(KERNEL)
 
 #include "embedding.h"
@@ -28,6 +29,7 @@
 #include "linear.h"
 #include "linear_cross_entropy.h"
 #include "adamw.h"
+#include "draw.h"
 #include "block.h"
 
 namespace gpt2 {

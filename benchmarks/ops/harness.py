@@ -112,6 +112,8 @@ class Case:
         def backward(outputs):
             return torch.autograd.grad(outputs, leaves, self._upstream, allow_unused=True)
 
+        if direction == "inference":
+            return torch.no_grad()(forward), None
         if direction in ("forward", "step"):
             return (forward if self.differentiable else torch.no_grad()(forward)), None
         if not self._upstream:
@@ -120,8 +122,6 @@ class Case:
             return backward, lambda: ((forward(),), {})
         if direction == "forward+backward":
             return lambda: backward(forward()), None
-        if direction == "inference":
-            return torch.no_grad()(forward), None
         raise ValueError(f"direction {direction!r}; a case has {', '.join(self.cost)}")
 
 

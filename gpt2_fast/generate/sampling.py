@@ -8,11 +8,13 @@ torch's generator as transformers draws them, so that after `torch.manual_seed` 
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 
 import torch
 from torch import Tensor
 
+from gpt2_fast.ops.draw import Scratch, cooled, draw, kept
 from gpt2_fast.ops.runtime import philox
 
 FEW = 512  # most likely tokens among which top_p is looked for first
@@ -78,6 +80,8 @@ class Sampler:
         generator: torch.Generator | None = None,
     ):
         self.options, self.seen, self.uniforms, self.generator = options, seen, uniforms, generator
+        self.highest: Tensor | None = None  # on a GPU, float32 [B] over all steps; NaN, where one was
+        self._scratch = Scratch()
 
     @classmethod
     def start(
@@ -106,14 +110,33 @@ class Sampler:
         return cls(options, seen, row_uniforms(seed, n_steps, n_rows, device) if draws else None, generator)
 
     def choose(self, logits: Tensor, step: int) -> Tensor:
-        """Token ids, int64 [B], from logits [B, V]; step counts from 0."""
-        o = self.options
+        """Token ids, int64 [B], from logits [B, V]; step counts from 0.
+
+        Raises FloatingPointError where the largest logit of a row is no number. On a GPU, where that would be waited
+        for, `finish` does.
+        """
+        largest = None
+        if not logits.is_cpu or (self.options.temperature != 0.0 and self.uniforms is None):
+            largest = logits.amax(-1).float()  # before a generator is asked, which fails in words of its own
+            self._look(largest)
         if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen, o.repetition_penalty)
+            logits = penalize_repetition(logits, self.seen, self.options.repetition_penalty)
         uniform = None if self.uniforms is None else self.uniforms[step]
-        return sample(
-            logits, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, generator=self.generator, uniform=uniform
-        )
+        tokens, found = _sample(logits, self.options, self.generator, uniform, self._scratch)
+        if largest is None:
+            self._look(found)
+        return tokens
+
+    def _look(self, largest: Tensor) -> None:
+        if largest.is_cpu:
+            check_finite(largest)
+        else:
+            self.highest = largest if self.highest is None else torch.maximum(self.highest, largest)
+
+    def finish(self) -> None:
+        """Raises FloatingPointError where a row's largest logit was no number at any step, on a GPU."""
+        if self.highest is not None:
+            check_finite(self.highest)
 
     def observe(self, token: Tensor) -> None:
         """Counts the tokens int64 [B], one a row, as said."""
@@ -142,45 +165,29 @@ def sample(
     uniform: float64 [B] in [0, 1), where in the cumulated probabilities each row's token lies; without it the token
     is drawn with the generator.
     """
-    if temperature == 0.0:
-        if logits.device.type == "cpu" and logits.dtype == torch.float32:
-            return torch.from_numpy(logits.numpy().argmax(-1))  # a tenth of the time that torch's own takes
-        return logits.argmax(-1)
-    logits = _cooled(logits, temperature)
-    logits = _kept(logits, top_k, top_p)
-    probabilities = logits.softmax(-1)
-    if uniform is None:
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    # In float64 uniform * total stays below total, so the first sum above it belongs to a token that can be drawn.
-    cumulated = probabilities.double().cumsum(-1)
-    return torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return _sample(logits, Sampling(temperature, top_k, top_p), generator, uniform, None)[0]
+
+
+def _sample(logits, o: Sampling, generator, uniform, scratch: Scratch | None) -> tuple[Tensor, Tensor | None]:
+    """The tokens, and the largest logit of each row where it was looked for."""
+    if o.temperature == 0.0 or uniform is not None:
+        uniform = None if o.temperature == 0.0 else uniform
+        return draw(logits, uniform, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, scratch=scratch)
+    probabilities = _kept(cooled(logits, o.temperature), o.top_k, o.top_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1), None
 
 
 def _kept(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits [B, V], -inf where top_k and then top_p leave a token out."""
-    top_k = None if top_k is None or top_k >= logits.shape[-1] else top_k
-    if top_p is None or top_p >= 1.0:
-        return logits if top_k is None else _most_likely(logits, top_k)
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:  # a device would be waited for
-        return _nucleus(logits, top_k, top_p)
-    kept, told = _nucleus_of_few(logits, top_k, top_p)
+    """`ops.draw.kept`, on a CPU without a sort of the whole vocabulary where that can be."""
+    if top_p is None or top_p >= 1.0 or logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return kept(logits, top_k, top_p)  # a device would be waited for
+    few, told = _nucleus_of_few(logits, None if top_k is None or top_k >= logits.shape[-1] else top_k, top_p)
     # Row by row: what one keeps does not depend on the others.
-    return kept if told.all() else torch.where(told.unsqueeze(1), kept, _nucleus(logits, top_k, top_p))
-
-
-def _most_likely(logits: Tensor, top_k: int) -> Tensor:
-    return logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-
-
-def _nucleus(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    logits = logits if top_k is None else _most_likely(logits, top_k)
-    ordered, order = logits.sort(descending=True)
-    beyond = _beyond(ordered.softmax(-1), top_p)
-    return logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    return few if told.all() else torch.where(told.unsqueeze(1), few, kept(logits, top_k, top_p))
 
 
 def _nucleus_of_few(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """What `_nucleus` returns, from the most likely tokens alone: to sort all of GPT-2's takes longer than a step.
+    """What `kept` returns, from the most likely tokens alone: to sort all of GPT-2's takes longer than a step.
 
     And in which rows that tells, bool [B]: not where further tokens are as likely as the top_k-th, or where FEW have
     less than top_p together.
@@ -192,23 +199,20 @@ def _nucleus_of_few(logits: Tensor, top_k: int | None, top_p: float) -> tuple[Te
     else:
         probabilities = values.softmax(-1)
         told = (logits >= values[:, -1:]).sum(-1) == top_k
-    values = values.masked_fill(_beyond(probabilities, top_p), -torch.inf)
+    beyond = probabilities.cumsum(-1) - probabilities >= top_p
+    beyond[:, 0] = False
+    values = values.masked_fill(beyond, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter_(1, order, values), told
 
 
-def _beyond(probabilities: Tensor, top_p: float) -> Tensor:
-    """Of the most likely tokens, in order, those before which the probabilities sum to top_p already."""
-    beyond = probabilities.cumsum(-1) - probabilities >= top_p
-    beyond[:, 0] = False  # however small top_p is, one is kept
-    return beyond
-
-
-def _cooled(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature; near 0, where that is infinite, less their largest, which leaves the same probabilities."""
-    if temperature >= 0.01:
-        return logits / temperature
-    below = logits - logits.amax(-1, keepdim=True)
-    return torch.where(below == 0, below, below / temperature)
+def check_finite(highest: Tensor) -> None:
+    """Raises FloatingPointError, one line, where the largest logit of a row, float32 [B], is no number."""
+    for row, value in enumerate(highest.tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the logits of row {row} are {'NaN' if math.isnan(value) else 'infinite'} and no token can be chosen; "
+                "look for NaN or inf in the weights, or generate in float32"
+            )
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

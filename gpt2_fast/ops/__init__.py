@@ -9,7 +9,8 @@ import importlib
 from types import ModuleType
 
 ROOMS = (
-    "embedding", "add_layernorm", "mlp", "linear", "attention", "linear_cross_entropy", "adamw", "decode_step", "block"
+    "embedding", "add_layernorm", "mlp", "linear", "attention", "linear_cross_entropy", "adamw", "decode_step", "draw",
+    "block",
 )  # fmt: skip
 
 

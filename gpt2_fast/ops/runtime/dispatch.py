@@ -33,6 +33,7 @@ from gpt2_fast.uncompiled import assume_constant_result
 # Filled by the declarations (`declare.Op`): operation -> device type -> implementations, best first.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
+    "draw": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
     "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
 }
 

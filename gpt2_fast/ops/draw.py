@@ -1,0 +1,172 @@
+"""draw: a token of each row of logits, at a given place in the cumulated probabilities of those that are kept.
+
+    kept = the top_k largest logits and all as large as the last of them
+    p    = softmax(kept / temperature)
+    kept = of these, the most likely first, those before which p sums to less than top_p; at least one
+    the token is the first, in the vocabulary's order, up to which the kept p sum to more than uniform * their sum
+
+Without uniform numbers it is the most likely token, of equals the first. No gradient.
+
+torch takes eight passes over the vocabulary, each with its own call, sorts where one of a hundred tokens counts, and
+finds the caches cold after a decode step: on a CPU this is one call into C++ that reads the logits twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt2_fast.ops.runtime import cpp, dispatch
+from gpt2_fast.ops.runtime.contract import check_dense
+
+OP = "draw"
+
+
+def draw_reference(
+    logits: Tensor,
+    uniform: Tensor | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What is correct: see `draw`. Any device and floating dtype."""
+    highest = logits.amax(-1)  # NaN, where one of them is
+    if uniform is None:
+        return logits.argmax(-1), highest.float()
+    probabilities = kept(cooled(logits, temperature), top_k, top_p).softmax(-1)
+    # In float64 uniform * total stays below total, so the first sum above it belongs to a token that can be drawn.
+    cumulated = probabilities.double().cumsum(-1)
+    token = torch.searchsorted(cumulated, (uniform * cumulated[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return token, highest.float()
+
+
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature; near 0, where that is infinite, less their largest, which leaves the same probabilities."""
+    if temperature >= 0.01:
+        return logits / temperature
+    below = logits - logits.amax(-1, keepdim=True)
+    return torch.where(below == 0, below, below / temperature)
+
+
+def kept(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits [B, V], -inf where top_k and then top_p leave a token out."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is None or top_p >= 1.0:
+        return logits
+    ordered, order = logits.sort(descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    beyond = probabilities.cumsum(-1) - probabilities >= top_p
+    beyond[:, 0] = False  # however small top_p is, one is kept
+    return logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+
+
+class Scratch:
+    """Memory that a call needs, made at its first use and kept for the next: a token costs less than new pages."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def of(self, rows: int, vocab_size: int) -> tuple[Tensor, int]:
+        """float32 [threads, units], and how many threads share `rows`."""
+        threads = min(rows, torch.get_num_threads())
+        if self.held is None or self.held.shape[0] < threads or self.vocab_size != vocab_size:
+            units = torch.empty(1, dtype=torch.int64)
+            cpp.draw_scratch(V=vocab_size, units=units)
+            self.held, self.vocab_size = torch.empty(threads, units.item()), vocab_size
+        return self.held, threads
+
+
+def _draw_cpp(logits, uniform, temperature, top_k, top_p, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    (B, V), logits = logits.shape, logits.detach().contiguous()
+    memory, threads = scratch.of(B, V)
+    tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B)
+    cpp.draw(
+        logits=logits, uniforms=uniform, B=B, V=V, temperature=temperature,
+        top_k=0 if top_k is None or top_k >= V else int(top_k), top_p=1.0 if top_p is None else top_p, tokens=tokens,
+        highest=highest, scratch=memory, threads=threads,
+    )  # fmt: skip
+    return tokens, highest
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    scratch: Scratch | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draws a token of each row.
+
+    Args:
+        logits: [B, V], a floating dtype, V >= 1; -inf is a token that cannot be drawn.
+        uniform: float64 [B] in [0, 1), or None: the most likely token; the options are not looked at then.
+        temperature: divides the logits; above 0.
+        top_k: keeps the k most likely, at least 1; None keeps all.
+        top_p: then keeps the fewest whose probabilities sum to at least p, above 0 (Holtzman et al., 2019,
+            arXiv:1904.09751); None keeps all.
+        scratch: see `Scratch`; None: memory of the call's own.
+        impl: see `gpt2_fast.ops.runtime.dispatch`.
+
+    Returns:
+        Tokens int64 [B], and the largest logit of each row, float32 [B]: where it is no number the token means nothing.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit.
+        ImplementationUnavailable: the named `impl` cannot run here.
+    """
+    _validate(logits, uniform, temperature, top_k, top_p)
+    if impl == "auto" and logits.dtype != torch.float32:
+        impl = "reference"
+    if dispatch.choose(OP, impl, logits.device, logits.dtype) == "reference":
+        with torch.no_grad():
+            return draw_reference(logits, uniform, temperature, top_k, top_p)
+    if logits.dtype != torch.float32:
+        raise ValueError(f"{OP}: logits is {logits.dtype}, and the kernel takes float32; use impl='reference'")
+    return _draw_cpp(logits, uniform, temperature, top_k, top_p, Scratch() if scratch is None else scratch)
+
+
+def _validate(logits, uniform, temperature, top_k, top_p) -> None:
+    check_dense(OP, "logits", logits)
+    if logits.ndim != 2 or not logits.is_floating_point() or 0 in logits.shape:
+        raise ValueError(
+            f"{OP}: logits is {logits.dtype} {tuple(logits.shape)}; it must be [B, V], floating, neither 0"
+        )
+    if uniform is None:
+        return
+    check_dense(OP, "uniform", uniform)
+    if uniform.shape != logits.shape[:1] or uniform.dtype != torch.float64 or uniform.device != logits.device:
+        raise ValueError(
+            f"{OP}: uniform is {uniform.dtype} {tuple(uniform.shape)} on {uniform.device}; it must be float64 "
+            f"[{logits.shape[0]}] on {logits.device}"
+        )
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{OP}: temperature is {temperature}; it must be above 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{OP}: top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"{OP}: top_p is {top_p}; it must be above 0 and at most 1")
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Inputs (logits, uniform, options) that tests and benchmarks read, smallest first."""
+    generator = torch.Generator().manual_seed(0)
+    for B, V, scale, options in [
+        (1, 1, 1.0, {}), (3, 5, 1.0, {"temperature": 0.5}), (2, 63, 3.0, {"top_k": 1}),
+        (3, 130, 3.0, {"temperature": 1.7, "top_k": 129}), (4, 1025, 3.0, {"top_k": 20, "top_p": 0.7}),
+        (5, 4097, 0.1, {"top_p": 0.95}), (2, 50257, 3.0, {"temperature": 0.8, "top_k": 50}),
+        (3, 50257, 3.0, {"temperature": 0.8, "top_p": 0.9}), (2, 50257, 3.0, {}),
+    ]:  # fmt: skip
+        logits = torch.randn(B, V, generator=generator) * scale
+        uniform = torch.rand(B, generator=generator, dtype=torch.float64)
+        yield logits.to(device, dtype), uniform.to(device), options
+
+
+def cost(n_rows: int, vocab_size: int) -> dict[str, dict[str, int]]:
+    """Bytes and FLOPs of one call: the logits once, a token, a number and a largest logit a row; no products."""
+    return {"forward": {"bytes": n_rows * (4 * vocab_size + 8 + 8 + 4), "flops": 0}}

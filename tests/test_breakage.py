@@ -145,7 +145,9 @@ def test_adamw_that_does_not_clip(monkeypatch, dtype):
 
 BROKEN_STEPS = {
     "other tokens": lambda a: a | {"tokens": a["tokens"].flip(0)},
-    "positions one on": lambda a: a | {"positions": a["positions"] + 1},
+    "positions one on": lambda a: (
+        a | ({"first": a["first"] + 1} if a["positions"] is None else {"positions": a["positions"] + 1})
+    ),
     "logits of before": lambda a: a | {"logits": torch.empty_like(a["logits"])},
 }
 

@@ -311,7 +311,7 @@ def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache, lo
     else:
         rows = _rows(tokens, cache)
     cpp.decode_step(
-        rows, model=packed._table, cache=cache._table, rows=rows["tokens"].numel(), first=cache.length, logits=logits,
+        **rows, model=packed._table, cache=cache._table, rows=rows["tokens"].numel(), first=cache.length, logits=logits,
         threads=cache.threads,
     )  # fmt: skip
 

@@ -31,7 +31,8 @@ def draw_reference(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What is correct: see `draw`. Any device and floating dtype."""
+    """What is correct: see `draw`. Any device and floating dtype; sums of probabilities are float32 or wider."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     highest = logits.amax(-1)  # NaN, where one of them is
     if uniform is None:
         return logits.argmax(-1), highest.float()

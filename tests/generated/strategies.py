@@ -1,4 +1,4 @@
-"""One strategy and one judge for all operations, the two that are no declared ones included."""
+"""One strategy and one judge for all operations, those that are no declared ones included."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from . import adamw, decode_step, describe
+from . import adamw, decode_step, describe, draw
 from . import judge as declared
 from .describe import Description
 from .judge import Outcome
 
-APART = {"adamw": adamw, "decode_step": decode_step}
+APART = {"adamw": adamw, "decode_step": decode_step, "draw": draw}
 
 
 def calls(op: str) -> st.SearchStrategy[Description]:

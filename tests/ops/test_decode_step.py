@@ -86,6 +86,27 @@ def test_a_layer_without_biases_and_one_that_stores_out_in():
         torch.testing.assert_close(_run(PackedModel(parameters_of(model), "float32", impl=impl), tokens), expected)
 
 
+def test_logits_go_where_the_caller_says():
+    packed = PackedModel(parameters_of(_model(n_layer=1, n_embd=48, n_head=3, vocab_size=50)), "float32")
+    caches = [PackedCache(packed, 2, 9) for _ in range(2)]
+    for cache in caches:
+        packed.prefill(torch.arange(6).view(2, 3), cache)
+    held, token = torch.empty(2, 50), torch.tensor([7, 8, 9, 9])[::2]
+    assert packed.step(token, caches[0], held) is held
+    assert torch.equal(held, packed.step(token.contiguous(), caches[1]))
+    for wrong in (
+        torch.empty(1, 50),
+        torch.empty(2, 51),
+        torch.empty(2, 50, dtype=torch.bfloat16),
+        held.clone().requires_grad_(),
+    ):
+        with pytest.raises(ValueError, match=r"^decode_step: out is .*; it must be float32 \(2, 50\)"):
+            packed.step(token, caches[0], wrong)
+    with pytest.raises(TypeError, match="decode_step: logits must be a contiguous tensor"):
+        packed.step(token, caches[0], torch.empty(50, 2).t())
+    assert caches[0].length == 4  # what was refused was not added
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_same_bits_on_any_number_of_threads(isa, threads, weights):
     packed, tokens = (

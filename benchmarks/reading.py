@@ -31,7 +31,7 @@ from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 LINE = 64  # bytes
-HELD = 128  # positions of the cache when a turn begins
+HELD = 128  # positions that the cache holds at first; it is read too, and is no part of the weights
 
 
 def compile_reader() -> Callable[[Sequence[Tensor], int], int]:
@@ -62,15 +62,14 @@ def matrices_of(packed: PackedModel) -> list[Tensor]:
     return [*(m.panels for layer in packed.layers for m in layer.matrices), packed.lm_head.panels]
 
 
-def turns(packed: PackedModel, read: Callable, rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each round's step and reading, in random order."""
+def turns(packed: PackedModel, read: Callable, rounds: int, threads: int, held: int = HELD) -> dict[str, list[float]]:
+    """Seconds of each round's step and reading, in random order; the cache holds `held` to twice as many positions."""
     generator, matrices = random.Random(0), matrices_of(packed)
     seconds: dict[str, list[float]] = {"step": [], "reading": []}
     token, cache = torch.tensor([0]), None
     for _ in range(rounds):
         if cache is None or cache.length == cache.n_positions:
-            held = min(HELD, packed.config.n_positions // 2)
-            cache = PackedCache(packed, 1, min(2 * held, packed.config.n_positions))
+            cache = PackedCache(packed, 1, 2 * held)
             packed.prefill(torch.zeros(1, held, dtype=torch.int64), cache)
         ways = {"step": lambda cache=cache: packed.step(token, cache), "reading": lambda: read(matrices, threads)}
         for way in generator.sample(sorted(ways), 2):
@@ -96,14 +95,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="gpt2", choices=SIZES)
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="several by comma (default: all)")
     parser.add_argument("--rounds", type=int, default=100, help="turns of each way (default 100)")
+    parser.add_argument("--held", type=int, help=f"positions in the cache at first (default {HELD}, or what fits)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
     parser.add_argument("--out", default=str(measure.RESULTS), help="folder for the JSON")
     options = parser.parse_args(argv)
     options.weights = options.weights.split(",")
     if unknown := [name for name in options.weights if name not in WEIGHTS]:
         parser.error(f"--weights has {unknown[0]!r}; choose from {', '.join(WEIGHTS)}")
-    if min(options.rounds, options.threads) < 1:
-        parser.error("--rounds and --threads must be at least 1")
+    most = GPT2Config(**SIZES[options.model]).n_positions // 2  # a cache of twice as many is filled
+    options.held = min(HELD, most) if options.held is None else options.held
+    if min(options.rounds, options.threads, options.held) < 1:
+        parser.error("--rounds, --threads and --held must be at least 1")
+    if options.held > most:
+        parser.error(f"--held must be at most {most} for {options.model}")
     return options
 
 
@@ -116,10 +120,12 @@ def main(argv: Sequence[str]) -> int:
     for weights in options.weights:
         packed = packed_model(model, weights)
         nbytes = sum(m.nbytes for m in matrices_of(packed))
-        rows.append({"weights": weights, "bytes": nbytes, **turns(packed, read, options.rounds, options.threads)})
+        rows.append(
+            {"weights": weights, "bytes": nbytes, **turns(packed, read, options.rounds, options.threads, options.held)}
+        )
     record = {
         "command": measure.command_line("reading", argv), "machine": measure.machine("cpu"),
-        "setting": {"model": options.model, "rounds": options.rounds, "threads": options.threads}, "rows": rows,
+        "setting": {name: getattr(options, name) for name in ("model", "rounds", "threads", "held")}, "rows": rows,
     }  # fmt: skip
     parts = ("reading", options.model, f"{options.threads}-threads")
     path = measure.record_path(options.out, record["machine"]["device"], *parts)

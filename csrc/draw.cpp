@@ -115,12 +115,11 @@ struct Row {
 
   // Of all tokens the first whose cumulated probability is above `at`.
   int64_t find(double at) const {
-    int64_t b = 0, last = 0, count = blocks;
-    while (sums[count - 1] == 0) --count;  // nothing there can be drawn; the most likely token has a sum
+    int64_t b = 0, last = 0;
     double before = 0;
-    for (; b + 1 < count && before + sums[b] <= at; ++b) before += sums[b];
+    for (; before + sums[b] <= at; ++b) before += sums[b];  // `at` is below the sum of all
     // By rounding a block may hold less than its sum: then the next one has it, or the last token that can be drawn.
-    for (; b < count; ++b) {
+    for (; b < blocks; ++b) {
       const int64_t begin = b * DRAW_BLOCK, end = smaller(V, begin + DRAW_BLOCK);
       for (int64_t i = begin; i < end; i += W) {
         float p[W];

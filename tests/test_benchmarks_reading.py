@@ -57,7 +57,8 @@ def test_a_record_and_its_table(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--weights", "int8,int3"], "--weights has 'int3'; choose from float32, bfloat16, int8, int4"),
-        (["--rounds", "0"], "--rounds and --threads must be at least 1"),
+        (["--rounds", "0"], "--rounds, --threads and --held must be at least 1"),
+        (["--held", "513"], "--held must be at most 512 for gpt2"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, arguments, said):

@@ -146,6 +146,8 @@ def _validate(logits, uniform, temperature, top_k, top_p) -> None:
             f"{OP}: uniform is {uniform.dtype} {tuple(uniform.shape)} on {uniform.device}; it must be float64 "
             f"[{logits.shape[0]}] on {logits.device}"
         )
+    if uniform.is_cpu and not all(0.0 <= u < 1.0 for u in uniform.tolist()):
+        raise ValueError(f"{OP}: uniform is {uniform.tolist()}; each must be at least 0 and below 1")
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"{OP}: temperature is {temperature}; it must be above 0")
     if top_k is not None and top_k < 1:

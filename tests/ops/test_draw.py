@@ -140,6 +140,12 @@ def test_other_dtypes_go_by_torch():
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, "floating"),
         ({"uniform": torch.zeros(2)}, r"uniform is torch.float32 \(2,\) on cpu; it must be float64 \[2\] on cpu"),
         ({"uniform": torch.zeros(3, dtype=torch.float64)}, r"it must be float64 \[2\]"),
+        (
+            {"uniform": torch.tensor([0.5, 1.0]).double()},
+            r"uniform is \[0.5, 1.0\]; each must be at least 0 and below 1",
+        ),
+        ({"uniform": torch.tensor([-1e-9, 0.0]).double()}, "below 1"),
+        ({"uniform": torch.tensor([0.0, torch.nan]).double()}, "below 1"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),

@@ -55,6 +55,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """(world, program, *arguments, cwd=) -> what became of ranks that need not import everything: parallel.Forks."""
+    import parallel
+
+    forks = parallel.Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
 def threads():
     """Sets torch's thread count and puts it back."""

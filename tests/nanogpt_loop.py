@@ -32,7 +32,7 @@ def train(folder: Path, bias: bool, ddp: bool) -> None:
     raw = GPT(GPTConfig(block_size=BLOCK, vocab_size=VOCAB, n_layer=2, n_head=3, n_embd=48, dropout=0.0, bias=bias))
     optimizer = raw.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     for group in optimizer.param_groups:
-        group["eps"] = 1e-6  # see tests/distributed_loops.py
+        group["eps"] = 1e-6  # see tests/distributed_loops/setting.py
     model = DistributedDataParallel(raw) if ddp else raw
     losses, validations = [], []
     for step in range(STEPS):
@@ -60,7 +60,8 @@ def train(folder: Path, bias: bool, ddp: bool) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
     torch.set_num_threads(1)
     ddp = "RANK" in os.environ
     if ddp:
@@ -73,4 +74,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -195,28 +196,51 @@ def _killed(world: int, arguments: list[str], out: Path, cwd: Path, steps: int, 
     return f"rank {rank} killed behind step {step}; all had ended {seconds:.1f} s later"
 
 
+class Forks:
+    """Runs programs in ranks that are forked from one process, which has imported everything already."""
+
+    def __init__(self, cache: Path) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "serve"], env=environment(cache), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def __call__(self, world: int, program: str, *arguments: object, cwd: Path, **more: object) -> dict:
+        """The answer to a job, see `serve`."""
+        job = {"world": world, "program": program, "arguments": [*map(str, arguments)], "cwd": str(cwd), **more}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.stdout.close()
+        self.server.wait(30)
+
+
 def serve() -> None:
     """Runs jobs, a line of JSON each, in ranks that are forked from this process: it has imported everything already.
 
-    A job: {"world", "arguments" of gpt2-fast, "cwd", "patience" seconds}, and where something is to happen in front of
-    a step {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". The answer: the ranks'
-    "codes" (None: killed because it hung), "stderr", "stdout", and "seconds" from the first end to the last.
+    A job: {"world", "program": a module whose `main` takes the list of "arguments", "cwd", "patience" seconds,
+    "imports": what the program imports as it runs}, and where something is to happen in front of a step of training
+    {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". A job of "world" 0 is a process that
+    nothing launched. The answer: the ranks' "codes" (None: killed, as it hung), "stderr", "stdout", and "seconds"
+    from the first end to the last.
     """
-    import matplotlib.pyplot  # noqa: F401
     import torch.distributed  # noqa: F401
 
-    import gpt2_fast.cli
-    import gpt2_fast.train.loop  # noqa: F401
-
     for line in sys.stdin:
-        print(json.dumps(_job(json.loads(line))), flush=True)
+        job = json.loads(line)
+        for name in (job["program"], *job.get("imports", ())):
+            importlib.import_module(name)
+        print(json.dumps(_job(job)), flush=True)
 
 
 def _job(job: dict) -> dict:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # kept here, as torchrun keeps it
-    outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"])]  # noqa: SIM115
+    outputs = [[tempfile.TemporaryFile("w+") for _ in range(2)] for _ in range(job["world"] or 1)]  # noqa: SIM115
     pids = []
     for rank, files in enumerate(outputs):
         pids.append(os.fork())
@@ -232,8 +256,9 @@ def _job(job: dict) -> dict:
             sys.stderr.flush()
             os._exit(code)
     codes, ends = dict.fromkeys(pids), []
+    hangs = pids[job["rank"]] if job.get("do") == "hang" else None
     until = time.monotonic() + job.get("patience", 60)
-    while None in codes.values() and time.monotonic() < until:
+    while any(code is None for pid, code in codes.items() if pid != hangs) and time.monotonic() < until:
         for pid in [pid for pid, code in codes.items() if code is None]:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -255,19 +280,25 @@ def _job(job: dict) -> dict:
 
 
 def _rank(job: dict, rank: int, port: int) -> int:
-    from gpt2_fast.cli import main
+    world = str(job["world"])
+    if job["world"]:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world,
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+        )  # fmt: skip
+    os.chdir(job["cwd"])
+    if "do" in job:
+        _disturb(job, rank)
+    return sys.modules[job["program"]].main(job["arguments"]) or 0
+
+
+def _disturb(job: dict, rank: int) -> None:
     from gpt2_fast.train.step import Step
 
-    world = str(job["world"])
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-    )  # fmt: skip
-    os.chdir(job["cwd"])
     take = Step.__call__
 
     def call(self, inputs, targets, lr, step=0):
-        if (rank, step) == (job.get("rank"), job.get("step")):
+        if (rank, step) == (job["rank"], job["step"]):
             if job["do"] == "error":
                 raise ValueError("the disk of rank 1 is on fire")
             if job["do"] == "hang":
@@ -276,7 +307,6 @@ def _rank(job: dict, rank: int, port: int) -> int:
         return take(self, inputs, targets, lr, step)
 
     Step.__call__ = call
-    return main(job["arguments"])
 
 
 _MEMORY = """

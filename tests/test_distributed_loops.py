@@ -6,20 +6,13 @@ distributed_loops/ and nanogpt_loop.py have the loops; here is how far each may 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_loops
 import pytest
 import torch
 
-import gpt2_fast
-
-HERE = Path(__file__).parent
-pytestmark = pytest.mark.timeout(600)  # four groups of processes that import everything
+pytestmark = pytest.mark.timeout(600)
 NAMES = [(group, f.__name__) for group, functions in distributed_loops.GROUPS.items() for f in functions]
 
 # float32 sums of 8 rows in another order: a few roundings of 6e-8 of a loss or a norm. AdamW divides a gradient by its
@@ -41,44 +34,31 @@ BOUNDS = {
 }
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(gpt2_fast.__file__).parents[1]), str(HERE)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+IMPORTS = {
+    "accelerate": ["accelerate", "transformers.models.gpt2.modeling_gpt2"],
+    "trainer": ["accelerate", "transformers.models.gpt2.modeling_gpt2", "transformers.trainer"],
+    "compile": ["torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.lowering"],
+}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, forks):
     """What both ranks found in every case of a group, which runs once."""
     done: dict[str, list[dict]] = {}
 
     def of(group: str) -> list[dict]:
         if group not in done:
-            done[group] = run(group, tmp_path_factory.mktemp(group))
+            done[group] = run(forks, group, tmp_path_factory.mktemp(group))
         return done[group]
 
     return of
 
 
-def run(group: str, folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "distributed_loops", group, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=280)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def run(forks, group: str, folder: Path) -> list[dict]:
+    more = {"imports": IMPORTS.get(group, []), "patience": 280}
+    answer = forks(2, "distributed_loops.__main__", group, folder, cwd=folder, **more)
     files = [folder / f"{r}.json" for r in range(2)]
-    assert all(file.exists() for file in files), errors[0][-3000:]
+    assert all(file.exists() for file in files), answer["stderr"][0][-3000:]
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -92,20 +72,18 @@ def test_two_processes_as_one(ranks, group, name):
 
 
 @pytest.fixture(scope="module")
-def nanogpt(tmp_path_factory):
-    """The folders of nanogpt_loop.py alone and under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def nanogpt(tmp_path_factory, forks):
+    """The folders of nanogpt_loop.py alone and on two processes."""
     folders = []
-    for command in ([sys.executable], torchrun):
+    for world in (0, 2):
         folders.append(tmp_path_factory.mktemp("nanogpt"))
-        command = [*command, str(HERE / "nanogpt_loop.py"), str(folders[-1])]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        answer = forks(world, "nanogpt_loop", folders[-1], cwd=folders[-1], patience=280)
+        assert set(answer["codes"]) == {0}, answer["stderr"][0][-3000:]
     return folders
 
 
 @pytest.mark.parametrize("bias", ["bias", "none"])
-def test_nanogpts_loop_under_torchrun(nanogpt, bias):
+def test_nanogpts_loop_on_two_processes(nanogpt, bias):
     """Rank 0 alone evaluates through the wrapped model: without biases, too, no forward may talk to the other rank."""
     folders = [folder / bias for folder in nanogpt]
     files = (folders[0] / "0.json", folders[1] / "0.json", folders[1] / "1.json")

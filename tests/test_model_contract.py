@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import socket
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -184,70 +180,3 @@ def test_an_impl_that_runs_nowhere_here_raises(model, ids):
         dispatch.of_model("cpp", "linear", "cuda")
     with pytest.raises(ValueError, match="choose one of auto, reference, cpp, triton"):
         GPT2LMHeadModel(model.config, impl="aten")
-
-
-WRAPPED = textwrap.dedent(
-    """
-    import os
-    import sys
-    import torch, torch.distributed as dist, torch.multiprocessing as mp
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel as DDP
-    from gpt2_fast import GPT2Config, GPT2LMHeadModel
-
-    def build():
-        torch.manual_seed(0)
-        sizes = dict(n_layer=2, n_embd=48, n_head=3, vocab_size=61, n_positions=16)
-        return GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
-
-    def wrap(kind, model):
-        if kind.startswith("ddp"):
-            return DDP(model, **{"ddp": {}, "ddp-unused": {"find_unused_parameters": True},
-                                 "ddp-static": {"static_graph": True}}[kind])
-        mesh = init_device_mesh("cpu", (2,))
-        if kind == "fsdp-block":
-            for block in model.transformer.h:
-                fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-
-    def train(model, ids, world):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-        return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
-
-    def rank(r, port):
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=r, world_size=2)
-        ids = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(1))
-        expected = train(build(), ids, 1)
-        for kind in ("ddp", "ddp-unused", "ddp-static", "fsdp-root", "fsdp-block"):
-            weights = train(wrap(kind, build()), ids[2 * r : 2 * r + 2], 2)
-            for a, b in zip(weights, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m: f"{kind}: {m}")
-            sys.stdout.write(f"{kind} as one process\\n")
-            sys.stdout.flush()
-        dist.barrier()
-        dist.destroy_process_group()
-        os._exit(0)  # what torch's threads do as an interpreter ends is not under test
-
-    if __name__ == "__main__":
-        mp.spawn(rank, args=(int(sys.argv[1]),), nprocs=2)
-    """
-)
-
-
-def test_wrapped_by_two_processes_as_by_one(tmp_path):
-    """DDP and FSDP2, by root and by block, reach one process's weights: replicas do not drift."""
-    script = tmp_path / "wrapped.py"
-    script.write_text(WRAPPED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run([sys.executable, str(script), str(port)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for kind in ("ddp", "ddp-unused", "ddp-static", "fsdp-root", "fsdp-block"):
-        assert done.stdout.count(f"{kind} as one process\n") == 2, done.stdout

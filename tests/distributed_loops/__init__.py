@@ -7,8 +7,9 @@ setting   models, batches, one process's result, and how far two are from it
 own       DistributedDataParallel and fully_shard in a loop of one's own
 dtensors  AdamW on DTensors, and its state elsewhere
 trainers  accelerate and Trainer
+wrapped   DistributedDataParallel and fully_shard under torch's SGD
 compiled  torch.compile beside DDP and FSDP2
 """
 
-from . import compiled, dtensors, own, trainers  # noqa: F401 - each puts its cases into GROUPS
+from . import compiled, dtensors, own, trainers, wrapped  # noqa: F401 - each puts its cases into GROUPS
 from .setting import GROUPS  # noqa: F401

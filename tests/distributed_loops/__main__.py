@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import GROUPS
+from . import GROUPS, setting
 
 
-def main(group: str, folder: Path) -> None:
+def main(arguments: list[str]) -> None:
+    group, folder, wanted = arguments[0], Path(arguments[1]), arguments[2:]
+    setting.folder = folder
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    found, wanted = {}, sys.argv[3:]
+    found = {}
     for function in GROUPS[group]:
         if wanted and function.__name__ not in wanted:
             continue
@@ -38,4 +40,4 @@ def main(group: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1:])

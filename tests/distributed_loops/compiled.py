@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from .setting import build, build_nanogpt, case, run, sharded
 
 build_one_layer = functools.partial(build, n_layer=1)
+build_nanogpts_layer = functools.partial(build_nanogpt, n_layer=1)
 
 
 @case("compile")
@@ -25,7 +26,7 @@ def compiled_around_ddp():
 @case("compile")
 def compiled_nanogpt_in_ddp():
     """As nanoGPT's train.py does: first compiled, then wrapped."""
-    return run(DDP(torch.compile(build_nanogpt(), backend="aot_eager")), make=build_nanogpt)
+    return run(DDP(torch.compile(build_nanogpts_layer(), backend="aot_eager")), make=build_nanogpts_layer)
 
 
 @case("compile")

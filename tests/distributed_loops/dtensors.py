@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from . import setting
 from .setting import EPS, LR, batches, build, case, farthest, mine, optimizer_of, sharded, train, whole
 
 
@@ -119,7 +118,7 @@ def state_by_torch_distributed_checkpoint():
     model = sharded(build())
     optimizer = optimizer_of(model)
     train(model, optimizer)
-    folder = Path(sys.argv[2]) / "dcp"
+    folder = setting.folder / "dcp"
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder)
     other = sharded(build(), by="root")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ STEPS, B, T, V = 4, 8, 16, 61
 # gradient keeps AdamW from dividing it by itself.
 LR, EPS, CLIP = 1e-2, 1e-6, 0.5
 GROUPS: dict[str, list] = {}
+folder = Path()  # of this run, for what a case writes
 
 
 def case(group: str):
@@ -31,9 +33,9 @@ def build(**more) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**{**sizes, **more}, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
 
 
-def build_nanogpt() -> GPT:
+def build_nanogpt(n_layer: int = 2) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=3, n_embd=48, dropout=0.0, bias=False))
+    return GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=3, n_embd=48, dropout=0.0, bias=False))
 
 
 def loss_of(model, ids):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gpt2_fast import AdamW
 from gpt2_fast.hf_patch import swap
 
+from . import setting
 from .own import refuses
 from .setting import (
     CLIP,
@@ -211,10 +211,10 @@ def _trainer(**options):
                 self.is_fsdp_enabled = True
 
     arguments = transformers.TrainingArguments(
-        output_dir=sys.argv[2], per_device_train_batch_size=B // 2, per_device_eval_batch_size=B // 2, max_steps=STEPS,
-        learning_rate=LR, adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP, lr_scheduler_type="constant",
-        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, ddp_backend="gloo",
-        **options,
+        output_dir=str(setting.folder), per_device_train_batch_size=B // 2, per_device_eval_batch_size=B // 2,
+        max_steps=STEPS, learning_rate=LR, adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=CLIP,
+        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True, ddp_backend="gloo", **options,
     )  # fmt: skip
     model = gpt2_fast.patch(build_hf())
     trainer = InOrder(model=model, args=arguments, train_dataset=Texts())

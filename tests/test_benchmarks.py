@@ -24,15 +24,10 @@ ROOT = Path(__file__).parent.parent
 SMOKE = ("--model", "smoke", "--batch-size", "2", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "2")
 
 
-def _run(*arguments):
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_train_in_a_smoke_size(tmp_path, capsys):
     names = "gpt2_fast,transformers,gpt2_fast-graph"
-    done = _run("train", *SMOKE, "--dtype", "float32", "--programs", names, "--device", "cpu", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    options = ("--dtype", "float32", "--programs", names, "--device", "cpu", "--out", str(tmp_path))
+    assert train.main([*SMOKE, *options]) == 0
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert record["skipped"] == {"gpt2_fast-graph": "a CUDA graph needs a GPU"}
@@ -51,6 +46,7 @@ def test_train_in_a_smoke_size(tmp_path, capsys):
     assert record["machine"]["versions"]["torch"]
     assert record["command"].startswith("python -m benchmarks train --model smoke")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
     assert train.main(["--show", str(path)]) == 0
     assert f"| {ours['tokens_per_second']['median']:,.0f} |" in capsys.readouterr().out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,14 +20,8 @@ from gpt2_fast.config import num_params  # noqa: E402
 SMOKE = ("--model", "smoke", "--context", "16", "--rounds", "1", "--warmup", "1", "--steps", "1", "--device", "cpu")
 
 
-def _run(*arguments):
-    command = [sys.executable, "-m", "benchmarks", "scale", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
-def test_two_processes_beside_one(tmp_path):
-    done = _run(*SMOKE, "--processes", "1,2", "--dropout", "0.1", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_beside_one(tmp_path, capsys):
+    scale.main([*SMOKE, "--processes", "1,2", "--dropout", "0.1", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     (one,), (two,) = record["runs"]["1"], record["runs"]["2"]
@@ -41,7 +34,7 @@ def test_two_processes_beside_one(tmp_path):
     assert 4 * n <= two["sent"] <= 4 * n * 1.5 + 1024
     assert two["state_bytes"] == pytest.approx(one["state_bytes"] / 2, rel=0.3)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert done.stdout.count("the same bits") == 2
+    assert capsys.readouterr().out.count("the same bits") == 2
     assert record["machine"]["versions"]["torch"]
 
 

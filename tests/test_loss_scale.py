@@ -300,6 +300,7 @@ def test_float16_follows_float32_for_two_hundred_steps():
     assert farthest(losses, late) < farthest(rounded, exact)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("more", [{}, {"grad_accum": 2}, {"verify_every": 3}], ids=str)
 def test_a_run_in_float16_resumes_to_the_bit(corpus, tmp_path, monkeypatch, more):  # noqa: F811
     """Its scale is saved. The first scale overflows here, so that steps are left out on both sides of the save."""

@@ -33,6 +33,8 @@ from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.saving import Saver, host_copy
 from gpt2_fast.train.verify import FaultyMachine, bits, digest
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
@@ -250,13 +252,12 @@ def test_resume_auto(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
     assert len(metrics(Path("named"), "loss")) == 2
 
 
-def test_a_second_run_in_one_folder_is_refused(corpus, tmp_path, capsys, tiny):  # noqa: F811
+def test_a_second_run_in_one_folder_is_refused(corpus, tmp_path, capsys, tiny, forks):  # noqa: F811
     out = tmp_path / "run"
     run = start_run(tiny_options(tiny, corpus, out, steps=2))
-    code = "import sys; from gpt2_fast.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, "train", "--resume", str(out)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
+    other = forks(0, "training_ranks", "train", "--resume", out, cwd=tmp_path)
+    assert other["codes"] == [2]
+    assert other["stderr"][0].strip().splitlines()[-1] == (
         f"gpt2-fast: --out {out} is in use by another run; wait for it, or choose another --out"
     )
     run.train()

@@ -67,6 +67,7 @@ def test_a_bfloat16_run_keeps_the_float32_weights(corpus, tmp_path):
         assert torch.equal(p.detach(), q.detach().bfloat16())
 
 
+@pytest.mark.usefixtures("blank_pictures", "small_nano")
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16", "dropout": 0.1, "grad_accum": 2}], ids=str)
 def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -98,6 +99,7 @@ def heard(name):
     signal.signal(getattr(signal, name), before)
 
 
+@pytest.mark.usefixtures("blank_pictures", "small_nano")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_says_how_to_resume(corpus, tmp_path, capsys, heard, name):
     out = tmp_path / "run"

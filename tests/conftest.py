@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW_FILES = [
     "benchmarks", "benchmarks_compare", "benchmarks_generate", "benchmarks_scale", "build", "chapter8", "colab",
     "compat", "disassembly", "distributed_loops", "docs", "doctor", "faults", "first_hour", "fuzz_files", "generated",
-    "golden", "golden_kernels", "hf", "hub", "install", "loss_scale", "memory", "model_contract", "nanogpt",
+    "golden", "golden_kernels", "hf", "hub", "install", "loss_scale", "memory", "nanogpt",
     "no_extension", "op_benchmarks", "parallel", "patch_ecosystem", "pretrained", "recipes", "run", "threads", "train",
 ]  # fmt: skip
 SLOW_NAMES = re.compile(

@@ -192,6 +192,7 @@ def test_another_order_is_refused():
     assert config.ORDERS == order.ORDERS
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_by_epochs_resumes_to_the_bit(corpus, tmp_path, capsys, tiny):  # noqa: F811
     whole, half = tmp_path / "whole", tmp_path / "half"
     start_run(tiny_options(tiny, corpus, whole, order="epoch")).train()
@@ -204,6 +205,7 @@ def test_a_run_by_epochs_resumes_to_the_bit(corpus, tmp_path, capsys, tiny):  # 
     assert metrics(tmp_path / "random", "loss")[0] != metrics(whole, "loss")[0]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_that_leaves_its_epoch_says_so(corpus, tmp_path, capsys, tiny):  # noqa: F811
     out = tmp_path / "run"
     start_run(tiny_options(tiny, corpus, out, order="epoch", steps=1, grad_accum=2)).train()

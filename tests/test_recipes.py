@@ -266,7 +266,7 @@ def test_micro_batches_fit_memory_and_processes(monkeypatch):
         recipes.micro_batch(recipe, CPU)
 
 
-def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
+def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch, small_nano):
     monkeypatch.chdir(tmp_path)
     assert main(["recipe", "nano", "--device", "cpu", "--dry-run", "--processes", "2"]) == 0
     out = capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_dry_run_says_what_it_takes(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_nano_recipe_runs_whole_beside_transformers(tmp_path, monkeypatch, capfd):
+def test_the_nano_recipe_runs_whole_beside_transformers(tmp_path, monkeypatch, capfd, small_nano):
     """Two steps of it, by its own commands: two programs, one curve, as far as float32 goes."""
     monkeypatch.chdir(Path(__file__).parent.parent)
     commands = []

@@ -48,9 +48,10 @@ def faults(a: argparse.Namespace, work: Path) -> bool:
     if a.events:
         for event in straight.events:
             print(event.number, event.kind, event.path.replace(f"{root}/", ""))
-        return True
+        if a.kills is None:
+            return True
     chosen = ([[Plan(**plan) for plan in json.loads(a.plans)]] if a.plans
-              else suite(straight.events, straight.seconds, a.kills, a.seed))  # fmt: skip
+              else suite(straight.events, straight.seconds, a.kills or 200, a.seed))  # fmt: skip
     tried, failed = collections.Counter(), collections.Counter()
     for plans in chosen:
         problem, _ = trial(arguments, root, plans, whole)
@@ -68,11 +69,13 @@ def faults(a: argparse.Namespace, work: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument(
-        "--kills", type=int, default=200, help="runs; every second one is killed, the others see errors"
+        "--kills", type=int, help="runs, 200 by default; every second one is killed, the others see errors"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plans", metavar="JSON", help="one run, as it was reported")
-    parser.add_argument("--events", action="store_true", help="only list the calls of a run without a fault")
+    parser.add_argument(
+        "--events", action="store_true", help="list the calls of a run without a fault; with --kills before its runs"
+    )
     a = parser.parse_args()
     if LIBRARY not in os.environ:
         memory = Path("/dev/shm")  # the suite is about what was called, not about how fast a disk is

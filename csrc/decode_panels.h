@@ -15,7 +15,7 @@ constexpr int PANEL = 16, LINE = 64;
 constexpr int PV = PANEL / W;  // vectors of a panel's columns
 
 // What a thread reads: memory up to `end`, then what lies `jump` bytes on. So what comes next is on its way before it
-// is asked for, and nothing is fetched that nobody reads.
+// is asked for, and what nobody reads is not fetched.
 struct Stream {
   const char* end;
   int64_t jump;
@@ -181,8 +181,8 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
 }
 #endif
 
-// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for. Of a few rows it is one where each
-// panel lies by itself, as memory gives a single stream more than four.
+// Panels side by side in a tile of `rows` rows, as many as the registers hold sums for. Of a few rows it is one where
+// each panel lies by itself, as memory gives a single stream more than four.
 template <class A>
 constexpr int panels_of(int rows, bool apart) {
   return apart && rows <= 4 ? 1 : 4 * A::sums(rows) <= SUMS ? 4 : 2 * A::sums(rows) <= SUMS ? 2 : 1;

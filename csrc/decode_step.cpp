@@ -1,9 +1,9 @@
 // GPT-2 from token ids to logits in one parallel region (gpt2_fast/ops/decode_step.py has the equations).
 //
 // Threads share each product by its columns, so that every one streams parts of the weights of its own, and everything
-// else by rows or heads; between these the region meets at a barrier. Whoever reads knows what it reads next. An output's sum runs over its inputs in order,
-// in one thread, whatever the number of threads and of rows. Of the last layer, what comes after its keys and values is
-// computed for the newest rows alone.
+// else by rows or heads; between these the region meets at a barrier. Whoever reads knows what it reads next. An output's
+// sum runs over its inputs in order, in one thread, whatever the number of threads and of rows. Of the last layer, what
+// comes after its keys and values is computed for the newest rows alone.
 #include "decode_attention.h"
 #include "decode_int4.h"
 #include "gelu.h"

@@ -2,8 +2,8 @@
 // that top_k and top_p keep (gpt2_fast/ops/draw.py has the definition).
 //
 // A row is read once for the largest logit of each block of DRAW_BLOCK. The n largest of all lie at or above the n-th
-// largest of those, so few are left to be put in order: n and what else is as large. Sums are float64, over tokens in
-// order, so the token does not depend on the instruction set but by exp's last bits.
+// largest of those, so few are left to be put in order: n and what else is as large. Sums are float64: what the width of
+// a vector and exp's last bits change of them can move a token's boundary by as much.
 #include "kernels.h"
 
 #include "isa.h"

@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE
 from generated import adamw as generated_adamw
 from generated import decode_step as generated_decode
+from generated import draw as generated_draw
 from generated.judge import RIGHT, WRONG
 from numerics import TINY, assert_as_exact, check_op, compare, runs_of
 from rooms import ROOMS
@@ -168,6 +169,22 @@ def test_decoding_that_is_broken(monkeypatch, weights, broken):
 
     monkeypatch.setattr(cpp, "decode_step", spoiled)
     assert generated_decode.judge(description).kind == WRONG
+
+
+@pytest.mark.parametrize("spoiled", ["tokens", "highest"])
+def test_drawing_that_is_broken(monkeypatch, spoiled):
+    description = {"op": "draw", "B": 3, "V": 65, "dtype": "float32", "seed": 3, "scale": 0.1, "layout": "contiguous",
+                   "temperature": 1.0, "top_k": 20, "top_p": None, "greedy": False, "impl": "cpp", "change": None,
+                   "valid": True}  # fmt: skip
+    assert generated_draw.judge(description).kind == RIGHT
+    draw = cpp.draw
+
+    def one_on(**arguments):
+        draw(**arguments)
+        arguments[spoiled].add_(1)
+
+    monkeypatch.setattr(cpp, "draw", one_on)
+    assert generated_draw.judge(description).kind == WRONG
 
 
 def _attention(segments=None):

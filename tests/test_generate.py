@@ -167,6 +167,16 @@ def test_repetition_penalty_is_transformers():
     assert generate(ours, [prompt[0].tolist(), [0] * 12], 30, **greedy)[0] == expected
 
 
+def test_what_a_listener_does_to_a_token_changes_no_text():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=32)).eval()
+    expected = generate(model, [[1, 2], [3, 4]], 8, temperature=0.9, seed=1)
+
+    def spoil(token):
+        token.fill_(7)
+
+    assert generate(model, [[1, 2], [3, 4]], 8, temperature=0.9, seed=1, on_token=spoil) == expected
+
+
 def test_each_row_ends_on_its_own_and_stays_as_it_is():
     _, model = pair()
     prompts = [[1, 2, 3], [4, 5]]

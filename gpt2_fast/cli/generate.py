@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.model} has {model.config.vocab_size} tokens and no tokenizer that is known here; put the "
             "meta.pkl of its data beside it, or give token ids to gpt2_fast.generate.generate"
         )
-    if arguments.seed is None:  # what is printed can be had again, and a token takes a third of the time
+    if arguments.seed is None:  # what --json prints can be had again, and torch draws no number for every word
         arguments.seed = secrets.randbelow(2**32)
     stream = _Stream(prompt) if arguments.num_samples == 1 and not arguments.json else None
     found = completions(

@@ -319,8 +319,8 @@ def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache, lo
 def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Tensor | None = None) -> Tensor:
     """Appends tokens to every row of the cache; returns the logits of the token after the newest. No gradient.
 
-    A step is a hundredth of a second and less, after which the processor's caches hold nothing but weights: a call of
-    torch then takes 10 to 30 us. So there are few.
+    A step reads more weights than the processor's caches hold, so what Python and torch need comes from memory after
+    it (benchmarks/NOTES.md, 2026-11-29, says what that took of a step): torch is called seldom here.
 
     Args:
         packed: the weights.
@@ -346,6 +346,7 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
     else:
         out = torch.empty(shape) if out is None else out
         _decode_step_cpp(packed, tokens, cache, out)
+        torch.autograd.graph.increment_version(out)  # who keeps it for a backward is told that it changed
     cache.length += 1 if tokens.ndim == 1 else tokens.shape[1]
     return out
 

@@ -7,8 +7,8 @@
 
 Without uniform numbers it is the most likely token, of equals the first. No gradient.
 
-torch takes eight passes over the vocabulary, each with its own call, sorts where one of a hundred tokens counts, and
-finds the caches cold after a decode step: on a CPU this is one call into C++ that reads the logits twice.
+torch passes over the vocabulary once for each of these operations, sorts where one of a hundred tokens counts, and
+finds the caches cold after a decode step. On a CPU this is one call into C++ that reads the logits one to three times.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Scratch:
 
 
 def _draw_cpp(logits, uniform, temperature, top_k, top_p, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    (B, V), logits = logits.shape, logits.detach().contiguous()
+    (B, V), logits = logits.shape, logits.detach().resolve_neg().contiguous()
+    uniform = None if uniform is None else uniform.detach().resolve_neg().contiguous()
     memory, threads = scratch.of(B, V)
     tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B)
     cpp.draw(

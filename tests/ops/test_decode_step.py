@@ -105,6 +105,11 @@ def test_logits_go_where_the_caller_says():
     with pytest.raises(TypeError, match="decode_step: logits must be a contiguous tensor"):
         packed.step(token, caches[0], torch.empty(50, 2).t())
     assert caches[0].length == 4  # what was refused was not added
+    weight = torch.ones(2, 50, requires_grad=True)
+    kept = (weight * held).sum()
+    packed.step(token, caches[0], held)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -108,6 +108,19 @@ def test_strides_and_any_number_of_threads(threads):
     assert torch.equal(torch.cat(alone), found[0])
 
 
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_views_of_both_inputs(impl):
+    """Every second uniform number, and logits that torch has not negated yet."""
+    logits, uniform = torch.randn(4, 300) * 2, torch.rand(4, dtype=torch.float64)
+    negated = torch.complex(torch.zeros(4, 300), -logits).conj().imag
+    assert negated.is_neg()
+    expected = draw(logits, uniform, impl=impl)
+    spread = torch.stack((uniform, 1 - uniform), 1)[:, 0]
+    for given in (logits, negated, torch._neg_view(-logits)):
+        for actual, wanted in zip(draw(given, spread, impl=impl), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
 def test_memory_is_kept_and_grows(threads):
     threads(3)
     scratch = Scratch()

@@ -22,13 +22,19 @@ struct Stream {
 
   static Stream to(const char* end, const char* next) { return {end, next - end}; }
 
-  // A line is fetched in two steps. A core can wait for few lines to its first cache and for more to its second: the
-  // far ones come from memory to the second, the near ones from there.
+  // Before `N` lines at w are read: as many further on are fetched, each in two steps. A core can wait for few lines to
+  // its first cache and for more to its second: the far ones come from memory to the second, the near ones from there.
+  template <int N = 1>
   inline __attribute__((always_inline)) void fetch_ahead(const char* w) const {
-    constexpr int64_t TO_SECOND = 8192, TO_FIRST = 2048;  // bytes
+    constexpr int64_t TO_SECOND = 8192, TO_FIRST = 3072;  // bytes
     const char *far = w + TO_SECOND, *near = w + TO_FIRST;
-    __builtin_prefetch(far < end ? far : far + jump, 0, 2);
-    __builtin_prefetch(near < end ? near : near + jump);
+    if (far >= end) far += jump;
+    if (near >= end) near += jump;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      __builtin_prefetch(far + i * LINE, 0, 2);
+      __builtin_prefetch(near + i * LINE);
+    }
   }
 };
 
@@ -78,24 +84,23 @@ struct Panels {
   Panels from(int64_t panel) const { return {w + panel * pitch, pitch, line, steps}; }
 };
 
-// out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels.
-template <int R, int P, class E>
-__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Dense<E>& a, int64_t row,
-                                          float* out, int64_t ldo) {
-  const char* w = panels.w;
-  const int64_t pitch = panels.pitch, line = panels.line, steps = panels.steps;
-  vf sum[R][P][PV];
-#pragma GCC unroll 32
-  for (int i = 0; i < R * P * PV; ++i) sum[i / (P * PV)][i / PV % P][i % PV] = vf{};
-  GPT2_THIRD_ROWS(float, third, R, a.values + row * a.stride, a.stride);
-  for (int64_t s = 0; s < steps; ++s) {
+// Lines of a panel that a tile reads in one pass of its loop: the fewer instructions a line takes, the more of them a core
+// has on their way. More rows have enough to do with each.
+constexpr int lines_of(int rows, int panels) { return panels == 1 && rows <= 4 ? 8 : 1; }
+
+// sum += N lines of each of P panels times the inputs that they hold.
+template <int N, int R, int P, class E>
+GPT2_INLINE void add_lines(const Panels& panels, const Stream& stream, const Dense<E>& a, const char*& w,
+                           const float* (&third)[(R + 2) / 3], vf (&sum)[R][P][PV]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) stream.fetch_ahead<N>(w + p * panels.pitch);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
     vu packed[P][PV];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      stream.fetch_ahead(w + p * pitch);
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-      for (int v = 0; v < PV; ++v) memcpy(&packed[p][v], w + p * pitch + v * sizeof(vu), sizeof(vu));
-    }
+      for (int v = 0; v < PV; ++v) memcpy(&packed[p][v], w + p * panels.pitch + v * sizeof(vu), sizeof(vu));
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP_OF<E>; ++i) {
       vf weight[P][PV];
@@ -105,17 +110,32 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
         for (int v = 0; v < PV; ++v) weight[p][v] = widen<E>(packed[p][v], i);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const vf x = splat(third[r / 3][r % 3 * a.stride + i]);
+        const vf x = splat(third[r / 3][r % 3 * a.stride + n * GROUP_OF<E> + i]);
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
           for (int v = 0; v < PV; ++v) sum[r][p][v] = multiply_add(x, weight[p][v], sum[r][p][v]);
       }
     }
-    w += line;
-#pragma GCC unroll 8
-    for (int i = 0; i < (R + 2) / 3; ++i) third[i] += GROUP_OF<E>;
+    w += panels.line;
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < (R + 2) / 3; ++i) third[i] += N * GROUP_OF<E>;
+}
+
+// out[r][0 .. 16 P) = rows `row`, row + 1 ... of a times P panels.
+template <int R, int P, class E>
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Dense<E>& a, int64_t row,
+                                          float* out, int64_t ldo) {
+  constexpr int N = lines_of(R, P);
+  const char* w = panels.w;
+  vf sum[R][P][PV];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P * PV; ++i) sum[i / (P * PV)][i / PV % P][i % PV] = vf{};
+  GPT2_THIRD_ROWS(float, third, R, a.values + row * a.stride, a.stride);
+  int64_t s = 0;
+  for (; s + N <= panels.steps; s += N) add_lines<N>(panels, stream, a, w, third, sum);
+  for (; s < panels.steps; ++s) add_lines<1>(panels, stream, a, w, third, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -144,22 +164,16 @@ GPT2_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes)
 }
 
 // The same for int8: R rows are 2 R rows of int8. The weights' scales are not yet applied.
-template <int R, int P>
-__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Split& a, int64_t row,
-                                          float* out, int64_t ldo) {
-  const char* w = panels.w;
-  const int64_t pitch = panels.pitch, steps = panels.steps;
-  __m512i sum[2 * R][P];
-#pragma GCC unroll 64
-  for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
-  const int8_t* x = a.values + 2 * row * a.stride;
-  for (int64_t s = 0; s < steps; ++s) {
+template <int N, int R, int P>
+GPT2_INLINE void add_lines(const Panels& panels, const Stream& stream, const char*& w, const int8_t*& x,
+                           __m512i (&sum)[2 * R][P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) stream.fetch_ahead<N>(w + p * panels.pitch);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
     __m512i weight[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      stream.fetch_ahead(w + p * pitch);
-      weight[p] = _mm512_loadu_si512(w + p * pitch);
-    }
+    for (int p = 0; p < P; ++p) weight[p] = _mm512_loadu_si512(w + p * panels.pitch);
 #pragma GCC unroll 24
     for (int r = 0; r < 2 * R; ++r) {
       int32_t bytes;
@@ -171,6 +185,20 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
     w += LINE;
     x += 8 * R;
   }
+}
+
+template <int R, int P>
+__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Split& a, int64_t row,
+                                          float* out, int64_t ldo) {
+  constexpr int N = lines_of(R, P);
+  const char* w = panels.w;
+  __m512i sum[2 * R][P];
+#pragma GCC unroll 64
+  for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
+  const int8_t* x = a.values + 2 * row * a.stride;
+  int64_t s = 0;
+  for (; s + N <= panels.steps; s += N) add_lines<N, R, P>(panels, stream, w, x, sum);
+  for (; s < panels.steps; ++s) add_lines<1, R, P>(panels, stream, w, x, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -148,8 +148,8 @@ struct Worker : Attention {
                 const char* next) const {
     const int64_t steps = ceil_div(K, A::GROUP), all = ceil_div(N, PANEL);
     const Panels panels{w.panels, A::pitch(steps), LINE, steps};
-    int64_t* taken = &claims.taken[products % 2];
-    if (thread == 0) __atomic_store_n(&claims.taken[(products + 1) % 2], 0, __ATOMIC_RELAXED);
+    int64_t* taken = &team.taken[products % 2];
+    if (thread == 0) __atomic_store_n(&team.taken[(products + 1) % 2], 0, __ATOMIC_RELAXED);
     ++products;
     for (Part part{first(all / 2), last(all / 2)}; part.begin < all;) {
       const Part then = claim(taken, all);  // before its turn: what is read next has to be known
@@ -283,10 +283,10 @@ void decode_step(addr model, addr cache, addr tokens, addr sequences, addr posit
   const int32_t* at = positions ? (const int32_t*)positions : c.positions;
   if (!positions)
     for (int64_t b = 0; b < c.B; ++b) c.positions[b] = (int32_t)first - c.starts[b];
-  Claims claims;
+  Team team;
 #pragma omp parallel num_threads((int)threads)
   {
-    const Worker worker{{{*(const DecodeModel*)model, c, claims, this_thread(), thread_count()}}};
+    const Worker worker{{{*(const DecodeModel*)model, c, team, this_thread(), thread_count()}}};
     worker.run((const int64_t*)tokens, (const int32_t*)sequences, at, rows, (float*)logits);
   }
 }

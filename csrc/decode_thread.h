@@ -1,6 +1,8 @@
 // Who of a decode step's threads does what.
 #pragma once
 
+#include <sched.h>
+
 #include "decode_panels.h"
 #include "kernels.h"
 
@@ -13,20 +15,37 @@ struct Part {
   int64_t begin, end;
 };
 
+// What a step's threads share.
+//
 // The first half of a matrix's panels is shared out beforehand, the other taken by whoever is done, ever less at a time,
 // since one thread is as fast as another only where nothing else runs. Every second product has the same counter; nobody
 // looks at the other one meanwhile.
-struct Claims {
+struct Team {
   alignas(64) int64_t taken[2] = {};
+  alignas(64) int64_t arrived = 0;  // at meetings, by all threads together
 };
 
 // One thread's view of a step.
 struct Thread {
   const DecodeModel& m;
   const DecodeCache& c;
-  Claims& claims;
+  Team& team;
   int64_t thread, threads;
-  mutable int64_t products = 0;  // so far
+  mutable int64_t products = 0, meetings = 0;  // so far
+
+  // Returns when all threads are here. OpenMP's barrier would ask the system at every meeting to wake whoever sleeps.
+  // Here nobody does: a meeting is over in microseconds, and who waits longer lets others run on its processor.
+  void meet() const {
+    constexpr int LOOKS = 200;
+    const int64_t all = ++meetings * threads;
+    __atomic_add_fetch(&team.arrived, 1, __ATOMIC_ACQ_REL);
+    for (int looks = 0; __atomic_load_n(&team.arrived, __ATOMIC_ACQUIRE) < all; ++looks) {
+      if (looks < LOOKS)
+        relax();
+      else
+        sched_yield();
+    }
+  }
 
   int64_t part(int64_t n, int64_t i) const { return n * i / threads; }
   int64_t first(int64_t n) const { return part(n, thread); }

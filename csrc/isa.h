@@ -349,6 +349,14 @@ GPT2_INLINE int64_t thread_count() { return 1; }
 static inline void meet() {
 #pragma omp barrier
 }
+// Of a loop that waits for another thread.
+GPT2_INLINE void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // sums[c] = partial[0][c] + partial[1][c] + ..., for the columns of rows `stride` apart.
 static inline void sum_partials(const float* partial, int64_t chunks, int64_t stride, float* sums, int64_t C) {

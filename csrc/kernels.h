@@ -18,6 +18,7 @@
   GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
   GPT2_ADAMW_KERNELS(KERNEL) \
   GPT2_DRAW_KERNELS(KERNEL) \
+  GPT2_DECODE_TOKENS_KERNELS(KERNEL) \
   GPT2_BLOCK_KERNELS(KERNEL)
 
 #include "embedding.h"
@@ -30,6 +31,7 @@
 #include "linear_cross_entropy.h"
 #include "adamw.h"
 #include "draw.h"
+#include "decode_tokens.h"
 #include "block.h"
 
 namespace gpt2 {

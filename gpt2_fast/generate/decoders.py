@@ -5,6 +5,10 @@ A decoder has `n_positions` (how many it can hold), `length` (how many it holds)
     prefill(tokens int64 [B, T], starts int32 [B]) -> logits float32 [B, V]    forgets what it held
     step(tokens int64 [B])                         -> logits float32 [B, V]    appends a token to every row
 
+A PackedDecoder also chooses tokens, where nothing but the logits and numbers made beforehand decide (`Sampler.draws`):
+
+    tokens(tokens int64 [B], count, ends, draws) -> tokens int64 [n, B], highest float32 [n, B]    `ops.decode_tokens`
+
 starts says how many positions of padding each row begins with. Logits are of the token after the newest, and may be
 overwritten by the next call. `make_decoder` chooses one of three:
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -31,6 +36,8 @@ from gpt2_fast.generate.protocol import Model
 from gpt2_fast.modules import bias_of, foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters, misfit
+from gpt2_fast.ops.decode_tokens import decode_tokens
+from gpt2_fast.ops.draw import Scratch
 from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded
@@ -141,7 +148,7 @@ class PackedDecoder:
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
         self.packed, self.batch_size, self.n_positions = packed, batch_size, n_positions
         self.cache: PackedCache | None = None
-        self.logits = torch.empty(batch_size, packed.config.vocab_size)
+        self.logits, self.scratch = torch.empty(batch_size, packed.config.vocab_size), Scratch()
 
     @property
     def length(self) -> int:
@@ -153,6 +160,10 @@ class PackedDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.packed.step(tokens, self.cache, self.logits)
+
+    def tokens(self, tokens: Tensor, count: int, ends: Sequence[int], draws: dict) -> tuple[Tensor, Tensor]:
+        kept = {"scratch": self.scratch, "out": self.logits}
+        return decode_tokens(self.packed, tokens, self.cache, count, ends=ends, **draws, **kept)
 
 
 PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.config import GPT2Config
-from gpt2_fast.generate.decoders import Decoder, make_decoder
+from gpt2_fast.generate.decoders import Decoder, PackedDecoder, make_decoder
 from gpt2_fast.generate.protocol import Model
-from gpt2_fast.generate.sampling import Sampler, Sampling
+from gpt2_fast.generate.sampling import Sampler, Sampling, check_finite
 
 SLIDE = "slide"
+AT_ONCE = 8  # tokens of a call where nobody waits for each: Ctrl-C is looked at after them
 
 
 def generate(
@@ -124,7 +125,7 @@ class _Rows:
     """
 
     def __init__(self, tokens: Tensor, ends: Sequence[int], filler: int | None):
-        self.prompts, self.new, self.ends, self.filler = tokens, [], frozenset(ends), filler
+        self.prompts, self.new, self.ends, self.filler = tokens, [], tuple(ends), filler
         self.end_ids = torch.tensor(ends, dtype=torch.int64, device=tokens.device)
         self.finished = self.lengths = None  # Tensors [B] from the step on at which the first row ends, or may have
 
@@ -137,7 +138,7 @@ class _Rows:
         stopped = None if on_token is None else on_token(token.clone())  # theirs, whatever they do with it
         if self.finished is None:
             # Elsewhere a look at the tokens would wait for the device.
-            ended = bool(self.ends) and (not token.is_cpu or not self.ends.isdisjoint(token.tolist()))
+            ended = bool(self.ends) and (not token.is_cpu or any(t in self.ends for t in token.tolist()))
             if not ended and stopped is None:
                 return True
             self.finished = torch.zeros_like(token, dtype=torch.bool)
@@ -147,6 +148,11 @@ class _Rows:
         if stopped is not None:
             self.finished |= stopped.to(token.device)
         return not self.finished.all()
+
+    def take_all(self, tokens: Tensor, on_token: Callable[[Tensor], Tensor | None] | None, observe: Callable) -> bool:
+        """`take` for tokens int64 [n, B]; where n > 1 nobody listens, and none but the last end a row."""
+        self.new += tokens[:-1].unbind()
+        return self.take(tokens[-1], on_token, observe)
 
     def sequence(self) -> Tensor:
         """Prompts and new tokens, int64 [B, T + n]."""
@@ -182,9 +188,23 @@ def _decode(
     on_token: Callable[[Tensor], Tensor | None] | None,
 ) -> tuple[Tensor, Tensor]:
     rows = _Rows(tokens, ends, filler)
-    for step in range(max_new_tokens):
-        logits = _next_logits(decoder, rows, starts)
-        if not rows.take(sampler.choose(logits, step), on_token, sampler.observe):
-            break
+    going = True
+    while going and len(rows.new) < max_new_tokens:
+        alone = on_token is None and rows.finished is None
+        count = min(AT_ONCE if alone else 1, max_new_tokens - len(rows.new))
+        going = rows.take_all(_next_tokens(decoder, rows, starts, sampler, count), on_token, sampler.observe)
     sampler.finish()
     return torch.stack(rows.new, 1), rows.counts()
+
+
+def _next_tokens(decoder: Decoder, rows: _Rows, starts: Tensor, sampler: Sampler, count: int) -> Tensor:
+    """The next tokens of every row, int64 [n, B], 1 <= n <= count; none but the last of them are among rows.ends."""
+    step, room = len(rows.new), decoder.n_positions - decoder.length
+    if step and room > 0 and isinstance(decoder, PackedDecoder):
+        count = min(count, room)
+        draws = sampler.draws(step, count)
+        if draws is not None:
+            tokens, highest = decoder.tokens(rows.new[-1], count, rows.ends, draws)
+            check_finite(highest[-1])
+            return tokens
+    return sampler.choose(_next_logits(decoder, rows, starts), step).unsqueeze(0)

@@ -127,6 +127,14 @@ class Sampler:
             self._look(found)
         return tokens
 
+    def draws(self, step: int, count: int) -> dict | None:
+        """How `ops.decode_tokens` draws `count` tokens from `step` on; None where torch has to draw each of them."""
+        o = self.options
+        if self.seen is not None or (o.temperature != 0.0 and self.uniforms is None):
+            return None
+        uniforms = None if o.temperature == 0.0 else self.uniforms[step : step + count]
+        return {"uniforms": uniforms, "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
+
     def _look(self, largest: Tensor) -> None:
         if largest.is_cpu:
             check_finite(largest)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 ROOMS = (
     "embedding", "add_layernorm", "mlp", "linear", "attention", "linear_cross_entropy", "adamw", "decode_step", "draw",
-    "block",
+    "decode_tokens", "block",
 )  # fmt: skip
 
 

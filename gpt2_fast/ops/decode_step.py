@@ -304,7 +304,7 @@ def _rows(tokens: Tensor, cache: PackedCache) -> dict[str, Tensor]:
 
 
 def _decode_step_cpp(packed: PackedModel, tokens: Tensor, cache: PackedCache, logits: Tensor) -> None:
-    if tokens.numel() == cache.batch_size:  # a token a row, none of which is padding, or `_validate` had refused it
+    if tokens.numel() == cache.batch_size:  # a token a row, none of which is padding, or `check_tokens` had refused it
         rows = {"tokens": tokens, "sequences": cache.sequences, "positions": None}
         if not tokens.is_contiguous():
             rows["tokens"] = tokens.contiguous()
@@ -336,44 +336,50 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
             all padding.
         IndexError: a token outside the vocabulary.
     """
-    _validate(packed, tokens, cache)
-    shape = (cache.batch_size, packed.config.vocab_size)
-    if out is not None and (out.shape != shape or out.dtype != torch.float32 or out.requires_grad):
-        raise ValueError(f"{OP}: out is {out.dtype} {tuple(out.shape)}; it must be float32 {shape} without a gradient")
+    check_tokens(OP, packed, tokens, cache)
+    check_out(OP, packed, cache, out)
     if packed.impl == "reference":
         logits = decode_step_reference(packed, tokens, cache)
         out = logits if out is None else out.copy_(logits)
     else:
-        out = torch.empty(shape) if out is None else out
+        out = torch.empty(cache.batch_size, packed.config.vocab_size) if out is None else out
         _decode_step_cpp(packed, tokens, cache, out)
         torch.autograd.graph.increment_version(out)  # who keeps it for a backward is told that it changed
     cache.length += 1 if tokens.ndim == 1 else tokens.shape[1]
     return out
 
 
-def _validate(packed: PackedModel, tokens: Tensor, cache: PackedCache) -> None:
+def check_out(op: str, packed: PackedModel, cache: PackedCache, out: Tensor | None) -> None:
+    """Raises ValueError for an `out` that logits cannot be written to."""
+    shape = (cache.batch_size, packed.config.vocab_size)
+    if out is not None and (out.shape != shape or out.dtype != torch.float32 or out.requires_grad):
+        raise ValueError(f"{op}: out is {out.dtype} {tuple(out.shape)}; it must be float32 {shape} without a gradient")
+
+
+def check_tokens(op: str, packed: PackedModel, tokens: Tensor, cache: PackedCache, steps: int = 1) -> None:
+    """Raises as `decode_step` does, for tokens [B, T] or [B] and steps - 1 further ones a row."""
     if cache._of() is not packed:
-        raise ValueError(f"{OP}: the cache was made for another PackedModel; make PackedCache(packed, ...) of this one")
-    check_dense(OP, "tokens", tokens)
+        raise ValueError(f"{op}: the cache was made for another PackedModel; make PackedCache(packed, ...) of this one")
+    check_dense(op, "tokens", tokens)
     shape = tokens.shape
     count = 1 if len(shape) == 1 else shape[1] if len(shape) == 2 else 0  # tokens of a row
     if tokens.dtype != torch.int64 or count == 0 or shape[0] != cache.batch_size or not tokens.is_cpu:
         raise ValueError(
-            f"{OP}: tokens is {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}; it must be int64 on the CPU, "
+            f"{op}: tokens is {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}; it must be int64 on the CPU, "
             f"{cache.batch_size} rows of at least one token"
         )
-    needed = cache.length + count
-    if needed > cache.n_positions:
+    filled = cache.length + count
+    if filled + steps - 1 > cache.n_positions:
         raise ValueError(
-            f"{OP}: the cache is for {cache.n_positions} positions and {needed} are needed; make it longer"
+            f"{op}: the cache is for {cache.n_positions} positions and {filled + steps - 1} are needed; make it longer"
         )
-    if cache.last_start >= needed:
-        raise ValueError(f"{OP}: a row starts at {cache.last_start} and has no token among {needed} positions")
+    if cache.last_start >= filled:
+        raise ValueError(f"{op}: a row starts at {cache.last_start} and has no token among {filled} positions")
     ends = tokens.tolist() if len(shape) == 1 else torch.aminmax(tokens)  # of a step: few
     low, high = int(min(ends)), int(max(ends))
     if low < 0 or high >= packed.config.vocab_size:
         wrong = low if low < 0 else high
-        raise IndexError(f"{OP}: token {wrong} is outside the vocabulary of {packed.config.vocab_size}")
+        raise IndexError(f"{op}: token {wrong} is outside the vocabulary of {packed.config.vocab_size}")
 
 
 def samples():

@@ -14,6 +14,7 @@ finds the caches cold after a decode step. On a CPU this is one call into C++ th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,14 +81,19 @@ class Scratch:
         return self.held, threads
 
 
+def options_of(vocab_size: int, temperature: float, top_k: int | None, top_p: float | None) -> dict[str, float]:
+    """The options as the kernels take them: 0 and 1 where all tokens are kept."""
+    top_k = 0 if top_k is None or top_k >= vocab_size else int(top_k)
+    return {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if top_p is None else top_p}
+
+
 def _draw_cpp(logits, uniform, temperature, top_k, top_p, scratch: Scratch) -> tuple[Tensor, Tensor]:
     (B, V), logits = logits.shape, logits.detach().resolve_neg().contiguous()
     uniform = None if uniform is None else uniform.detach().resolve_neg().contiguous()
     memory, threads = scratch.of(B, V)
     tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B)
     cpp.draw(
-        logits=logits, uniforms=uniform, B=B, V=V, temperature=temperature,
-        top_k=0 if top_k is None or top_k >= V else int(top_k), top_p=1.0 if top_p is None else top_p, tokens=tokens,
+        options_of(V, temperature, top_k, top_p), logits=logits, uniforms=uniform, B=B, V=V, tokens=tokens,
         highest=highest, scratch=memory, threads=threads,
     )  # fmt: skip
     return tokens, highest
@@ -139,22 +145,31 @@ def _validate(logits, uniform, temperature, top_k, top_p) -> None:
         raise ValueError(
             f"{OP}: logits is {logits.dtype} {tuple(logits.shape)}; it must be [B, V], floating, neither 0"
         )
-    if uniform is None:
-        return
-    check_dense(OP, "uniform", uniform)
-    if uniform.shape != logits.shape[:1] or uniform.dtype != torch.float64 or uniform.device != logits.device:
+    if uniform is not None:
+        check_uniforms(OP, "uniform", uniform, logits.shape[:1], logits.device)
+        check_options(OP, temperature, top_k, top_p)
+
+
+def check_uniforms(op: str, name: str, uniforms: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raises ValueError for what is not float64 of this shape on this device, or on a CPU not in [0, 1)."""
+    check_dense(op, name, uniforms)
+    if uniforms.shape != tuple(shape) or uniforms.dtype != torch.float64 or uniforms.device != device:
         raise ValueError(
-            f"{OP}: uniform is {uniform.dtype} {tuple(uniform.shape)} on {uniform.device}; it must be float64 "
-            f"[{logits.shape[0]}] on {logits.device}"
+            f"{op}: {name} is {uniforms.dtype} {tuple(uniforms.shape)} on {uniforms.device}; it must be float64 "
+            f"{list(shape)} on {device}"
         )
-    if uniform.is_cpu and not all(0.0 <= u < 1.0 for u in uniform.tolist()):
-        raise ValueError(f"{OP}: uniform is {uniform.tolist()}; each must be at least 0 and below 1")
+    if uniforms.is_cpu and not all(0.0 <= u < 1.0 for u in uniforms.flatten().tolist()):
+        raise ValueError(f"{op}: {name} is {uniforms.tolist()!r:.200}; each must be at least 0 and below 1")
+
+
+def check_options(op: str, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for a value that `draw` does not take."""
     if not 0.0 < temperature < math.inf:
-        raise ValueError(f"{OP}: temperature is {temperature}; it must be above 0")
+        raise ValueError(f"{op}: temperature is {temperature}; it must be above 0")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"{OP}: top_k is {top_k}; it must be at least 1")
+        raise ValueError(f"{op}: top_k is {top_k}; it must be at least 1")
     if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"{OP}: top_p is {top_p}; it must be above 0 and at most 1")
+        raise ValueError(f"{op}: top_p is {top_p}; it must be above 0 and at most 1")
 
 
 def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):

@@ -284,6 +284,7 @@ void decode_step(addr model, addr cache, addr tokens, addr sequences, addr posit
   if (!positions)
     for (int64_t b = 0; b < c.B; ++b) c.positions[b] = (int32_t)first - c.starts[b];
   Team team;
+  team.patience = threads <= processor_count() ? 20000 : 100;
 #pragma omp parallel num_threads((int)threads)
   {
     const Worker worker{{{*(const DecodeModel*)model, c, team, this_thread(), thread_count()}}};

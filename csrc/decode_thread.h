@@ -22,6 +22,7 @@ struct Part {
 // looks at the other one meanwhile.
 struct Team {
   alignas(64) int64_t taken[2] = {};
+  int patience;  // looks at `arrived`
   alignas(64) int64_t arrived = 0;  // at meetings, by all threads together
 };
 
@@ -34,13 +35,13 @@ struct Thread {
   mutable int64_t products = 0, meetings = 0;  // so far
 
   // Returns when all threads are here. OpenMP's barrier would ask the system at every meeting to wake whoever sleeps.
-  // Here nobody does: a meeting is over in microseconds, and who waits longer lets others run on its processor.
+  // Here nobody does: a meeting is over in microseconds. Who waits much longer, or soon where there are more threads than
+  // processors, lets others run.
   void meet() const {
-    constexpr int LOOKS = 200;
     const int64_t all = ++meetings * threads;
     __atomic_add_fetch(&team.arrived, 1, __ATOMIC_ACQ_REL);
     for (int looks = 0; __atomic_load_n(&team.arrived, __ATOMIC_ACQUIRE) < all; ++looks) {
-      if (looks < LOOKS)
+      if (looks < team.patience)
         relax();
       else
         sched_yield();

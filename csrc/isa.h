@@ -342,9 +342,11 @@ GPT2_INLINE vf vexp(vf x) {
 #ifdef _OPENMP
 GPT2_INLINE int64_t this_thread() { return omp_get_thread_num(); }
 GPT2_INLINE int64_t thread_count() { return omp_get_num_threads(); }
+GPT2_INLINE int64_t processor_count() { return omp_get_num_procs(); }  // that this process may use
 #else
 GPT2_INLINE int64_t this_thread() { return 0; }
 GPT2_INLINE int64_t thread_count() { return 1; }
+GPT2_INLINE int64_t processor_count() { return 1; }
 #endif
 static inline void meet() {
 #pragma omp barrier

@@ -351,9 +351,15 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
 
 def check_out(op: str, packed: PackedModel, cache: PackedCache, out: Tensor | None) -> None:
     """Raises ValueError for an `out` that logits cannot be written to."""
+    if out is None:
+        return
+    check_dense(op, "out", out)
     shape = (cache.batch_size, packed.config.vocab_size)
-    if out is not None and (out.shape != shape or out.dtype != torch.float32 or out.requires_grad):
-        raise ValueError(f"{op}: out is {out.dtype} {tuple(out.shape)}; it must be float32 {shape} without a gradient")
+    if out.shape != shape or out.dtype != torch.float32 or out.requires_grad or not out.is_cpu or out.is_neg():
+        raise ValueError(
+            f"{op}: out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be float32 {shape} on the CPU, "
+            "without a gradient, and no view that is negated"
+        )
 
 
 def check_tokens(op: str, packed: PackedModel, tokens: Tensor, cache: PackedCache, steps: int = 1) -> None:

@@ -8,6 +8,7 @@ than the processor's caches hold, so what Python and torch do between two of the
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -69,9 +70,9 @@ def decode_tokens(
 
     Raises what `decode_step` and `draw` raise, before anything is computed.
     """
-    if count < 1:
-        raise ValueError(f"{OP}: count is {count}; it must be at least 1")
-    if tokens.ndim != 1:
+    if not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"{OP}: count is {count!r:.60}; it must be a whole number, at least 1")
+    if isinstance(tokens, Tensor) and tokens.ndim != 1:
         raise ValueError(f"{OP}: tokens is {tuple(tokens.shape)}; it must be one token a row, [B]")
     check_tokens(OP, packed, tokens, cache, count)
     check_out(OP, packed, cache, out)

@@ -22,6 +22,12 @@ OPTIONS = [{}, {"temperature": 0.8, "top_k": 20}, {"temperature": 1.3, "top_p": 
 SMALL = {"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 301}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    """Where a test does not say so: models this small gain nothing from more."""
+    threads(1)
+
+
 def _packed(weights="float32", impl="cpp", edit=None, **sizes) -> PackedModel:
     """Weights large enough for the tokens to differ; `edit` changes the model before it is packed."""
     torch.manual_seed(3)
@@ -77,8 +83,7 @@ def _assert_same(packed: PackedModel, actual: _Run, expected: _Run, what: str) -
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_instruction_set(isa, threads, weights):
-    threads(1)
+def test_every_instruction_set(isa, weights):
     for sizes, prompt, starts in samples():
         if weights == "int4" and sizes["n_embd"] % 32:
             continue
@@ -166,12 +171,19 @@ def _infinite(sign):
     return edit
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_run_stops_at_a_logit_that_is_nan(isa, weights, drawn, impl):
-    """Position 7 alone is NaN: of the first row the first, of the second one later, or none; see `starts`."""
-    packed = _packed(weights, impl, _nan_in_a_position)
+def test_a_run_stops_at_a_logit_that_is_nan(isa, weights, drawn):
+    """Position 7 alone is NaN, which a row comes to at the first token, at a later one or never, as `starts` has it."""
+    _assert_stops_at_nan(_packed(weights, "cpp", _nan_in_a_position), drawn)
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+def test_the_reference_stops_at_a_logit_that_is_nan(drawn):
+    _assert_stops_at_nan(_packed("float32", "reference", _nan_in_a_position), drawn)
+
+
+def _assert_stops_at_nan(packed: PackedModel, drawn: bool) -> None:
     prompt = torch.arange(24).view(3, 8)
     given = {"uniforms": torch.rand(4, 3, dtype=torch.float64), "top_k": 9} if drawn else {}
     for starts, made, sick in [((0, 2, 5), 1, [0]), ((5, 2, 2), 3, [1, 2]), ((4, 4, 3), 4, [2]), ((5, 6, 6), 4, [])]:
@@ -187,9 +199,8 @@ def test_a_run_stops_at_a_logit_that_is_nan(isa, weights, drawn, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_a_run_stops_at_logits_that_are_infinite(isa, weights, sign, drawn, impl):
-    packed = _packed(weights, impl, _infinite(sign), **SMALL, tie_word_embeddings=False)
+def test_a_run_stops_at_logits_that_are_infinite(impl, sign, drawn):
+    packed = _packed("float32", impl, _infinite(sign), **SMALL, tie_word_embeddings=False)
     token, cache = _filled(packed, 2)
     uniforms = torch.rand(4, 2, dtype=torch.float64) if drawn else None
     tokens, highest = decode_tokens(packed, token, cache, 4, uniforms=uniforms)
@@ -243,8 +254,11 @@ def test_what_the_caller_holds(impl):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 0}, "count is 0; it must be at least 1"),
-        ({"count": -3}, "count is -3; it must be at least 1"),
+        ({"count": 0}, "count is 0; it must be a whole number, at least 1"),
+        ({"count": -3}, "count is -3; it must be a whole number"),
+        ({"count": 2.0}, "count is 2.0; it must be a whole number"),
+        ({"count": None}, "count is None; it must be a whole number"),
+        ({"tokens": [1, 2]}, "tokens is a list; it must be a tensor"),
         ({"tokens": torch.zeros(2, 1, dtype=torch.int64)}, r"tokens is \(2, 1\); it must be one token a row, \[B\]"),
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens is torch.int64 \(3,\) on cpu; it must be .*2 rows"),
         ({"tokens": torch.zeros(2, dtype=torch.int32)}, r"tokens is torch.int32 \(2,\) on cpu; it must be int64"),
@@ -263,10 +277,14 @@ def test_what_the_caller_holds(impl):
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"out": torch.zeros(2, 300)}, r"out is torch.float32 \(2, 300\); it must be float32 \(2, 301\)"),
-        ({"out": torch.zeros(1, 301)}, r"out is torch.float32 \(1, 301\); it must be float32 \(2, 301\)"),
+        ({"out": torch.zeros(2, 300)}, r"out is torch.float32 \(2, 300\) on cpu; it must be float32 \(2, 301\)"),
+        ({"out": torch.zeros(1, 301)}, r"out is torch.float32 \(1, 301\) on cpu; it must be float32 \(2, 301\)"),
         ({"out": torch.zeros(2, 301, dtype=torch.float64)}, "out is torch.float64"),
         ({"out": torch.zeros(2, 301, requires_grad=True)}, "out is .* without a gradient"),
+        ({"out": [0.5]}, "out is a list; it must be a tensor"),
+        ({"out": torch.zeros(2, 301, device="meta")}, "out is .* on meta; it must be .* on the CPU"),
+        ({"out": torch._neg_view(torch.zeros(2, 301))}, "out is .* no view that is negated"),
+        ({"out": torch.zeros(2, 301).to_sparse()}, "out is torch.sparse_coo; it must be dense"),
         ({"cache": None}, "the cache was made for another PackedModel"),
     ],
 )  # fmt: skip
@@ -278,7 +296,7 @@ def test_bad_input(impl, change, message):
     if given["cache"] is None:
         cache = given["cache"] = _filled(_packed(impl=impl), 2)[1]
     before = [t.clone() for t in (cache.keys, cache.values)]
-    with pytest.raises((ValueError, IndexError)) as error:
+    with pytest.raises((ValueError, IndexError, TypeError)) as error:
         decode_tokens(packed, **given)
     assert re.match(f"decode_tokens: .*{message}", str(error.value)), error.value
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE
 from generated import adamw as generated_adamw
 from generated import decode_step as generated_decode
+from generated import decode_tokens as generated_tokens
 from generated import draw as generated_draw
 from generated.judge import RIGHT, WRONG
 from numerics import TINY, assert_as_exact, check_op, compare, runs_of
@@ -179,12 +180,45 @@ def test_drawing_that_is_broken(monkeypatch, spoiled):
     assert generated_draw.judge(description).kind == RIGHT
     draw = cpp.draw
 
-    def one_on(**arguments):
-        draw(**arguments)
+    def one_on(options, **arguments):
+        draw(options, **arguments)
         arguments[spoiled].add_(1)
 
     monkeypatch.setattr(cpp, "draw", one_on)
     assert generated_draw.judge(description).kind == WRONG
+
+
+BROKEN_RUNS = {
+    "positions one on": lambda a: a | {"first": a["first"] + 1},
+    "greedy": lambda a: a | {"uniforms": None},
+    "the first uniform numbers for all": lambda a: a | {"uniforms": a["uniforms"][:1].expand(4, -1).contiguous()},
+    "no end": lambda a: a | {"n_ends": 0},
+    "one token less": lambda a: a | {"count": a["count"] - 1},
+}
+
+
+@pytest.mark.parametrize("broken", [*BROKEN_RUNS, "tokens", "highest", "logits", "made"])
+def test_a_run_of_tokens_that_is_broken(monkeypatch, broken):
+    description = {"op": "decode_tokens", "model": 1, "seed": 3, "weights": "float32", "impl": "cpp", "B": 2,
+                   "prompt": 5, "count": 4, "room": 12, "starts": [0, 1], "layout": "contiguous", "greedy": False,
+                   "temperature": 3.0, "top_k": None, "top_p": None, "ends": [], "nan at": None, "out": True,
+                   "change": None, "valid": True}  # fmt: skip
+    original = cpp.decode_tokens
+    if broken == "no end":
+        found = []
+        monkeypatch.setattr(cpp, "decode_tokens", lambda *s, **a: (original(*s, **a), found.append(a["tokens"])))
+        generated_tokens.judge(description)
+        description["ends"] = [int(found[0][2, 0])]
+        monkeypatch.undo()
+    assert generated_tokens.judge(description).kind == RIGHT
+
+    def spoiled(options, **arguments):
+        original(options, **BROKEN_RUNS.get(broken, dict)(arguments))
+        if broken not in BROKEN_RUNS:
+            arguments[broken].sub_(1)
+
+    monkeypatch.setattr(cpp, "decode_tokens", spoiled)
+    assert generated_tokens.judge(description).kind == WRONG
 
 
 def _attention(segments=None):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from . import adamw, decode_step, describe, draw
+from . import adamw, decode_step, decode_tokens, describe, draw
 from . import judge as declared
 from .describe import Description
 from .judge import Outcome
 
-APART = {"adamw": adamw, "decode_step": decode_step, "draw": draw}
+APART = {"adamw": adamw, "decode_step": decode_step, "decode_tokens": decode_tokens, "draw": draw}
 
 
 def calls(op: str) -> st.SearchStrategy[Description]:

@@ -9,9 +9,7 @@ from test_model import pair, tokens
 from gpt2_fast.generate import generate
 from gpt2_fast.generate.loop import AT_ONCE
 from gpt2_fast.generate.sampling import Sampler
-from gpt2_fast.ops.runtime import cpp, dispatch
-
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="there is no C++ extension")
+from gpt2_fast.ops.runtime import cpp
 
 GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 1.5, "seed": 7}
@@ -167,3 +165,16 @@ def test_what_torch_draws_is_drawn_one_by_one(counted):
     generate(model, PROMPTS, 12, temperature=0.9)
     generate(model, PROMPTS, 12, repetition_penalty=1.2, **GREEDY)
     assert counted == []
+
+
+def test_memory_is_kept_from_call_to_call(monkeypatch):
+    model, original, held = _model(), cpp.decode_tokens, []
+
+    def noted(*sources, scratch, logits, **own):
+        held.append((scratch, logits))  # alive, so that no other can take its place
+        return original(*sources, scratch=scratch, logits=logits, **own)
+
+    monkeypatch.setattr(cpp, "decode_tokens", noted)
+    generate(model, PROMPTS, 25, **GREEDY)
+    assert len(held) == 3
+    assert all(scratch is held[0][0] and logits is held[0][1] for scratch, logits in held)

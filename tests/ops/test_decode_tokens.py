@@ -133,6 +133,7 @@ def test_memory_is_kept():
     packed, scratch = _packed(), Scratch()
     first = decode_tokens(packed, *_filled(packed, 2), 3, scratch=scratch)
     held = scratch.held
+    assert held is not None
     again = decode_tokens(packed, *_filled(packed, 2), 3, scratch=scratch)
     assert scratch.held is held
     assert torch.equal(first[0], again[0])

@@ -55,8 +55,9 @@ def smoke(tmp_path_factory):
 
 def test_every_op_is_timed_in_every_direction(smoke):
     record, _, printed = smoke
-    # decode_step is a whole model's step; mlp is timed up to its GELU too.
-    assert {row["op"] for row in record["rows"]} == set(TABLE) - {"decode_step"} | {"layernorm_linear_gelu"}
+    # decode_step and decode_tokens are a whole model's; mlp is timed up to its GELU too.
+    timed = set(TABLE) - {"decode_step", "decode_tokens"} | {"layernorm_linear_gelu"}
+    assert {row["op"] for row in record["rows"]} == timed
     for row in record["rows"]:
         assert {"gpt2_fast", "eager"} <= set(row["programs"]) <= {"gpt2_fast", "library", "eager"}
         assert row["direction"] in printed

@@ -105,6 +105,13 @@ def _decode_tokens_cpp(packed, tokens, cache, count, uniforms, ends, out, scratc
     return all_tokens[1 : n + 1], highest[:n]
 
 
+def samples():
+    """Sizes (fields of GPT2Config), tokens [B, T], starts [B] and options of a draw that tests read, smallest first."""
+    for sizes, tokens, starts in decode_step.samples():
+        for options in ({}, {"temperature": 0.8, "top_k": 20}, {"temperature": 1.3, "top_p": 0.9}):
+            yield sizes, tokens, starts, options
+
+
 def cost(packed: PackedModel, B: int, length: int) -> dict[str, dict[str, int]]:
     """Bytes and FLOPs of one token of B rows that hold `length` positions: a step and a draw."""
     step, drawn = decode_step.cost(packed, B, length)["forward"], draw.cost(B, packed.config.vocab_size)["forward"]

@@ -34,6 +34,7 @@ from gpt2_fast.uncompiled import assume_constant_result
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
     "draw": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
+    "decode_tokens": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
     "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
 }
 

@@ -1,6 +1,7 @@
-"""A decode step of one sequence on a CPU beside the reading of its weights once, which it cannot be faster than.
+"""A token of one sequence on a CPU beside the reading of its weights once, which it cannot be faster than.
 
-Both take turns in one process, in random order, on the same memory and threads. The reading loop is compiled when it is
+Several greedy tokens in one call, and as many readings, take turns in one process, in random order, on the same memory
+and threads: what the last token left in the caches, the next one finds. The reading loop is compiled when it is
 asked for (benchmarks/reading.cpp, by CXX, g++ or c++).
 """
 
@@ -27,7 +28,10 @@ from benchmarks import measure
 from benchmarks.programs import SIZES
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import packed_model
+from gpt2_fast.generate.loop import AT_ONCE
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.decode_tokens import decode_tokens
+from gpt2_fast.ops.draw import Scratch
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 LINE = 64  # bytes
@@ -63,19 +67,28 @@ def matrices_of(packed: PackedModel) -> list[Tensor]:
 
 
 def turns(packed: PackedModel, read: Callable, rounds: int, threads: int, held: int = HELD) -> dict[str, list[float]]:
-    """Seconds of each round's step and reading, in random order; the cache holds `held` to twice as many positions."""
-    generator, matrices = random.Random(0), matrices_of(packed)
-    seconds: dict[str, list[float]] = {"step": [], "reading": []}
-    token, cache = torch.tensor([0]), None
+    """Seconds of a token and of a reading of each round; the cache holds `held` to twice as many positions."""
+    generator, matrices, scratch = random.Random(0), matrices_of(packed), Scratch()
+    seconds: dict[str, list[float]] = {"token": [], "reading": []}
+    token, logits, cache = torch.tensor([0]), torch.empty(1, packed.config.vocab_size), None
+    count = min(AT_ONCE, held)
+
+    def tokens() -> None:
+        decode_tokens(packed, token, cache, count, scratch=scratch, out=logits)
+
+    def readings() -> None:
+        for _ in range(count):
+            read(matrices, threads)
+
     for _ in range(rounds):
-        if cache is None or cache.length == cache.n_positions:
+        if cache is None or cache.length + count > cache.n_positions:
             cache = PackedCache(packed, 1, 2 * held)
             packed.prefill(torch.zeros(1, held, dtype=torch.int64), cache)
-        ways = {"step": lambda cache=cache: packed.step(token, cache), "reading": lambda: read(matrices, threads)}
+        ways = {"token": tokens, "reading": readings}
         for way in generator.sample(sorted(ways), 2):
             started = time.perf_counter()
             ways[way]()
-            seconds[way].append(time.perf_counter() - started)
+            seconds[way].append((time.perf_counter() - started) / count)
     return seconds
 
 
@@ -83,11 +96,11 @@ def table(rows: Sequence[dict]) -> str:
     """Medians; the share is that of the rounds' ratios."""
     body = []
     for row in rows:
-        step, reading = median(row["step"]), median(row["reading"])
-        share = median(r / s for r, s in zip(row["reading"], row["step"], strict=True))
-        body.append([row["weights"], f"{row['bytes'] / 1e6:,.1f}", f"{1e3 * reading:.2f}", f"{1e3 * step:.2f}",
+        token, reading = median(row["token"]), median(row["reading"])
+        share = median(r / t for r, t in zip(row["reading"], row["token"], strict=True))
+        body.append([row["weights"], f"{row['bytes'] / 1e6:,.1f}", f"{1e3 * reading:.2f}", f"{1e3 * token:.2f}",
                      f"{row['bytes'] / reading / 1e9:.1f}", f"{share:.0%}"])  # fmt: skip
-    return measure.text_table(["weights", "MB", "ms reading", "ms a step", "GB/s reading", "share"], body)
+    return measure.text_table(["weights", "MB", "ms reading", "ms a token", "GB/s reading", "share"], body)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

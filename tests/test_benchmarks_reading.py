@@ -1,4 +1,4 @@
-"""`python -m benchmarks reading`: a decode step beside the reading of its weights."""
+"""`python -m benchmarks reading`: a token beside the reading of its weights."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_a_record_and_its_table(tmp_path, capsys):
     record = json.loads(next(tmp_path.glob("*reading-smoke*.json")).read_text())
     assert [row["weights"] for row in record["rows"]] == ["int8", "int4"]
     for row in record["rows"]:
-        assert len(row["step"]) == len(row["reading"]) == 70  # beyond what one cache of 64 positions holds
-        assert min(*row["step"], *row["reading"]) > 0
+        assert len(row["token"]) == len(row["reading"]) == 70  # beyond what one cache of 64 positions holds
+        assert min(*row["token"], *row["reading"]) > 0
     assert "share" in capsys.readouterr().out
-    row = {"weights": "int8", "bytes": 2_000_000, "step": [0.004, 0.002], "reading": [0.001, 0.001]}
+    row = {"weights": "int8", "bytes": 2_000_000, "token": [0.004, 0.002], "reading": [0.001, 0.001]}
     assert reading.table([row]).split()[-6:] == ["int8", "2.0", "1.00", "3.00", "2.0", "38%"]
 
 

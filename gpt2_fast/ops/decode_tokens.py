@@ -9,7 +9,7 @@ than the processor's caches hold, so what Python and torch do between two of the
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def decode_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    ends: Sequence[int] = (),
+    ends: Collection[int] = (),
     scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,9 @@ def decode_tokens(
     if uniforms is not None:
         check_uniforms(OP, "uniforms", uniforms, (count, cache.batch_size), tokens.device)
         check_options(OP, temperature, top_k, top_p)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if wrong := [end for end in ends if not isinstance(end, numbers.Integral)]:
+        raise ValueError(f"{OP}: ends has {wrong[0]!r:.60}; each must be a whole number")
+    options = {} if uniforms is None else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     if packed.impl == "reference":
         return decode_tokens_reference(packed, tokens, cache, count, uniforms, ends, out, **options)
     scratch = Scratch() if scratch is None else scratch
@@ -96,7 +98,7 @@ def _decode_tokens_cpp(packed, tokens, cache, count, uniforms, ends, out, scratc
     cpp.decode_tokens(
         options_of(V, **options), model=packed._table, cache=cache._table, sequences=cache.sequences, B=B, V=V,
         first=cache.length, tokens=all_tokens, count=count, n_ends=len(ends), logits=logits, highest=highest,
-        ends=torch.tensor(ends, dtype=torch.int64), scratch=memory, threads=cache.threads, draw_threads=draw_threads,
+        ends=torch.tensor([*ends], dtype=torch.int64), scratch=memory, threads=cache.threads, draw_threads=draw_threads,
         uniforms=None if uniforms is None else uniforms.detach().resolve_neg().contiguous(), made=made,
     )  # fmt: skip
     torch.autograd.graph.increment_version(logits)

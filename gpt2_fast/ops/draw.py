@@ -81,7 +81,9 @@ class Scratch:
         return self.held, threads
 
 
-def options_of(vocab_size: int, temperature: float, top_k: int | None, top_p: float | None) -> dict[str, float]:
+def options_of(
+    vocab_size: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> dict[str, float]:
     """The options as the kernels take them: 0 and 1 where all tokens are kept."""
     top_k = 0 if top_k is None or top_k >= vocab_size else int(top_k)
     return {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if top_p is None else top_p}

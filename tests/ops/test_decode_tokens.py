@@ -148,7 +148,7 @@ def test_a_run_stops_after_an_end_in_any_row(impl, row):
         end = int(free.tokens[at, row])
         assert end not in free.tokens[:at]
         token, cache = _filled(packed, 3)
-        tokens, highest = decode_tokens(packed, token, cache, 6, ends=[other, end], **given)
+        tokens, highest = decode_tokens(packed, token, cache, 6, ends={other, end}, **given)
         assert torch.equal(tokens, free.tokens[: at + 1])
         assert torch.equal(highest, free.highest[: at + 1])
         assert cache.length == 5 + at + 1
@@ -257,6 +257,7 @@ def test_what_the_caller_holds(impl):
         ({"count": -3}, "count is -3; it must be a whole number"),
         ({"count": 2.0}, "count is 2.0; it must be a whole number"),
         ({"count": None}, "count is None; it must be a whole number"),
+        ({"ends": [1.5]}, "ends has 1.5; each must be a whole number"),
         ({"tokens": [1, 2]}, "tokens is a list; it must be a tensor"),
         ({"tokens": torch.zeros(2, 1, dtype=torch.int64)}, r"tokens is \(2, 1\); it must be one token a row, \[B\]"),
         ({"tokens": torch.zeros(3, dtype=torch.int64)}, r"tokens is torch.int64 \(3,\) on cpu; it must be .*2 rows"),

@@ -54,6 +54,7 @@ extern "C" {
 int omp_get_thread_num() { return here.index; }
 int omp_get_num_threads() { return here.team ? here.team->count : 1; }
 int omp_get_max_threads() { return threads(); }
+int omp_get_num_procs() { return threads(); }
 
 void GOMP_parallel(void (*run)(void*), void* data, unsigned count, unsigned) {
   Team team(here.team ? 1 : count ? static_cast<int>(count) : threads());

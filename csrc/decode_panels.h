@@ -15,7 +15,7 @@ constexpr int PANEL = 16, LINE = 64;
 constexpr int PV = PANEL / W;  // vectors of a panel's columns
 
 // What a thread reads: memory up to `end`, then what lies `jump` bytes on. So what comes next is on its way before it
-// is asked for, and what nobody reads is not fetched.
+// is asked for, and what nobody reads is not fetched, but for the rest of a few lines that are fetched together.
 struct Stream {
   const char* end;
   int64_t jump;

@@ -40,7 +40,7 @@ struct Thread {
   void meet() const {
     const int64_t all = ++meetings * threads;
     __atomic_add_fetch(&team.arrived, 1, __ATOMIC_ACQ_REL);
-    for (int looks = 0; __atomic_load_n(&team.arrived, __ATOMIC_ACQUIRE) < all; ++looks) {
+    for (int64_t looks = 0; __atomic_load_n(&team.arrived, __ATOMIC_ACQUIRE) < all; ++looks) {
       if (looks < team.patience)
         relax();
       else

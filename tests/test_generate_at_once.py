@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_model import pair, tokens
@@ -178,3 +179,20 @@ def test_memory_is_kept_from_call_to_call(monkeypatch):
     generate(model, PROMPTS, 25, **GREEDY)
     assert len(held) == 3
     assert all(scratch is held[0][0] and logits is held[0][1] for scratch, logits in held)
+
+
+@pytest.mark.parametrize(
+    "kind", [int, np.int64, torch.tensor, lambda t: [t], lambda t: torch.tensor([t]), lambda t: {t, 1}]
+)
+def test_an_end_of_any_kind_of_whole_number(kind):
+    """A number of torch's was no token's equal, and nothing ended there."""
+    model = _model()
+    free = generate(model, [PROMPTS[0]], 12, temperature=0)[0]
+    end = next(t for t in free[2:] if t != 1 and t not in free[:2])
+    assert generate(model, [PROMPTS[0]], 12, temperature=0, eos_token_id=kind(end)) == [free[: free.index(end)]]
+
+
+@pytest.mark.parametrize("end", [1.5, "</s>", [3, None]])
+def test_an_end_that_is_no_token_is_one_line(end):
+    with pytest.raises(ValueError, match="eos_token_id is .*; it must be a token id, several, or None"):
+        generate(_model(), [PROMPTS[0]], 2, eos_token_id=end)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
+import operator
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -83,8 +85,15 @@ def check_lengths(config: GPT2Config, longest: int, max_new_tokens: int, context
 
 
 def as_ids(value: int | Collection[int] | None) -> list[int]:
-    """One id, several or none, as a list."""
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    """One id, several or none, as a list. Raises ValueError for what is no whole number."""
+    if value is None:
+        return []
+    with contextlib.suppress(TypeError):
+        return [operator.index(value)]  # a number of NumPy's or torch's is one too
+    try:
+        return [operator.index(one) for one in value]
+    except TypeError:
+        raise ValueError(f"eos_token_id is {value!r:.60}; it must be a token id, several, or None") from None
 
 
 @torch.no_grad()

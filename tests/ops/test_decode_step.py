@@ -281,3 +281,18 @@ def test_an_int8_row_that_is_not_finite_stays_so(bad):
     others = [n for n in range(18) if n != 3]
     assert torch.equal(meant[7], torch.zeros(24, dtype=torch.float64))
     torch.testing.assert_close(meant[others].float(), matrix[others], rtol=0, atol=matrix[others].abs().max() / 253)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_number_that_is_none_reaches_the_logits(isa, weights, bad):
+    """Of one output among many, whose row is rounded to whole numbers for the next product where VNNI has int8."""
+    for name in ("mlp.c_fc.weight", "mlp.c_fc.bias", "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_proj.weight"):
+        model = _model(n_layer=2, n_embd=64, n_head=4, vocab_size=301)
+        with torch.no_grad():
+            parameter = model.transformer.h[0].get_parameter(name)
+            parameter.view(-1)[5 - (parameter.shape[-1] == 192) * 64] = bad  # of c_attn a value's
+        packed = PackedModel(parameters_of(model), weights, impl="cpp")
+        cache = PackedCache(packed, 1, 8)
+        for logits in (packed.prefill(torch.tensor([[1, 2, 3]]), cache), packed.step(torch.tensor([4]), cache)):
+            assert not logits.isfinite().all(), name

@@ -94,9 +94,6 @@ struct Worker : Attention {
   bool splits() const { return m.weights == DECODE_INT8 || m.weights == DECODE_INT4; }
   int64_t split_groups() const { return ceil_div(split_stride(), INT4_GROUP); }
 
-  // What undoes the + 128 of the weights. Of a row that is not finite it means nothing, and may overflow.
-  static int32_t offset_of(uint32_t sum) { return (int32_t)(-128u * sum); }
-
   // Row r of `rows` in c.split from x, whose width is a multiple of 16. Its scale is NaN where a number of it is none or
   // infinite: as whole numbers these would be others, which nobody had.
   void prepare(const float* x, int64_t width, int64_t r, int64_t rows) const {
@@ -108,12 +105,13 @@ struct Worker : Attention {
       none += of_x - of_x;  // 0 of finite numbers, NaN of others
     }
     const float largest = hmax(high) + hsum(none), inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
+    const __mmask16 finite = largest == largest ? 0xffff : 0;
     const int64_t tile = r / ROWS * ROWS, pitch = 8 * tile_rows(rows - tile);
     int8_t* to = c.split + 2 * tile * split_stride() + 8 * (r - tile);
     int32_t* offset = c.split_offsets + tile * split_groups() + (r - tile);
     __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
     for (int64_t k = 0; k < width; k += W) {
-      const __m512i q = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
+      const __m512i q = _mm512_maskz_cvtps_epi32(finite, (__m512)(load(x + k) * inverse));
       const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
       const __m512i lo = _mm512_sub_epi32(q, _mm512_slli_epi32(hi, 7));
       hi_sum = _mm512_add_epi32(hi_sum, hi);
@@ -127,15 +125,15 @@ struct Worker : Attention {
       _mm_storeh_pd((double*)(to + 3 * pitch), (__m128d)second);
       to += 4 * pitch;
       if (m.weights == DECODE_INT4 && k % INT4_GROUP + W == INT4_GROUP) {
-        *offset = offset_of(128u * (uint32_t)_mm512_reduce_add_epi32(hi_sum) + (uint32_t)_mm512_reduce_add_epi32(lo_sum));
+        *offset = -128 * (128 * _mm512_reduce_add_epi32(hi_sum) + _mm512_reduce_add_epi32(lo_sum));
         offset += pitch / 8;
         hi_sum = lo_sum = _mm512_setzero_si512();
       }
     }
     c.split_scales[r] = largest / 16256.0f;
     if (m.weights == DECODE_INT4) return;
-    c.split_offsets[2 * r] = offset_of(_mm512_reduce_add_epi32(hi_sum));
-    c.split_offsets[2 * r + 1] = offset_of(_mm512_reduce_add_epi32(lo_sum));
+    c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
+    c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
   }
 #else
   bool splits() const { return false; }

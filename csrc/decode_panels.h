@@ -84,8 +84,8 @@ struct Panels {
   Panels from(int64_t panel) const { return {w + panel * pitch, pitch, line, steps}; }
 };
 
-// Lines of a panel that a tile reads in one pass of its loop: the fewer instructions a line takes, the more of them a core
-// has on their way. More rows have enough to do with each.
+// Lines of a panel that a tile of few rows reads in one pass of its loop: of float32, bfloat16 and int8 several are faster
+// than one, of int4 they were slower (benchmarks/NOTES.md, 2026-11-30).
 constexpr int lines_of(int rows, int panels) { return panels == 1 && rows <= 4 ? 8 : 1; }
 
 // sum += N lines of each of P panels times the inputs that they hold.

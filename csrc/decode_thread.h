@@ -34,7 +34,7 @@ struct Thread {
   int64_t thread, threads;
   mutable int64_t products = 0, meetings = 0;  // so far
 
-  // Returns when all threads are here. OpenMP's barrier would ask the system at every meeting to wake whoever sleeps.
+  // Returns when all threads are here. libgomp's barrier would ask the system at every meeting to wake whoever sleeps.
   // Here nobody does: a meeting is over in microseconds. Who waits much longer, or soon where there are more threads than
   // processors, lets others run.
   void meet() const {

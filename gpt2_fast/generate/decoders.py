@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -161,7 +161,7 @@ class PackedDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         return self.packed.step(tokens, self.cache, self.logits)
 
-    def tokens(self, tokens: Tensor, count: int, ends: Sequence[int], draws: dict) -> tuple[Tensor, Tensor]:
+    def tokens(self, tokens: Tensor, count: int, ends: Collection[int], draws: dict) -> tuple[Tensor, Tensor]:
         kept = {"scratch": self.scratch, "out": self.logits}
         return decode_tokens(self.packed, tokens, self.cache, count, ends=ends, **draws, **kept)
 

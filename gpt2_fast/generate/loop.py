@@ -134,7 +134,7 @@ class _Rows:
     """
 
     def __init__(self, tokens: Tensor, ends: Sequence[int], filler: int | None):
-        self.prompts, self.new, self.ends, self.filler = tokens, [], tuple(ends), filler
+        self.prompts, self.new, self.ends, self.filler = tokens, [], frozenset(ends), filler
         self.end_ids = torch.tensor(ends, dtype=torch.int64, device=tokens.device)
         self.finished = self.lengths = None  # Tensors [B] from the step on at which the first row ends, or may have
 
@@ -147,7 +147,7 @@ class _Rows:
         stopped = None if on_token is None else on_token(token.clone())  # theirs, whatever they do with it
         if self.finished is None:
             # Elsewhere a look at the tokens would wait for the device.
-            ended = bool(self.ends) and (not token.is_cpu or any(t in self.ends for t in token.tolist()))
+            ended = bool(self.ends) and (not token.is_cpu or not self.ends.isdisjoint(token.tolist()))
             if not ended and stopped is None:
                 return True
             self.finished = torch.zeros_like(token, dtype=torch.bool)

@@ -38,13 +38,17 @@ KERNELS = [*re.findall(r'^#include "(\w+)\.h"', (CSRC / "kernels.h").read_text()
 X86_ISAS = {
     "baseline": "-O2",  # for processors before 2013: compile time matters more
     "avx2": "-mavx2 -mfma -mf16c",
+    "avxvnni": "-mavx2 -mfma -mf16c -mavxvnni",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
-X86_ISAS["avx512bf16"] = X86_ISAS["avx512"] + " -mavx512bf16 -mavx512vnni"
+X86_ISAS["avx512vnni"] = X86_ISAS["avx512"] + " -mavx512vnni"
+X86_ISAS["avx512bf16"] = X86_ISAS["avx512vnni"] + " -mavx512bf16"
 X86_ISAS["amx"] = X86_ISAS["avx512bf16"] + " -mamx-tile -mamx-bf16"
 # An instruction set that only some sources gain from: its table takes the other kernels from the set it is based on.
 # The last is one of its instructions, which an old assembler does not know.
 PARTIAL = {
+    "avxvnni": ("avx2", ["decode_step"], "{vex} vpdpbusd %ymm0, %ymm1, %ymm2"),
+    "avx512vnni": ("avx512", ["decode_step"], "vpdpbusd %zmm0, %zmm1, %zmm2"),
     "avx512bf16": (
         "avx512",
         ["add_layernorm", "attention", "mlp", "decode_step", "linear", "linear_cross_entropy"],

@@ -228,7 +228,7 @@ PyObject* set_isa(PyObject*, PyObject* name) {
   return guarded([&] {
     if (!gpt2::set_isa(text_of(name).c_str()))
       throw std::invalid_argument("this processor or build has no instruction set '" + text_of(name) +
-                                  "'; choose baseline, avx2, avx512, avx512bf16 or amx");
+                                  "'; choose baseline, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx");
     return none();
   });
 }

@@ -4,7 +4,7 @@
 // inputs of 16 outputs; byte i of an output's four holds input i in its low half and input 4 + i in its high half.
 #pragma once
 
-#include "decode_panels.h"
+#include "decode_integers.h"
 
 namespace gpt2 {
 namespace GPT2_ISA {
@@ -41,8 +41,9 @@ struct Levels {
   vu high(vu line) const { return shuffled(table, _mm512_srli_epi32((__m512i)line, 4)); }
 #elif defined(__AVX2__)
   __m256i table;
-  explicit Levels(const int8_t* levels)
-      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels))) {}
+  explicit Levels(const int8_t* levels, char plus = 0)
+      : table(_mm256_add_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels)),
+                              _mm256_set1_epi8(plus))) {}
   GPT2_INLINE vu shuffled(__m256i table, __m256i codes) {
     return (vu)_mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
   }
@@ -125,9 +126,9 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
     for (int v = 0; v < PV; ++v) store(out + r * ldo + v * W, sum[r][v]);
 }
 
-#if defined(__AVX512VNNI__)
+#if GPT2_INTEGERS
 // Rows split as for int8, with an offset a group: [groups][rows of the tile] int32, -128 times the sum of the
-// activations 128 hi + lo. A tile's begin where its first row's would, at `groups` a row.
+// activations. A tile's begin where its first row's would, at `groups` a row.
 struct SplitGroups {
   int8_t* values;
   int32_t* offsets;
@@ -145,13 +146,14 @@ template <int R, int P>
 __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const SplitGroups& a, int64_t row,
                                           float* out, int64_t ldo) {
   static_assert(P == 1, "one panel");
+  // Lines whose weights are in registers together: all of a group's where there are 32.
+  constexpr int LINES = W == 16 ? INT4_LINES : 1;
   const char* w = panels.w;
   const int64_t steps = panels.steps;
-  constexpr int QUADS = INT4_GROUP / 4;
   const Levels levels(a.levels, (char)-128);  // unsigned, as the instruction has it: 128 more
-  vf sum[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) sum[r] = vf{};
+  vf sum[R][PV];
+#pragma GCC unroll 24
+  for (int i = 0; i < R * PV; ++i) sum[i / PV][i % PV] = vf{};
   const int8_t* x = a.values + 2 * row * a.stride;
   const int32_t* offset = a.offsets + row * a.groups;
   const char* scales = w;
@@ -162,36 +164,47 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
       scales = w;
       w += LINE;
     }
-    const vf scale = load((const bf16*)scales);
-    __m512i weight[QUADS];
+#pragma GCC unroll 2
+    for (int v = 0; v < PV; ++v) {
+      const vf scale = load((const bf16*)scales + v * W);
+      vi group[R][PARTS];
 #pragma GCC unroll 4
-    for (int i = 0; i < INT4_LINES; ++i) {
-      stream.fetch_ahead(w);
-      const vu line = (vu)_mm512_loadu_si512(w);
-      weight[2 * i] = (__m512i)levels.low(line);
-      weight[2 * i + 1] = (__m512i)levels.high(line);
-      w += LINE;
-    }
+      for (int l = 0; l < INT4_LINES; l += LINES) {
+        vu weight[2 * LINES];
+#pragma GCC unroll 4
+        for (int i = 0; i < LINES; ++i) {
+          if (v == 0) stream.fetch_ahead(w + (l + i) * LINE);
+          vu line;
+          memcpy(&line, w + (l + i) * LINE + v * sizeof(vu), sizeof(vu));
+          weight[2 * i] = levels.low(line);
+          weight[2 * i + 1] = levels.high(line);
+        }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      __m512i hi = _mm512_setzero_si512(), lo = _mm512_set1_epi32(offset[r]);
+        for (int r = 0; r < R; ++r) {
+          if (l == 0) {
+            group[r][0] = vi{};
+            group[r][PARTS - 1] = offset[r] - vi{};
+          }
 #pragma GCC unroll 8
-      for (int q = 0; q < QUADS; ++q) {
-        // Each from memory by itself: read as one, they would take the port that the shuffles need.
-        int32_t hi_bytes, lo_bytes;
-        memcpy(&hi_bytes, x + 8 * (R * q + r), sizeof(hi_bytes));
-        memcpy(&lo_bytes, x + 8 * (R * q + r) + 4, sizeof(lo_bytes));
-        add_products(hi, weight[q], _mm512_set1_epi32(hi_bytes));
-        add_products(lo, weight[q], _mm512_set1_epi32(lo_bytes));
+          for (int q = 0; q < 2 * LINES; ++q)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i)
+              // Each from memory by itself: read as one, they would take the port that the shuffles need.
+              add_half(group[r], Bytes(weight[q]), i, quad_at(x + 8 * (R * (2 * l + q) + r) + 4 * i));
+          if (l + LINES < INT4_LINES) continue;
+          const vi total = PARTS == 1 ? group[r][0] : (group[r][0] << 7) + group[r][PARTS - 1];
+          sum[r][v] = multiply_add(__builtin_convertvector(total, vf), scale, sum[r][v]);
+        }
       }
-      const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(hi, 7), lo);
-      sum[r] = multiply_add((vf)_mm512_cvtepi32_ps(total), scale, sum[r]);
     }
-    x += 8 * R * QUADS;
+    w += INT4_LINES * LINE;
+    x += 8 * R * (INT4_GROUP / 4);
     offset += R;
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) store(out + r * ldo, sum[r] * a.scales[row + r]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < PV; ++v) store(out + r * ldo + v * W, sum[r][v] * a.scales[row + r]);
 }
 #endif
 

@@ -1,9 +1,6 @@
 // Products of a few rows of activations with panels of 16 columns (gpt2_fast/ops/packed_weights.py), which also hold
 // the keys and values of the decode step. A panel is read from end to end, a line of 64 bytes a step; a step is
 // 1 (float32), 2 (bfloat16) or 4 (int8) inputs of its 16 outputs.
-//
-// Where the processor has VNNI, int8 weights meet activations of 15 bits: a row is rounded to multiples of its
-// largest magnitude / 16256 and split as 128 hi + lo, two rows of int8. The sums are exact in int32.
 #pragma once
 
 #include "isa.h"
@@ -143,71 +140,6 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
 #pragma GCC unroll 4
       for (int v = 0; v < PV; ++v) store(out + r * ldo + p * PANEL + v * W, sum[r][p][v]);
 }
-
-#if defined(__AVX512VNNI__)
-// Rows [M, K] of activations for quads, in tiles as tile_rows cuts M: [K / 4][rows of the tile][hi, lo][4] int8, so
-// that a tile is read from end to end. A tile begins where its first row would, at 2 `stride` bytes a row.
-struct Split {
-  int8_t* values;
-  int32_t* offsets;  // [2 M]: -128 times the sums of hi and lo of a row, which undo the + 128 of the weights
-  float* scales;     // [M]
-  int64_t stride;
-
-  static constexpr int GROUP = 4;
-  static constexpr int sums(int rows) { return 2 * rows; }
-  static int64_t pitch(int64_t steps) { return steps * LINE; }
-};
-
-// sum += four products of unsigned and signed bytes in every lane. The intrinsic makes g++ 12 copy its accumulators.
-GPT2_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
-}
-
-// The same for int8: R rows are 2 R rows of int8. The weights' scales are not yet applied.
-template <int N, int R, int P>
-GPT2_INLINE void add_lines(const Panels& panels, const Stream& stream, const char*& w, const int8_t*& x,
-                           __m512i (&sum)[2 * R][P]) {
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) stream.fetch_ahead<N>(w + p * panels.pitch);
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    __m512i weight[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) weight[p] = _mm512_loadu_si512(w + p * panels.pitch);
-#pragma GCC unroll 24
-    for (int r = 0; r < 2 * R; ++r) {
-      int32_t bytes;
-      memcpy(&bytes, x + 4 * r, sizeof(bytes));
-      const __m512i quad = _mm512_set1_epi32(bytes);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) add_products(sum[r][p], weight[p], quad);
-    }
-    w += LINE;
-    x += 8 * R;
-  }
-}
-
-template <int R, int P>
-__attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const Split& a, int64_t row,
-                                          float* out, int64_t ldo) {
-  constexpr int N = lines_of(R, P);
-  const char* w = panels.w;
-  __m512i sum[2 * R][P];
-#pragma GCC unroll 64
-  for (int i = 0; i < 2 * R * P; ++i) sum[i / P][i % P] = _mm512_set1_epi32(a.offsets[2 * row + i / P]);
-  const int8_t* x = a.values + 2 * row * a.stride;
-  int64_t s = 0;
-  for (; s + N <= panels.steps; s += N) add_lines<N, R, P>(panels, stream, w, x, sum);
-  for (; s < panels.steps; ++s) add_lines<1, R, P>(panels, stream, w, x, sum);
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const vf hi = (vf)_mm512_cvtepi32_ps(sum[2 * r][p]), lo = (vf)_mm512_cvtepi32_ps(sum[2 * r + 1][p]);
-      store(out + r * ldo + p * PANEL, (hi * 128.0f + lo) * a.scales[row + r]);
-    }
-}
-#endif
 
 // Panels side by side in a tile of `rows` rows, as many as the registers hold sums for. Of a few rows it is one where
 // each panel lies by itself, as memory gives a single stream more than four.

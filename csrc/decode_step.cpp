@@ -90,7 +90,7 @@ struct Worker : Attention {
     }
   }
 
-#if defined(__AVX512VNNI__)
+#if GPT2_INTEGERS
   bool splits() const { return m.weights == DECODE_INT8 || m.weights == DECODE_INT4; }
   int64_t split_groups() const { return ceil_div(split_stride(), INT4_GROUP); }
 
@@ -104,36 +104,28 @@ struct Worker : Attention {
       high = vmax(high, vmax(of_x, -of_x));
       none += of_x - of_x;  // 0 of finite numbers, NaN of others
     }
-    const float largest = hmax(high) + hsum(none), inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
-    const __mmask16 finite = largest == largest ? 0xffff : 0;
+    const bool groups = m.weights == DECODE_INT4;
+    const float most = (float)(groups ? MOST : most_of(width)), largest = hmax(high) + hsum(none);
+    const float inverse = largest > 0.0f ? most / largest : 0.0f;
+    const int32_t finite = largest == largest ? -1 : 0;
     const int64_t tile = r / ROWS * ROWS, pitch = 8 * tile_rows(rows - tile);
     int8_t* to = c.split + 2 * tile * split_stride() + 8 * (r - tile);
     int32_t* offset = c.split_offsets + tile * split_groups() + (r - tile);
-    __m512i hi_sum = _mm512_setzero_si512(), lo_sum = hi_sum;
+    vi sums[PARTS] = {}, group{};
     for (int64_t k = 0; k < width; k += W) {
-      const __m512i q = _mm512_maskz_cvtps_epi32(finite, (__m512)(load(x + k) * inverse));
-      const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
-      const __m512i lo = _mm512_sub_epi32(q, _mm512_slli_epi32(hi, 7));
-      hi_sum = _mm512_add_epi32(hi_sum, hi);
-      lo_sum = _mm512_add_epi32(lo_sum, lo);
-      // Four times a quad of hi and the same of lo.
-      const __m128i hi_quads = _mm512_cvtepi32_epi8(hi), lo_quads = _mm512_cvtepi32_epi8(lo);
-      const __m128i first = _mm_unpacklo_epi32(hi_quads, lo_quads), second = _mm_unpackhi_epi32(hi_quads, lo_quads);
-      _mm_storel_pd((double*)to, (__m128d)first);
-      _mm_storeh_pd((double*)(to + pitch), (__m128d)first);
-      _mm_storel_pd((double*)(to + 2 * pitch), (__m128d)second);
-      _mm_storeh_pd((double*)(to + 3 * pitch), (__m128d)second);
-      to += 4 * pitch;
-      if (m.weights == DECODE_INT4 && k % INT4_GROUP + W == INT4_GROUP) {
-        *offset = -128 * (128 * _mm512_reduce_add_epi32(hi_sum) + _mm512_reduce_add_epi32(lo_sum));
+      const vi numbers = nearest(load(x + k) * inverse) & finite;
+      store_quads(numbers, to, pitch, sums);
+      to += W / 4 * pitch;
+      group += numbers;
+      if (groups && k % INT4_GROUP + W == INT4_GROUP) {
+        *offset = -128 * sum_of(group);
         offset += pitch / 8;
-        hi_sum = lo_sum = _mm512_setzero_si512();
+        group = vi{};
       }
     }
-    c.split_scales[r] = largest / 16256.0f;
-    if (m.weights == DECODE_INT4) return;
-    c.split_offsets[2 * r] = -128 * _mm512_reduce_add_epi32(hi_sum);
-    c.split_offsets[2 * r + 1] = -128 * _mm512_reduce_add_epi32(lo_sum);
+    c.split_scales[r] = largest / most;
+    if (groups) return;
+    for (int i = 0; i < PARTS; ++i) c.split_offsets[PARTS * r + i] = -128 * sum_of(sums[i]);
   }
 #else
   bool splits() const { return false; }
@@ -197,7 +189,7 @@ struct Worker : Attention {
       multiply(Dense<float>{x, stride}, w, N, K, rows, to, next);
     else if (m.weights == DECODE_BF16)
       multiply(Dense<bf16>{x, stride}, w, N, K, rows, to, next);
-#if defined(__AVX512VNNI__)
+#if GPT2_INTEGERS
     else if (m.weights == DECODE_INT8)
       multiply(Split{c.split, c.split_offsets, c.split_scales, split_stride()}, w, N, K, rows, to, next);
     else

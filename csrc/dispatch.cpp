@@ -1,7 +1,9 @@
 // Picks the widest instruction set that both this build and this processor have.
 #include <string.h>
-#ifdef GPT2_HAVE_AMX
+#if defined(GPT2_HAVE_AMX) || defined(GPT2_HAVE_AVXVNNI)
 #include <cpuid.h>
+#endif
+#ifdef GPT2_HAVE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,8 +16,14 @@ extern const Kernels kernels_baseline;
 #ifdef GPT2_HAVE_AVX2
 extern const Kernels kernels_avx2;
 #endif
+#ifdef GPT2_HAVE_AVXVNNI
+extern const Kernels kernels_avxvnni;
+#endif
 #ifdef GPT2_HAVE_AVX512
 extern const Kernels kernels_avx512;
+#endif
+#ifdef GPT2_HAVE_AVX512VNNI
+extern const Kernels kernels_avx512vnni;
 #endif
 #ifdef GPT2_HAVE_AVX512BF16
 extern const Kernels kernels_avx512bf16;
@@ -37,11 +45,20 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 #endif
+#ifdef GPT2_HAVE_AVXVNNI
+bool has_avxvnni() {
+  unsigned eax = 0, ebx, ecx, edx;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 #ifdef GPT2_HAVE_AVX512
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
+#ifdef GPT2_HAVE_AVX512VNNI
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 #ifdef GPT2_HAVE_AVX512BF16
 bool has_avx512bf16() {
@@ -67,8 +84,14 @@ const Isa isas[] = {
 #ifdef GPT2_HAVE_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, has_avx512bf16},
 #endif
+#ifdef GPT2_HAVE_AVX512VNNI
+    {"avx512vnni", &kernels_avx512vnni, has_avx512vnni},
+#endif
 #ifdef GPT2_HAVE_AVX512
     {"avx512", &kernels_avx512, has_avx512},
+#endif
+#ifdef GPT2_HAVE_AVXVNNI
+    {"avxvnni", &kernels_avxvnni, has_avxvnni},
 #endif
 #ifdef GPT2_HAVE_AVX2
     {"avx2", &kernels_avx2, has_avx2},

@@ -23,7 +23,10 @@ chosen = {op: dispatch.explain(op, torch.device("cpu"), torch.float32)[0] for op
 assert "reference" not in chosen.values(), chosen
 
 flags = pathlib.Path("/proc/cpuinfo").read_text().split()
-wanted = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2"}
+wanted = {
+    "amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni", "avx512f": "avx512",
+    "avx_vnni": "avxvnni", "avx2": "avx2",
+}  # fmt: skip
 wanted = wanted if platform.machine() == "x86_64" else {}
 widest = next((isa for flag, isa in wanted.items() if flag in flags), "baseline")
 assert dispatch.extension().isa() == widest, f"{dispatch.extension().isa()} was chosen, this processor has {widest}"

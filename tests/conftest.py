@@ -89,18 +89,28 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16", "amx"])
-def isa(request):
-    """Each instruction set that this build and processor have, in turn."""
+def _with_isa(name: str):
     from gpt2_fast.ops.runtime import dispatch
 
     extension, before = dispatch.extension(), dispatch.extension().isa()
     try:
-        extension.set_isa(request.param)
+        extension.set_isa(name)
     except ValueError:
-        pytest.skip(f"this processor or build has no {request.param}")
-    yield request.param
+        pytest.skip(f"this processor or build has no {name}")
+    yield name
     extension.set_isa(before)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+def isa(request):
+    """Each instruction set that this build and processor have, in turn; without those that only decoding is built for."""
+    yield from _with_isa(request.param)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"])
+def decode_isa(request):
+    """Each instruction set that decode_step is built for and this build and processor have, in turn."""
+    yield from _with_isa(request.param)
 
 
 @pytest.fixture

@@ -32,7 +32,9 @@ THREADS_OPTIONS = {
 # Instruction sets as /proc/cpuinfo calls them.
 NEEDS = {
     "avx2": "avx2",
+    "avxvnni": "avx_vnni",
     "avx512": "avx512f",
+    "avx512vnni": "avx512_vnni",
     "avx512bf16": "avx512_bf16",
     "amx": "amx_bf16",
 }

@@ -107,7 +107,7 @@ def judge(description: Description) -> Outcome:
         eager, truth = (_run(description, "reference", dtype) for dtype in (torch.float32, torch.float64))
     except Exception as error:
         return Outcome(WRONG, f"runs what the reference refuses: {type(error).__name__}: {error}")
-    # Keys and values may round to a neighbour in bfloat16, and with VNNI activations have 15 bits.
+    # Keys and values may round to a neighbour in bfloat16, and activations of int8 and int4 have 13 to 15 bits.
     dtype = torch.float32 if description["weights"] == "float32" else torch.float16
     problem = differs(actual, eager, truth, dtype)
     return Outcome(WRONG, f"logits: {problem}") if problem else Outcome(RIGHT)

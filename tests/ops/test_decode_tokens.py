@@ -82,7 +82,7 @@ def _assert_same(packed: PackedModel, actual: _Run, expected: _Run, what: str) -
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_instruction_set(isa, weights):
+def test_every_instruction_set(decode_isa, weights):
     for sizes, prompt, starts, options in samples():
         if weights == "int4" and sizes["n_embd"] % 32:
             continue
@@ -172,7 +172,7 @@ def _infinite(sign):
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_run_stops_at_a_logit_that_is_nan(isa, weights, drawn):
+def test_a_run_stops_at_a_logit_that_is_nan(decode_isa, weights, drawn):
     """Position 7 alone is NaN, which a row comes to at the first token, at a later one or never, as `starts` has it."""
     _assert_stops_at_nan(_packed(weights, "cpp", _nan_in_a_position), drawn)
 

@@ -102,7 +102,7 @@ def _model(**sizes) -> GPT2LMHeadModel:
     return model
 
 
-def test_logits_of_every_batch_size(isa, threads):
+def test_logits_of_every_batch_size(decode_isa, threads):
     """Of one to thirteen rows, with widths of an odd number of groups and outputs that fill no panel."""
     threads(1)
     sizes = {"n_layer": 1, "n_embd": 96, "n_head": 3, "n_inner": 160, "vocab_size": 301}
@@ -113,7 +113,7 @@ def test_logits_of_every_batch_size(isa, threads):
         tokens = torch.randint(301, (B, 5))
         run = lambda p, tokens=tokens, B=B: p.prefill(tokens, PackedCache(p, B, 5)).double()
         expected = run(truth)
-        # Keys and values are bfloat16, and with VNNI activations have 15 bits.
+        # Keys and values are bfloat16, and activations have 15 bits.
         assert ((run(packed) - expected).norm(dim=1) < 2e-3 * expected.norm(dim=1)).all(), B
 
 

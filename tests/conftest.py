@@ -103,7 +103,7 @@ def _with_isa(name: str):
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def isa(request):
-    """Each instruction set that this build and processor have, in turn; without those that only decoding is built for."""
+    """Each instruction set that this build and processor have, in turn, but those of `decode_isa` alone."""
     yield from _with_isa(request.param)
 
 

@@ -43,7 +43,7 @@ def _run(packed: PackedModel, tokens, starts=None, prompt: int | None = None) ->
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_every_instruction_set(decode_isa, threads, weights):
-    # Beside the sums' own rounding, keys and values may round to a bfloat16 neighbour; whole numbers have 13 to 15 bits.
+    # Beside the sums' own rounding, keys and values may round to a neighbour; whole numbers have 13 to 15 bits.
     threads(1)
     whole = weights in ("int8", "int4") and decode_isa != "baseline"
     allowed = torch.float32 if weights == "float32" else torch.bfloat16 if whole else torch.float16

@@ -146,8 +146,8 @@ template <int R, int P>
 __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& stream, const SplitGroups& a, int64_t row,
                                           float* out, int64_t ldo) {
   static_assert(P == 1, "one panel");
-  // Lines whose weights are in registers together: all of a group's where there are 32.
-  constexpr int LINES = W == 16 ? INT4_LINES : 1;
+  // Lines and vectors of a line whose weights are in registers together: of 32 all of a group's, of 16 one line's.
+  constexpr int LINES = W == 16 ? INT4_LINES : 1, V = R <= 2 ? PV : 1;
   const char* w = panels.w;
   const int64_t steps = panels.steps;
   const Levels levels(a.levels, (char)-128);  // unsigned, as the instruction has it: 128 more
@@ -165,35 +165,46 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
       w += LINE;
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < PV; ++v) {
-      const vf scale = load((const bf16*)scales + v * W);
-      vi group[R][PARTS];
+    for (int first = 0; first < PV; first += V) {
+      vi group[R][V][PARTS];
 #pragma GCC unroll 4
       for (int l = 0; l < INT4_LINES; l += LINES) {
-        vu weight[2 * LINES];
+        vu weight[2 * LINES][V];
 #pragma GCC unroll 4
         for (int i = 0; i < LINES; ++i) {
-          if (v == 0) stream.fetch_ahead(w + (l + i) * LINE);
-          vu line;
-          memcpy(&line, w + (l + i) * LINE + v * sizeof(vu), sizeof(vu));
-          weight[2 * i] = levels.low(line);
-          weight[2 * i + 1] = levels.high(line);
+          if (first == 0) stream.fetch_ahead(w + (l + i) * LINE);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) {
+            vu line;
+            memcpy(&line, w + (l + i) * LINE + (first + v) * sizeof(vu), sizeof(vu));
+            weight[2 * i][v] = levels.low(line);
+            weight[2 * i + 1][v] = levels.high(line);
+          }
         }
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          if (l == 0) {
-            group[r][0] = vi{};
-            group[r][PARTS - 1] = offset[r] - vi{};
-          }
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v)
+            if (l == 0) {
+              group[r][v][0] = vi{};
+              group[r][v][PARTS - 1] = offset[r] - vi{};
+            }
 #pragma GCC unroll 8
           for (int q = 0; q < 2 * LINES; ++q)
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < 2; ++i) {
               // Each from memory by itself: read as one, they would take the port that the shuffles need.
-              add_half(group[r], Bytes(weight[q]), i, quad_at(x + 8 * (R * (2 * l + q) + r) + 4 * i));
+              const vu quad = quad_at(x + 8 * (R * (2 * l + q) + r) + 4 * i);
+#pragma GCC unroll 2
+              for (int v = 0; v < V; ++v) add_half(group[r][v], Bytes(weight[q][v]), i, quad);
+            }
           if (l + LINES < INT4_LINES) continue;
-          const vi total = PARTS == 1 ? group[r][0] : (group[r][0] << 7) + group[r][PARTS - 1];
-          sum[r][v] = multiply_add(__builtin_convertvector(total, vf), scale, sum[r][v]);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) {
+            const vi total = PARTS == 1 ? group[r][v][0] : (group[r][v][0] << 7) + group[r][v][PARTS - 1];
+            const vf scale = load((const bf16*)scales + (first + v) * W);
+            sum[r][first + v] = multiply_add(__builtin_convertvector(total, vf), scale, sum[r][first + v]);
+          }
         }
       }
     }

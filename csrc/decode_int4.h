@@ -166,7 +166,7 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
     }
 #pragma GCC unroll 2
     for (int first = 0; first < PV; first += V) {
-      vi group[R][V][PARTS];
+      vu group[R][V][PARTS];
 #pragma GCC unroll 4
       for (int l = 0; l < INT4_LINES; l += LINES) {
         vu weight[2 * LINES][V];
@@ -186,8 +186,8 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v)
             if (l == 0) {
-              group[r][v][0] = vi{};
-              group[r][v][PARTS - 1] = offset[r] - vi{};
+              group[r][v][0] = vu{};
+              group[r][v][PARTS - 1] = (uint32_t)offset[r] - vu{};
             }
 #pragma GCC unroll 8
           for (int q = 0; q < 2 * LINES; ++q)
@@ -201,9 +201,9 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
           if (l + LINES < INT4_LINES) continue;
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v) {
-            const vi total = PARTS == 1 ? group[r][v][0] : (group[r][v][0] << 7) + group[r][v][PARTS - 1];
+            const vu total = PARTS == 1 ? group[r][v][0] : (group[r][v][0] << 7) + group[r][v][PARTS - 1];
             const vf scale = load((const bf16*)scales + (first + v) * W);
-            sum[r][first + v] = multiply_add(__builtin_convertvector(total, vf), scale, sum[r][first + v]);
+            sum[r][first + v] = multiply_add(__builtin_convertvector(as<vi>(total), vf), scale, sum[r][first + v]);
           }
         }
       }

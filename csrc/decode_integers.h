@@ -94,17 +94,18 @@ struct Bytes {
   }
 };
 
-// sum += the products of a quad's first or second four bytes.
-GPT2_INLINE void add_half(vi (&sum)[PARTS], const Bytes& bytes, int i, vu quad) {
+// sum += the products of a quad's first or second four bytes. Unsigned, as rows that pad a tile, which nobody wrote and
+// nobody reads, may overflow.
+GPT2_INLINE void add_half(vu (&sum)[PARTS], const Bytes& bytes, int i, vu quad) {
 #if defined(__AVX512VNNI__)
   // The intrinsic makes g++ 12 copy its accumulators.
   asm("vpdpbusd %2, %1, %0" : "+v"(sum[i]) : "v"(bytes.half[i]), "v"(quad));
 #elif defined(__AVXVNNI__)
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[i]) : "x"(bytes.half[i]), "x"(quad));
 #elif defined(__AVX512F__)
-  sum[0] += (vi)_mm512_madd_epi16((__m512i)bytes.half[i], (__m512i)quad);
+  sum[0] += (vu)_mm512_madd_epi16((__m512i)bytes.half[i], (__m512i)quad);
 #else
-  sum[0] += (vi)_mm256_madd_epi16((__m256i)bytes.half[i], (__m256i)quad);
+  sum[0] += (vu)_mm256_madd_epi16((__m256i)bytes.half[i], (__m256i)quad);
 #endif
 }
 
@@ -114,15 +115,15 @@ GPT2_INLINE vu quad_at(const int8_t* x) {
   return bytes - vu{};
 }
 
-GPT2_INLINE vf value_of(const vi (&sum)[PARTS]) {
-  const vf first = __builtin_convertvector(sum[0], vf);
-  return PARTS == 1 ? first : first * 128.0f + __builtin_convertvector(sum[PARTS - 1], vf);
+GPT2_INLINE vf value_of(const vu (&sum)[PARTS]) {
+  const vf first = __builtin_convertvector(as<vi>(sum[0]), vf);
+  return PARTS == 1 ? first : first * 128.0f + __builtin_convertvector(as<vi>(sum[PARTS - 1]), vf);
 }
 
 // V vectors of each of P panels, of a panel's PV, at N lines.
 template <int N, int R, int P, int V>
 GPT2_INLINE void add_lines(const Panels& panels, const Stream& stream, const char*& w, const int8_t*& x,
-                           vi (&sum)[R][P][V][PARTS]) {
+                           vu (&sum)[R][P][V][PARTS]) {
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) stream.fetch_ahead<N>(w + p * panels.pitch);
 #pragma GCC unroll 8
@@ -154,11 +155,11 @@ __attribute__((noinline)) void panel_tile(const Panels& panels, const Stream& st
   constexpr int N = lines_of(R, P), V = Split::sums(R) * P <= SUMS ? PV : 1;
   for (int first = 0; first < PV; first += V) {
     const char* w = panels.w + first * sizeof(vu);
-    vi sum[R][P][V][PARTS];
+    vu sum[R][P][V][PARTS];
 #pragma GCC unroll 64
     for (int i = 0; i < R * P * V * PARTS; ++i)
       sum[i / PARTS / V / P][i / PARTS / V % P][i / PARTS % V][i % PARTS] =
-          a.offsets[PARTS * (row + i / PARTS / V / P) + i % PARTS] - vi{};
+          (uint32_t)a.offsets[PARTS * (row + i / PARTS / V / P) + i % PARTS] - vu{};
     const int8_t* x = a.values + 2 * row * a.stride;
     int64_t s = 0;
     for (; s + N <= panels.steps; s += N) add_lines<N, R, P, V>(panels, stream, w, x, sum);

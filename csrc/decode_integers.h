@@ -1,7 +1,7 @@
 // Products of int8 panels with rows of whole numbers, whose sums are exact: decode_panels.h in integers.
 //
-// A row of activations is rounded to multiples of its largest magnitude / `most`, at most 15 bits and a sign. With VNNI it
-// is split as 128 hi + lo, two rows of int8; elsewhere it is int16, and there are fewer steps where K is so large that
+// A row of activations is rounded to multiples of its largest magnitude / `most`, numbers of 15 bits with their sign. With
+// VNNI it is split as 128 hi + lo, two rows of int8; elsewhere it is int16, and `most` is less where K is so large that
 // a sum would not fit int32.
 #pragma once
 
@@ -23,8 +23,8 @@ constexpr bool HAS_VNNI = false;
 constexpr int PARTS = HAS_VNNI ? 2 : 1;  // sums of a row: of hi and of lo, or of both
 
 // Rows [M, K] of activations for quads, in tiles as tile_rows cuts M: [K / 4][rows of the tile] of 8 bytes, so that a
-// tile is read from end to end: [hi, lo][4] int8, or int16 of the inputs 0, 2, 1 and 3. A tile begins where its first row would,
-// at 2 `stride` bytes a row.
+// tile is read from end to end: [hi, lo][4] int8, or int16 of the inputs 0, 2, 1 and 3. A tile begins where its first
+// row would, at 2 `stride` bytes a row.
 struct Split {
   int8_t* values;
   int32_t* offsets;  // [M, PARTS]: -128 times the sums of a row, which undo the + 128 of the weights
@@ -83,8 +83,8 @@ GPT2_INLINE void store_quads(vi numbers, int8_t* to, int64_t pitch, vi (&sums)[P
   }
 }
 
-// A vector of unsigned bytes, four inputs of each lane, as they are multiplied: as they are, or the inputs 0 and 2 in 16 bits
-// each, and 1 and 3.
+// A vector of unsigned bytes, four inputs of each lane, as its halves of a quad take them: as they are, or the inputs 0
+// and 2 in 16 bits each, and 1 and 3.
 struct Bytes {
   vu half[2];
   explicit Bytes(vu x) {

@@ -106,7 +106,7 @@ struct Worker : Attention {
     }
     const bool groups = m.weights == DECODE_INT4;
     const float most = (float)(groups ? MOST : most_of(width)), largest = hmax(high) + hsum(none);
-    const float inverse = largest > 0.0f ? most / largest : 0.0f;
+    const float inverse = largest > 1e-33f ? most / largest : 0.0f;  // of less it may be infinite: a row of zeros
     const int32_t finite = largest == largest ? -1 : 0;
     const int64_t tile = r / ROWS * ROWS, pitch = 8 * tile_rows(rows - tile);
     int8_t* to = c.split + 2 * tile * split_stride() + 8 * (r - tile);

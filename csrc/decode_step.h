@@ -27,8 +27,8 @@ namespace gpt2 {
 // keys [L, B, H, S16 / 16, ceil(D / G), 16, G], values [L, B, H, S16 / G, D16, G]: float32, G = 1, or
 // bfloat16, G = 2; zero before their first use. h and y [R, C16], qkv [R, 3 C rounded up], f [R, F16],
 // starts [B], of which a step makes the positions [B] of its rows. newest [B, C16], scores [threads, 12, S16]; split
-// [2 R, max(C16, F16)], with float32 [R] and int32 [R, max(2, groups of max(C16, F16))]: see Split in decode_integers.h and
-// SplitGroups in decode_int4.h.
+// [2 R, max(C16, F16)], with float32 [R] and int32 [R, max(2, groups of max(C16, F16))]: see Split in
+// decode_integers.h and SplitGroups in decode_int4.h.
 #define GPT2_DECODE_CACHE(M) \
   M(char*, keys) M(char*, values) M(int64_t, B) M(int64_t, S) M(int64_t, chunk) M(float*, h) M(float*, y) \
   M(int32_t*, starts) M(int32_t*, positions) M(float*, qkv) M(float*, f) M(float*, newest) M(float*, scores) \

@@ -1,8 +1,8 @@
 // Products of int8 panels with rows of whole numbers, whose sums are exact: decode_panels.h in integers.
 //
-// A row of activations is rounded to multiples of its largest magnitude / `most`, numbers of 15 bits with their sign. With
-// VNNI it is split as 128 hi + lo, two rows of int8; elsewhere it is int16, and `most` is less where K is so large that
-// a sum would not fit int32.
+// A row of activations is rounded to multiples of its largest magnitude / `most`, numbers of 15 bits with their sign.
+// With VNNI it is split as 128 hi + lo, two rows of int8; elsewhere it is int16, and `most` is less where K is so large
+// that a sum would not fit int32.
 #pragma once
 
 #include "decode_panels.h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sanitize import NEEDS
 
 from gpt2_fast import sources
 from gpt2_fast.ops.runtime import cuda, dispatch
@@ -158,6 +160,24 @@ def test_a_compiler_without_avx512bf16_builds_the_rest(tmp_path, monkeypatch):
     text = setup["ninja_file"](tmp_path, tmp_path / "_C.so", tmp_path / "embedding.fatbin")
     assert "attention.avx512bf16.o" in text
     assert "amx" not in text.lower()
+
+
+def test_the_sets_in_use_are_those_that_the_processor_has():
+    """As the system lists them; AMX's tile registers it may keep to itself."""
+    if platform.machine() not in ("x86_64", "AMD64") or not Path("/proc/cpuinfo").exists():
+        pytest.skip("nothing lists them here")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    extension, before = dispatch.extension(), dispatch.extension().isa()
+    built = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["known_isas"](os.environ.get("CXX", "g++"))
+    taken = {}
+    for isa in built:
+        with contextlib.suppress(ValueError):
+            extension.set_isa(isa)
+            taken[isa] = extension.isa()
+    extension.set_isa(before)
+    expected = {isa for isa in built if isa == "baseline" or NEEDS[isa] in flags}
+    assert set(taken) - {"amx"} == expected - {"amx"}
+    assert all(isa == name for isa, name in taken.items())
 
 
 def test_kernels_check_their_arguments():

@@ -100,8 +100,8 @@ class PackedModel:
         weights: "float32" keeps them, "bfloat16" rounds them, "int8" rounds to 127 steps each way with one scale an
             output, "int4" to 16 levels with one scale for 32 inputs. Sums are float32. Activations too, but where int8
             or int4 meets AVX2 or more: there a row's are multiples of its largest magnitude / 16256 (of K inputs of
-            int8, without VNNI: / min(16256, 2^24 / K)), and sums of products exact. Biases, LayerNorms and positions
-            stay float32.
+            int8, without VNNI: / min(16256, 2^24 / K)); sums of int8's products are exact, of int4's those of a group.
+            Biases, LayerNorms and positions stay float32.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
         dtype: what impl="reference" computes in.
 

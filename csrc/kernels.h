@@ -14,6 +14,7 @@
   GPT2_ATTENTION_KERNELS(KERNEL) \
   GPT2_ATTENTION_DECODE_KERNELS(KERNEL) \
   GPT2_DECODE_STEP_KERNELS(KERNEL) \
+  GPT2_DECODE_PACK_KERNELS(KERNEL) \
   GPT2_LINEAR_KERNELS(KERNEL) \
   GPT2_LINEAR_CROSS_ENTROPY_KERNELS(KERNEL) \
   GPT2_ADAMW_KERNELS(KERNEL) \
@@ -27,6 +28,7 @@
 #include "attention.h"
 #include "attention_decode.h"
 #include "decode_step.h"
+#include "decode_pack.h"
 #include "linear.h"
 #include "linear_cross_entropy.h"
 #include "adamw.h"

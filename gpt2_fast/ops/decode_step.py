@@ -126,11 +126,11 @@ class PackedModel:
         self.impl = dispatch.choose(OP, impl, device, torch.float32)
         self.config, self.weights, self.dtype = model.config, weights, dtype
         self.cache_dtype = CACHE_DTYPES[weights]
-        memory = HugePages()
-        self.layers = [_PackedLayer(layer, weights, memory) for layer in model.layers]
-        self.wte = PackedMatrix(model.wte, weights, memory=memory)
+        where = {"memory": HugePages(), "impl": self.impl}
+        self.layers = [_PackedLayer(layer, weights, **where) for layer in model.layers]
+        self.wte = PackedMatrix(model.wte, weights, **where)
         tied = model.lm_head is model.wte
-        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head, weights, memory=memory)
+        self.lm_head = self.wte if tied else PackedMatrix(model.lm_head, weights, **where)
         self.wpe = model.wpe.detach().to(torch.float32, copy=True).contiguous()
         self.ln_f = _padded(*model.ln_f)
         self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
@@ -175,11 +175,11 @@ class PackedModel:
 
 
 class _PackedLayer:
-    def __init__(self, layer: LayerParameters, weights: str, memory: HugePages):
+    def __init__(self, layer: LayerParameters, weights: str, *, memory: HugePages, impl: str):
         self.scale = layer.scale
         self.ln_1, self.ln_2 = _padded(*layer.ln_1), _padded(*layer.ln_2)
         products = (layer.c_attn, layer.attn_proj, layer.c_fc, layer.mlp_proj)
-        self.matrices = [PackedMatrix(weight, weights, bias, memory=memory) for weight, bias in products]
+        self.matrices = [PackedMatrix(weight, weights, bias, memory=memory, impl=impl) for weight, bias in products]
 
     def table(self) -> list[int]:
         c_attn, attn_proj, c_fc, mlp_proj = (matrix.table() for matrix in self.matrices)

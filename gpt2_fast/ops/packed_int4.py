@@ -20,7 +20,7 @@ from torch.nn import functional as F
 GROUP = 32
 LINE, LINES = 64, 4  # bytes of a line, lines of a group's codes
 LEVELS = torch.tensor([-114, -92, -73, -56, -41, -28, -16, -4, 7, 19, 31, 45, 60, 78, 100, 127], dtype=torch.int8)
-STARTS = (127.0, -114.0)  # what a group's largest weight is at first taken for
+STARTS = (float(LEVELS[-1]), float(LEVELS[0]))  # what a group's largest weight is at first taken for
 CHUNK = 1 << 11  # groups at a time: their temporaries stay in the cache
 
 # The code of every half from -128 to 127.5 and of what lies up to the next: where two levels meet is a whole or a half.
@@ -39,27 +39,29 @@ def check_inputs(what: str, inputs: int) -> None:
 
 def _nearest(groups: Tensor, scale: Tensor, of_half: Tensor) -> Tensor:
     """[n, 32]: what of_half, one of the two tables above, has for groups [n, 32] over scale [n, 1]."""
-    # 0 / 0 becomes any index: times a scale of 0 every level is 0. What is not finite keeps a scale that is not.
-    halves = (groups / scale).mul_(2).floor_().nan_to_num_(0).clamp_(-256, 255).add_(256)
+    # 0 / 0 takes the first level: times a scale of 0 every one is 0.
+    halves = (groups / scale).mul_(2).floor_().nan_to_num_(-256).clamp_(-256, 255).add_(256)
     return of_half.index_select(0, halves.to(torch.int32).view(-1)).view_as(groups)
 
 
 def _best(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n, 32] and scale bfloat16 [n, 1] of groups float32 [n, 32], the best of those tried."""
+    """Codes uint8 [n, 32] and scale bfloat16 [n, 1] of groups float32 [n, 32], the best of those tried.
+
+    Sums are float64, so that C++ (csrc/decode_pack.cpp) finds the same in whatever order it adds.
+    """
     high, low = groups.amax(1, keepdim=True), groups.amin(1, keepdim=True)
-    largest = torch.where(-low > high, low, high)
-    exponent = largest.frexp().exponent.clamp(min=-126)  # without it squares of large weights are infinite
-    unit = torch.ones_like(largest).ldexp(-exponent)
-    groups, largest = groups * unit, largest * unit
-    least, scale = torch.full_like(largest, torch.inf), largest
+    largest, exact = torch.where(-low > high, low, high), groups.double()
+    least, scale = torch.full_like(exact[:, :1], torch.inf), largest
     for start in STARTS:
-        levels = _nearest(groups, largest / start, LEVEL_OF_HALF)
-        tried = (groups * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True)
-        tried = tried.bfloat16().float()
-        error = (_nearest(groups, tried, LEVEL_OF_HALF) * tried - groups).square_().sum(1, keepdim=True)
+        levels = _nearest(groups, largest / start, LEVEL_OF_HALF).double()
+        tried = (exact * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True)
+        tried = tried.float().bfloat16().float()
+        meant = _nearest(groups, tried, LEVEL_OF_HALF).double() * tried.double()
+        error = meant.sub_(exact).square_().sum(1, keepdim=True)
         better = error < least
         least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-    return _nearest(groups, scale, CODE_OF_HALF), scale.ldexp(exponent).bfloat16()
+    finite = groups.isfinite().all(1, keepdim=True)
+    return _nearest(groups, scale, CODE_OF_HALF), torch.where(finite, scale, torch.nan).bfloat16()
 
 
 def quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:

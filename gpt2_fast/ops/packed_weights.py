@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2_fast.ops import packed_int4
-from gpt2_fast.ops.runtime import cpp
+from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.memory import large_pages, round_up
 
 PANEL = 16
 GROUPS = {"float32": 1, "bfloat16": 2, "int8": 4}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}  # of panels
 CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # csrc/decode_step.h
 
 
@@ -67,6 +68,7 @@ class PackedMatrix:
         weights: "float32", "bfloat16", "int8" or "int4".
         bias: [N], kept in float32.
         memory: where the panels go.
+        impl: who packs, "cpp" or "reference": both make the same numbers.
 
     Attributes:
         panels: as above. scale, bias: float32, zero up to a multiple of 16, or None.
@@ -74,25 +76,21 @@ class PackedMatrix:
     Raises ValueError in int4 where K is no multiple of 32.
     """
 
-    def __init__(self, matrix: Tensor, weights: str, bias: Tensor | None = None, *, memory: HugePages):
+    def __init__(
+        self, matrix: Tensor, weights: str, bias: Tensor | None = None, *, memory: HugePages, impl: str = "reference"
+    ):
         self.shape, self.weights = matrix.shape, weights
         self.bias = padded(bias)
-        self.scale = None
+        (N, K), matrix = matrix.shape, matrix.detach()
+        panels = -(-N // PANEL)
         if weights == "int4":
-            packed_int4.check_inputs("K", matrix.shape[1])
-            panels = packed_int4.to_panels(*packed_int4.quantised(matrix.detach()), PANEL)
-            self.panels = memory.zeros(panels.shape, panels.dtype).copy_(panels)
-            return
-        matrix = matrix.detach().float()
-        if weights == "int8":
-            largest = matrix.abs().amax(1)
-            # NaN and inf stay in the scale: what whole numbers make of them is lost.
-            scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
-            matrix = (matrix / scale.unsqueeze(1)).nan_to_num_(0).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
-            self.scale = padded(scale)
-        elif weights == "bfloat16":
-            matrix = matrix.bfloat16()
-        self.panels = _to_panels(matrix, GROUPS[weights], 128 if weights == "int8" else 0, memory)
+            packed_int4.check_inputs("K", K)
+            shape, dtype = (panels, packed_int4.lines_of(K // packed_int4.GROUP), packed_int4.LINE), torch.uint8
+        else:
+            shape, dtype = (panels, -(-K // GROUPS[weights]), PANEL, GROUPS[weights]), DTYPES[weights]
+        self.panels = memory.zeros(shape, dtype)
+        self.scale = torch.zeros(panels * PANEL) if weights == "int8" else None
+        (_pack_cpp if impl == "cpp" else _pack_reference)(matrix, weights, self.panels, self.scale)
 
     def table(self) -> list[int]:
         return cpp.struct("DecodeMatrix", panels=self.panels, scale=self.scale, bias=self.bias)
@@ -110,8 +108,28 @@ class PackedMatrix:
         return matrix if self.scale is None else (matrix - 128) * self.scale[:N].to(dtype).unsqueeze(1)
 
 
-def _to_panels(matrix: Tensor, group: int, zero: int, memory: HugePages) -> Tensor:
-    N, K = matrix.shape
-    matrix = F.pad(matrix, (0, round_up(K, group) - K, 0, round_up(N, PANEL) - N), value=zero)
-    panels = matrix.view(-1, PANEL, matrix.shape[1] // group, group).transpose(1, 2)
-    return memory.zeros(panels.shape, panels.dtype).copy_(panels)
+def _pack_cpp(matrix: Tensor, weights: str, panels: Tensor, scale: Tensor | None) -> None:
+    matrix = matrix.resolve_neg() if matrix.dtype in dispatch.KERNEL_DTYPES else matrix.float()
+    if 1 not in matrix.stride():
+        matrix = matrix.contiguous()
+    (N, K), (by_output, by_input) = matrix.shape, matrix.stride()
+    cpp.decode_pack(
+        matrix=matrix, N=N, K=K, by_output=by_output, by_input=by_input, weights=CODES[weights],
+        levels=packed_int4.LEVELS, panels=panels, scale=scale,
+    )  # fmt: skip
+
+
+def _pack_reference(matrix: Tensor, weights: str, panels: Tensor, scale: Tensor | None) -> None:
+    if weights == "int4":
+        panels.copy_(packed_int4.to_panels(*packed_int4.quantised(matrix), PANEL))
+        return
+    (N, K), matrix, zero = matrix.shape, matrix.float(), 0
+    if scale is not None:
+        largest = matrix.abs().amax(1)
+        # NaN and inf stay in the scale: what whole numbers make of them is lost.
+        scale[:N] = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+        matrix = (matrix / scale[:N].unsqueeze(1)).nan_to_num_(0).round_().clamp_(-127, 127).add_(128)
+        zero = 128
+    group = panels.shape[-1]
+    matrix = F.pad(matrix, (0, -K % group, 0, -N % PANEL), value=zero)
+    panels.copy_(matrix.view(-1, PANEL, matrix.shape[1] // group, group).transpose(1, 2))

@@ -81,8 +81,8 @@ struct Panels {
   Panels from(int64_t panel) const { return {w + panel * pitch, pitch, line, steps}; }
 };
 
-// Lines of a panel that a tile of few rows reads in one pass of its loop: of float32, bfloat16 and int8 several are faster
-// than one, of int4 they were slower (benchmarks/NOTES.md, 2026-11-30).
+// Lines of a panel that a tile of few rows reads in one pass of its loop: of float32, bfloat16 and int8 several are
+// faster than one, of int4 they are slower.
 constexpr int lines_of(int rows, int panels) { return panels == 1 && rows <= 4 ? 8 : 1; }
 
 // sum += N lines of each of P panels times the inputs that they hold.

@@ -282,7 +282,7 @@ void decode_step(addr model, addr cache, addr tokens, addr sequences, addr posit
   if (!positions)
     for (int64_t b = 0; b < c.B; ++b) c.positions[b] = (int32_t)first - c.starts[b];
   Team team;
-  // Measured beside other programs, and with more threads than processors (benchmarks/NOTES.md, 2026-11-30).
+  // Where others want the processors too, and where there are more threads than processors, long waits cost most.
   team.patience = threads <= processor_count() ? 20000 : 100;
 #pragma omp parallel num_threads((int)threads)
   {

@@ -46,7 +46,7 @@ struct DecodeLayer {
 
 struct DecodeModel {
   GPT2_DECODE_MODEL(GPT2_MEMBER)
-  DecodeLayer layers[1];  // [L], which Python writes behind the rest
+  DecodeLayer layers[1];  // [L], which Python writes after the rest
 };
 
 struct DecodeCache {

@@ -1,6 +1,6 @@
 // Kernels of decode_tokens.cpp, for kernels.h.
 //
-// tokens int64 [count + 1, B]: the newest of each sequence, which the kernel writes further ones behind; made [1]: how many
+// tokens int64 [count + 1, B]: the newest of each sequence, after which the kernel writes further ones; made [1]: how many
 // of them. `ends`, n_ends of them, are tokens after which nothing is made; nor is it where a largest logit, highest float32
 // [count, B], is no number. uniforms float64 [count, B] or null. logits float32 [B, V]: the last token's. `first` is how many
 // positions the cache holds. The rest is as in decode_step.h and draw.h.

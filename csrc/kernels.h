@@ -58,6 +58,7 @@ struct Kernels {
 // The table of the instruction set in use, and its name.
 const Kernels& kernels();
 const char* isa_name();
-// Chooses by name ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"); false when this processor or build has it not.
+// Chooses by name ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"); false when this processor
+// or build does not have it.
 bool set_isa(const char* name);
 }  // namespace gpt2

@@ -10,14 +10,15 @@ enum Finish : int64_t { FINISH_STORE = 0, FINISH_ADD = 1, FINISH_TANH_GELU = 2, 
 
 }  // namespace gpt2
 
-// C [M, N] = A [M, K] @ B [K, N] + bias. A and B in any dtypes, by their strides in elements, one of each two 1; bias
-// float32 [N] or null; C and u in c_dtype, C's
-// rows c_m and u's N elements apart (the same where u is not null). pairs: both sides are bfloat16, and are multiplied as they
-// are, two inputs at a time, where the instruction set has it; otherwise everything is widened to float32. workspace: as
-// many bytes as linear_workspace puts into the int64 at `bytes`, aligned to 64. M, N and K are at least 1.
-// Any number of threads gives the same bits.
-// column_sum: sum [F] over the rows of x [N, F], in float32 and then rounded; partial [chunks, F] is scratch, with `chunks` a
-// function of the shape alone.
+// linear_product: C [M, N] = A [M, K] @ B [K, N] + bias, with M, N and K at least 1. Any number of threads gives the same bits.
+//   A, B: of any dtype, by their strides in elements, of which one is 1.
+//   bias: float32 [N], or null.
+//   C, u: in c_dtype; rows of C are c_m elements apart, of u N (and of C too where there is a u).
+//   pairs: both sides are bfloat16, and are multiplied as they are, two inputs at a time, where the instruction set has
+//     that; otherwise everything is widened to float32.
+//   workspace: as many bytes as linear_workspace puts into the int64 at `bytes`, aligned to 64.
+// column_sum: sum [F] over the rows of x [N, F], in float32 and then rounded. partial [chunks, F] is scratch, with `chunks`
+// a function of the shape alone.
 #define GPT2_LINEAR_KERNELS(KERNEL) \
   KERNEL(linear_product, (strided a, int64_t a_dtype, int64_t a_m, int64_t a_k, strided b, int64_t b_dtype, int64_t b_k, \
                           int64_t b_n, f32 bias, strided c, int64_t c_m, addr u, int64_t c_dtype, int64_t finish, \

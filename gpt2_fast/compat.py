@@ -46,7 +46,7 @@ def logits_to_keep(options: dict[str, Any], scored: bool) -> int:
     """How many last positions forward gives logits of, 0 for all; `options` are its further arguments.
 
     Raises ValueError for what asks for more than this model does (scored: targets are given, and the loss needs every
-    position), TypeError for what is no argument.
+    position), TypeError for an unknown argument.
     """
     others = dict(options)
     keep = others.pop("logits_to_keep", 0)
@@ -84,7 +84,7 @@ def _same(name: str, value: Any, alias: str, other: Any) -> Any:
 
 
 def config_of(config: Any) -> GPT2Config:
-    """`config`, or the GPT2Config of transformers' config of that name. Raises TypeError for what is none."""
+    """`config`, or the GPT2Config of transformers' config of that name. Raises TypeError for anything else."""
     if isinstance(config, GPT2Config):
         return config
     if not hasattr(config, "to_dict"):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and the cache folder. What of it is code is this user's alone."""
+"""Files that are whole or not there: atomic writes, and the cache folder. Code kept there is this user's alone."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences
 
 
 def get(name: str) -> Recipe:
-    """Raises ValueError for a name that is none."""
+    """Raises ValueError for an unknown name."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}; choose {', '.join(RECIPES)}")
     return RECIPES[name]

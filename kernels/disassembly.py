@@ -15,7 +15,7 @@ _NVIDIA = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*(?:\
 _AMD = re.compile(r"^\s+([a-z]\w+)\b([^;]*)")
 _TARGET = re.compile(r"(\.L\w+)")
 
-# The opcodes, but for what stands behind a dot, of asynchronous copies into shared memory.
+# The opcodes, without what follows a dot, of asynchronous copies into shared memory.
 _COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 
 
@@ -42,7 +42,7 @@ class _Line(NamedTuple):
 
 
 def is_product(opcode: str) -> bool:
-    """Whether an instruction multiplies matrices: HMMA, HGMMA, UTCHMMA with what stands behind a dot; v_mfma_*."""
+    """Whether an instruction multiplies matrices: HMMA, HGMMA, UTCHMMA with what follows a dot; v_mfma_*."""
     return opcode.partition(".")[0].endswith("MMA") or "mfma_" in opcode
 
 
@@ -72,7 +72,7 @@ def main_loops(listing: str) -> list[Loop]:
 
 
 def _parse(listing: str) -> tuple[list[_Line], dict[str, int]]:
-    """All instructions, and for each label the index of the first one behind it."""
+    """All instructions, and for each label the index of the first one after it."""
     lines: list[_Line] = []
     labels: dict[str, int] = {}
     for text in listing.splitlines():

@@ -2,7 +2,7 @@
 
 Triton's interpreter keeps bfloat16 as 16-bit integers: its tl.dot multiplies those integers, and its cast
 from float32 cuts bits off where the GPU rounds to nearest even. `dot` and `cast` are tl.dot and tl.cast where a
-kernel is compiled, and mend both where it is interpreted.
+kernel is compiled, and work around both where it is interpreted.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The one place where a Triton kernel is launched.
 
 Triton launches on the current device whatever its arguments are, compiles with its own default options, reads a strided
-tensor as if it were contiguous, and names neither kernel nor configuration when it fails. `launch` mends all four.
+tensor as if it were contiguous, and names neither kernel nor configuration when it fails. `launch` deals with all four.
 """
 
 from __future__ import annotations

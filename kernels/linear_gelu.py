@@ -12,7 +12,7 @@ is finished, a quarter of its columns after the other: with halves, backward spi
 results go by tensor descriptors (TMA), made on the host: those need no scratch memory. Sums are taken in a fixed order.
 
 A configuration chooses: "product" is "vendor" or "persistent", and the rest is what the persistent kernel would take.
-`config_for` says which, and that what TMA cannot take is the vendor's. No GPU has run these kernels yet.
+`config_for` says which, and that what TMA cannot take is the vendor's.
 """
 
 from __future__ import annotations

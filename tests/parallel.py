@@ -193,7 +193,7 @@ def _killed(world: int, arguments: list[str], out: Path, cwd: Path, steps: int, 
             errors.seek(0)
             sys.exit(f"torchrun's status {process.returncode}, processes left: {left}\n{errors.read()}")
     step = max((r["step"] for r in log(out) if "loss" in r), default=0)
-    return f"rank {rank} killed behind step {step}; all had ended {seconds:.1f} s later"
+    return f"rank {rank} killed after step {step}; all had ended {seconds:.1f} s later"
 
 
 class Forks:

@@ -68,7 +68,7 @@ def convert(
         config = dataclasses.replace(config, activation_function=ACTIVATIONS[to])
     if to == "llmc":
         if dtype is None and stored == torch.float64:
-            raise ValueError(f"{source} holds float64, which llm.c has not; --dtype float32 rounds it")
+            raise ValueError(f"{source} holds float64, which llm.c cannot store; --dtype float32 rounds it")
         dtype = dtype or (stored if stored in DTYPES.values() else torch.float32)
         notes.append("llm.c keeps neither dropout nor token ids of the config")
     state = loaded.state if dtype is None else _cast(loaded.state, dtype)

@@ -18,7 +18,7 @@ FORMATS = ("hf", "nanogpt", "llmc")
 _SUFFIXES = {".pt": "nanogpt", ".pth": "nanogpt", ".bin": "llmc"}
 # Files of formats that are not written here; without this list they would become names of folders.
 _FOREIGN = (".safetensors", ".gguf", ".onnx", ".ckpt", ".npz", ".json")
-# Below the first bytes of a file: torch.save's archive, and llm.c's own magic numbers.
+# The first bytes of a file: torch.save's zip archive, and llm.c's token shards.
 _ZIP, _LLMC_TOKENS = b"PK\x03\x04", (20240520, 20240801)
 
 

@@ -93,7 +93,7 @@ def nanogpt_config(arguments: Mapping[str, Any]) -> tuple[GPT2Config, bool]:
         raise ValueError(f"model_args has no {missing[0]}")
     for name, value in arguments.items():
         if name not in (*_NANOGPT, "bias", "dropout") and value:
-            raise ValueError(f"model_args has {name} = {value!r}, which a GPT-2 has not")
+            raise ValueError(f"model_args has {name} = {value!r}, which GPT-2 does not have")
     sizes = {ours: arguments[theirs] for theirs, ours in _NANOGPT.items()}
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), arguments.get("dropout", 0.0))
     config = GPT2Config(

@@ -84,7 +84,7 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
     if missing := shapes.keys() - tensors.keys():
         raise ValueError(f"the weights miss {_some(missing)}, which the config asks for")
     if extra := tensors.keys() - shapes.keys():
-        raise ValueError(f"the weights have {_some(extra)}, which a GPT-2 language model of this config has not")
+        raise ValueError(f"the weights have {_some(extra)}, which a GPT-2 language model of this config does not have")
     wrong = [name for name, shape in shapes.items() if tuple(tensors[name].shape) != shape]
     if wrong:
         name = wrong[0]

@@ -33,7 +33,7 @@ def add(commands) -> None:
     add("--top-k", type=int, default=50, metavar="N", help="sample among the N most likely; 0: all (default 50)")
     add("--top-p", type=float, metavar="P", help="sample among the fewest tokens whose probabilities reach P")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
-    add("--stop", action="append", default=[], metavar="STRING", help="end in front of it (may be repeated)")
+    add("--stop", action="append", default=[], metavar="STRING", help="end before this string (may be repeated)")
     add("--slide", action="store_true", help="past n_positions, go on with the newest half of the text")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add("--weights", choices=("float32", "bfloat16", "int8", "int4"),

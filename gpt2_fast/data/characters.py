@@ -25,7 +25,7 @@ class CharacterTokenizer:
     Args:
         ids: character -> id, of any ids that are no two characters'.
 
-    Raises ValueError for a table that is none.
+    Raises ValueError for a malformed table.
     """
 
     eot_token = None

@@ -1,6 +1,6 @@
 """nanoGPT's and llm.c's .bin shards: uint16 token ids, memory-mapped.
 
-A .bin file holds the ids bare (nanoGPT) or behind llm.c's header of 256 int32: magic 20240520, version 1, count.
+A .bin file holds the ids alone (nanoGPT), or after llm.c's header of 256 int32: magic 20240520, version 1, count.
 """
 
 from __future__ import annotations

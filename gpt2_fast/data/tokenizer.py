@@ -36,7 +36,7 @@ DOWNLOAD_TIMEOUT = 10  # seconds
 # How GPT-2 cuts text before merging; tiktoken's faster spelling of the release's pattern.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# No token of that pattern has a space or newline anywhere but among leading ones, so cutting in front of one
+# No token of that pattern has a space or newline anywhere but among leading ones, so cutting before one
 # that follows a visible character never changes the ids.
 _CUT = re.compile(r"\S(?=[ \n])")
 

@@ -136,7 +136,7 @@ def loglikelihoods(
     which GPT-2 has as <|endoftext|>: both as in lm-evaluation-harness.
 
     Args:
-        greedy: whether to say too, for each continuation, if it is the most likely token at every step.
+        greedy: also say of each continuation whether it is the most likely token at every step.
         name, names: of the progress bar, and of each pair in an error.
 
     Returns:

@@ -167,7 +167,7 @@ MEANINGS = {
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """The records of `evaluate_files` as text, a line a measure. Shares have their standard error behind ±."""
+    """The records of `evaluate_files` as text, a line a measure. Shares have their standard error after ±."""
     lines = []
     for record in records:
         task, measures = record["task"], dict(record["measures"])

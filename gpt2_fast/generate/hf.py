@@ -108,7 +108,7 @@ def generate_batch(
         do_sample: False takes the most likely token, and temperature, top_k and top_p are not looked at.
         temperature, top_k, top_p, repetition_penalty: see `Sampling`; top_k 0 or None keeps all. The penalty counts
             the prompt and what is said, padding not, as in transformers 5.
-        eos_token_id: ends a row; by default the config's, None is none.
+        eos_token_id: ends a row; by default the config's, None: nothing does.
         pad_token_id: follows the end of a row; by default the config's, else the first end.
         num_return_sequences: samples of each prompt; they lie next to each other.
         stop_strings, tokenizer: a row ends with the token that completes one of these strings.

@@ -55,7 +55,7 @@ class Sampling:
 
 
 def check_seed(seed: int | None) -> None:
-    """Raises ValueError for a seed that has no 64 bits; those that torch takes are as good here."""
+    """Raises ValueError for a seed that does not fit 64 bits; any that torch takes does."""
     if seed is not None and not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed is {seed!r:.60}; it must be a whole number")
     if seed is not None and not -(2**63) <= seed < 2**64:

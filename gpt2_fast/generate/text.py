@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """The text of one sample as its tokens come: whole characters only, and nothing a stop string may yet begin with.
+    """The text of one sample as its tokens come: whole characters, and nothing that may be the start of a stop string.
 
     Args:
         tokenizer: whose ids come in.
-        stop: strings that end the sample; the text ends in front of the first.
+        stop: strings that end the sample; the text ends before the first.
     """
 
     def __init__(self, tokenizer: Tokenizer | CharacterTokenizer, stop: Sequence[str] = ()):

@@ -34,9 +34,8 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps) -> None:
-    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does.
-
-    Or with itself.
+    """Raises ValueError where a tensor that is written shares memory with another, as a parameter given twice does, or
+    with itself, as an expanded one does.
     """
     written = {"param": params, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "master": masters}
     spans = []
@@ -172,7 +171,7 @@ def check_groups(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def hyper_rows(groups: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """The rows of `hyper`. Raises TypeError for what is no number; what is out of range is for `check_groups`."""
+    """The rows of `hyper`. Raises TypeError for what is not a number; `check_groups` looks at the range."""
     try:
         return [[*map(float, (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"]))] for g in groups]
     except (TypeError, ValueError):

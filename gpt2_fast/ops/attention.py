@@ -12,10 +12,11 @@ Backward, with delta = rowsum(dO * O) (Dao, FlashAttention-2, 2023, arXiv:2307.0
     dV = dropout(P)^T dO    dP = dropout'(dO V^T)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 
 Saved for backward: qkv, O, and lse [B, H, T] in float32; P and its dropout mask are computed again, tile by tile.
-An lse of 1e6 is wrong by up to 0.03, and P by as much: on a CPU backward finds one beyond 2840 again, and scores of any
-finite size are right. The Triton kernels do not yet: their gradients go wrong with scores above 1e5 or so, and overflow
-from 1e9 on.
 Heads are read in place and dqkv is written packed: none of the usual transposes and copies.
+
+Precision: float32 holds an lse of 1e6 to within 0.03 only, and P is wrong by as much. So on a CPU backward computes any
+lse beyond 2840 again, and scores of any finite size are right. The Triton kernels do not: their gradients degrade with
+scores above 1e5 or so, and overflow from 1e9 on.
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
     """Appends tokens to every row of the cache; returns the logits of the token after the newest. No gradient.
 
     A step reads more weights than the processor's caches hold, so what Python and torch need comes from memory after
-    it (benchmarks/NOTES.md, 2026-11-29, says what that took of a step): torch is called seldom here.
+    it: torch is called seldom here.
 
     Args:
         packed: the weights.

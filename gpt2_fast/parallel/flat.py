@@ -1,7 +1,7 @@
 """Parameters laid end to end in one buffer, which is cut into chunks and, for W processes, into W shards.
 
 Where a parameter begins, and where a chunk does, depends on the model alone. A shard is a whole number of chunks, so
-what is computed chunk by chunk is the same for every W. Behind the last parameter are zeros, up to W equal shards.
+what is computed chunk by chunk is the same for every W. After the last parameter come zeros, up to W equal shards.
 """
 
 from __future__ import annotations

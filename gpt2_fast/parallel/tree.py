@@ -62,7 +62,7 @@ def _block(values: Tensor) -> Tensor:
 
 
 def balanced(values: Tensor) -> Tensor:
-    """The sum of values [n] pair by pair, with zeros behind them up to a power of two.
+    """The sum of values [n] pair by pair, padded with zeros to a power of two.
 
     torch.sum adds in an order that depends on the number of threads.
     """

@@ -228,7 +228,7 @@ def histograms_figure(weights: Mapping[str, Tensor], n_layer: int, bins: int = 8
 
 
 def _drawable(label: str) -> str:
-    """A label in which characters that the font has not are written U+...."""
+    """A label in which characters that the font lacks are written U+...."""
     font = get_font(findfont(FontProperties()))
     return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in label)
 

@@ -98,7 +98,7 @@ class TrainConfig:
     def fresh_model(self, **more) -> GPT2Config:
         """The model that a run without --init-from begins with. more: other fields of its config.
 
-        Raises ValueError, one line, for a preset or a size that is none.
+        Raises ValueError, one line, for an unknown preset or an invalid size.
         """
         return GPT2Config.from_preset(self.model, **self._sizes(), **more)
 

@@ -37,7 +37,7 @@ class LossScale:
         return loss * self.scale
 
     def update(self, found_inf: Tensor) -> None:
-        """Moves the scale behind a step. found_inf: `AdamW.last_found_inf`."""
+        """Adjusts the scale after a step. found_inf: `AdamW.last_found_inf`."""
         torch._amp_update_scale_(self.scale, self.steps, found_inf, GROWTH, BACKOFF, self._interval)
 
     def tensors(self) -> dict[str, Tensor]:

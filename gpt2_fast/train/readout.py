@@ -1,8 +1,8 @@
 """What a step says of itself, read without waiting for it.
 
-Behind each step its loss, its gradient norm and the record of ids outside the vocabulary are copied to pinned memory,
-and an event is recorded behind the copies. They are read one step later, when the device has long passed the event. A
-CUDA graph's next replay writes over the device's values, but only behind these copies in the same stream.
+After each step its loss, its gradient norm and the record of ids outside the vocabulary are copied to pinned memory,
+and an event is recorded after the copies. They are read one step later, when the device has long passed the event. The
+next replay of a CUDA graph overwrites the device's values, but only after these copies, on the same stream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Reading(NamedTuple):
 class Readout:
     """Two places in host memory, used in turn: one is read while the other is written.
 
-    Call `queue` behind each step and `read` of a step before `queue` is called twice more.
+    Call `queue` after each step and `read` of a step before `queue` is called twice more.
     """
 
     PLACES = 2
@@ -46,7 +46,7 @@ class Readout:
         loss_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> int:
-        """Copies behind what the device does now. Returns the place to `read`."""
+        """Queues the copies on the current stream. Returns the place to `read`."""
         place, self._next = self._next, (self._next + 1) % self.PLACES
         numbers = (loss, grad_norm, loss_scale, found_inf)
         self._there[place] = [number is not None for number in numbers]

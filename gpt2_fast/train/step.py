@@ -186,7 +186,7 @@ class Step:
         self._move_scale()
 
     def _replay(self) -> None:
-        """One graph where a process is alone. Else one in front of what the processes send and one behind.
+        """One graph for a process on its own. Otherwise one before the communication and one after it.
 
         With several processes this has not run on a GPU.
         """

@@ -29,7 +29,7 @@ PAGE = 4096
 class Region:
     """`size` bytes of addresses, which become memory page by page when they are first written.
 
-    Raises OSError where the system has no so many.
+    Raises OSError where the system has not that many addresses.
     """
 
     def __init__(self, size: int):

@@ -12,8 +12,8 @@ A backend's two functions, forward(a, out) and backward(a, out), see everything 
 * `out`: what is to be written. A name is uninitialised memory of the declared shape and dtype when it is first read;
   a backend may set it instead. None stands for what is not made.
 
-Three faults cannot be written in a room: a tensor reaches a backend contiguous and in the dtype that `Input.read`
-says, whatever its strides were; a call without elements reaches none; a second derivative raises, and a tangent.
+Three mistakes are impossible in an op's file: a tensor reaches a backend contiguous and in the dtype that `Input.read`
+names, whatever its strides were; an empty call reaches none; a second derivative or a forward-mode tangent raises.
 """
 
 from __future__ import annotations

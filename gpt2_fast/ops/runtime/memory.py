@@ -21,7 +21,7 @@ def round_up(n: int, step: int) -> int:
 def large_pages(size: int) -> mmap.mmap:
     """`size` bytes of zeros, which become memory when first written, on pages of 2 MiB where the system has them.
 
-    Raises OSError where the system has no so many addresses.
+    Raises OSError where the system has not that many addresses.
     """
     # Private, since shared memory gets no such pages.
     wanted = ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_NORESERVE")

@@ -33,13 +33,18 @@ def refuse(call: str) -> str:
     return f"gpt2_fast.GPT2LMHeadModel does not do {call}; gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"
 
 
-def _refuse_others(where: str, neutral: Mapping[str, tuple], given: Mapping[str, Any]) -> None:
+def refuse_others(where: str, neutral: Mapping[str, tuple], given: Mapping[str, Any]) -> None:
+    """Raises TypeError for an unknown argument of `where`, ValueError for one that asks for what it does not do.
+
+    neutral: for each known argument the values besides None that ask for nothing.
+    """
     for name, value in given.items():
         if name not in neutral:
             raise TypeError(f"{where} has no argument {name!r}")
-        if value is not None and not any(value is nothing for nothing in neutral[name]):
-            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(refuse(f"{where}({name}={shown})"))
+        if value is None or (isinstance(value, (bool, int, float)) and value in neutral[name]):
+            continue
+        shown = "a tensor" if isinstance(value, Tensor) else f"{value!r:.80}"
+        raise ValueError(refuse(f"{where}({name}={shown})"))
 
 
 def logits_to_keep(options: dict[str, Any], scored: bool) -> int:
@@ -50,7 +55,7 @@ def logits_to_keep(options: dict[str, Any], scored: bool) -> int:
     """
     others = dict(options)
     keep = others.pop("logits_to_keep", 0)
-    _refuse_others("forward", _FORWARD, others)
+    refuse_others("forward", _FORWARD, others)
     if not isinstance(keep, int) or keep < 0 or (keep and scored):
         beside = " beside labels" if scored else ""
         raise ValueError(refuse(f"forward(logits_to_keep={keep if isinstance(keep, int) else 'a tensor'}){beside}"))
@@ -73,7 +78,7 @@ def placement(dtype: Any, device: Any, options: dict[str, Any]) -> tuple[torch.d
         wanted = wanted[""]
     if isinstance(wanted, Mapping) or wanted in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):
         raise ValueError(refuse(f"from_pretrained(device_map={wanted!r})"))
-    _refuse_others("from_pretrained", _LOADING, others)
+    refuse_others("from_pretrained", _LOADING, others)
     return dtype, _same("device", device, "device_map", wanted)
 
 

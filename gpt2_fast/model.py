@@ -238,7 +238,7 @@ class GPT2LMHeadModel(compat.Compatible):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -272,6 +272,8 @@ class GPT2LMHeadModel(compat.Compatible):
         if labels is not None and targets is not None:
             raise ValueError("labels and targets are both given; labels are shifted inside, targets are not: pass one")
         keep = compat.logits_to_keep(options, not (labels is None and targets is None)) if options else 0
+        if input_ids is None:
+            raise ValueError("input_ids is missing; pass token ids, int64 [B, T]")
         hidden = self.transformer(
             input_ids, attention_mask, position_ids, token_type_ids, document_ids, dropout_key=dropout_key
         )

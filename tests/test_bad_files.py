@@ -147,7 +147,7 @@ def test_a_token_that_does_not_fit_names_the_users_file(tmp_path, monkeypatch):
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--temperature", "inf"], "temperature is inf"),
-        (["--top-k", "-1"], "top_k is -1"),
+        (["--top-k", "-1"], "--top-k is -1; it must be at least 1, or 0 for all"),
         (["--top-p", "0"], "top_p is 0.0"),
         (["--top-p", "-1"], "top_p is -1.0"),
         (["--top-p", "1.5"], "top_p is 1.5"),

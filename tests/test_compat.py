@@ -87,6 +87,8 @@ REFUSED = {
     "return_dict=False": (lambda m: m(IDS, return_dict=False), r"forward\(return_dict=False\)"),
     "use_cache=True": (lambda m: m(IDS, use_cache=True), r"forward\(use_cache=True\)"),
     "inputs_embeds": (lambda m: m(IDS, inputs_embeds=torch.ones(2, 7, 48)), r"forward\(inputs_embeds=a tensor\)"),
+    "inputs_embeds alone": (lambda m: m(inputs_embeds=torch.ones(2, 7, 48)), r"forward\(inputs_embeds=a tensor\)"),
+    "generate(inputs_embeds=)": (lambda m: m.generate(inputs_embeds=torch.ones(2, 7, 48)), "inputs_embeds=a tensor"),
     "output_hidden_states": (lambda m: m(IDS, output_hidden_states=True), r"forward\(output_hidden_states=True\)"),
     "output_attentions": (lambda m: m(IDS, output_attentions=True), r"forward\(output_attentions=True\)"),
     "past_key_values": (lambda m: m(IDS, past_key_values=object()), r"forward\(past_key_values="),
@@ -113,6 +115,11 @@ def test_loading_as_in_transformers(folder, options):
     expected, actual = (load(c, folder, **LOADS[options]) for c in (transformers.GPT2LMHeadModel, GPT2LMHeadModel))
     assert (actual.dtype, actual.device) == (expected.dtype, expected.device)
     assert torch.equal(actual.transformer.wpe.weight, expected.transformer.wpe.weight)
+
+
+def test_ids_that_are_missing_are_named(folder):
+    with pytest.raises(ValueError, match="^input_ids is missing; pass token ids"):
+        load(GPT2LMHeadModel, folder)(labels=IDS)
 
 
 @pytest.mark.parametrize("call", REFUSED)

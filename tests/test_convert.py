@@ -244,7 +244,7 @@ def test_llmc_takes_other_dtypes_only_where_that_is_exact(tmp_path):
     convert.convert(write_source(tmp_path, "hf", mixed), tmp_path / "mixed.bin")
     assert_same_bits(convert.load(tmp_path / "mixed.bin").state, {n: t.float() for n, t in mixed.items()})
     source = write_source(tmp_path, "hf", random_state(dtype=torch.float64))
-    with pytest.raises(ValueError, match="holds float64, which llm.c has not; --dtype float32 rounds it"):
+    with pytest.raises(ValueError, match="holds float64, which llm.c cannot store; --dtype float32 rounds it"):
         convert.convert(source, tmp_path / "wide.bin")
     assert not (tmp_path / "wide.bin").exists()
     assert any("rounded to float32" in n for n in convert.convert(source, tmp_path / "w", dtype=torch.float32).notes)
@@ -384,11 +384,17 @@ def test_names_and_formats(tmp_path):
         (source, tmp_path / "x", {"dtype": torch.int8}, "choose float32 or bfloat16"),
         (source, source, {"to": "llmc"}, "is a folder; a llmc checkpoint is one file"),
         (source, tmp_path / "odd.name", {"to": "hf"}, "is a file; a Hugging Face checkpoint is a folder"),
-        (source / "config.json", tmp_path / "x", {}, "is no checkpoint known here"),
+        (source / "config.json", tmp_path / "x", {}, "is not a checkpoint in a known format"),
     ]
     for origin, target, options, words in refusals:
         with pytest.raises(ValueError, match=words):
             convert.convert(origin, target, **options)
+    run = tmp_path / "checkpoint-000003"
+    run.mkdir()
+    (run / "training.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint-000003 is a checkpoint of a run, which could not go on from it"):
+        convert.convert(source, run)
+    assert [file.name for file in run.iterdir()] == ["training.safetensors"]
     with pytest.raises(FileNotFoundError, match=r"nothing.bin does not exist"):
         convert.convert(tmp_path / "nothing.bin", tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="does not exist"):

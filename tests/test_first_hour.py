@@ -20,6 +20,8 @@ from test_train import corpus, metrics  # noqa: F401 - corpus is a fixture
 from gpt2_fast import GPT2Config, GPT2LMHeadModel, __version__
 from gpt2_fast.checkpoint import load_pretrained
 from gpt2_fast.cli import main
+from gpt2_fast.cli.command import parse
+from gpt2_fast.cli.train import given_options
 from gpt2_fast.generate import completions, tokenizer_of
 from gpt2_fast.train import loop
 from gpt2_fast.train.config import TrainConfig
@@ -77,11 +79,24 @@ def test_a_wrong_option_is_answered_by_its_own_command(capsys):
         ("train", "--batchsize", "--batch-size"),
         ("generate", "--max-token=3", "--max-new-tokens"),
         ("convert", "--dtpye", "--dtype"),
+        ("train", "--block-size", "--context"),  # nanoGPT's name
+        ("train", "--learning_rate=3e-4", "--lr"),
+        ("generate", "--prompt=Hello", "--prompt-file"),  # no abbreviation of it
     ):
         status, out, err = told(capsys, command, *(["a", "b"] if command == "convert" else []), wrong)
         assert (status, out) == (2, "")
         assert err.startswith(f"usage: gpt2-fast {command} ")
         assert err.splitlines()[-1].endswith(f"unrecognized arguments: {wrong} (did you mean {right}?)")
+
+
+def test_whole_numbers_may_be_written_as_floats(capsys):
+    options = given_options(parse(["train", "--max-tokens", "1e6", "--batch-size", "8", "--seed", "1_000"]))
+    assert options == {"max_tokens": 1_000_000, "batch_size": 8, "seed": 1000}
+    for wrong in ("1.5", "1e400", "nan", "many"):
+        status, _, err = told(capsys, "train", "--steps", wrong)
+        assert (status, err.splitlines()[-1]) == (
+            2, f"gpt2-fast train: error: argument --steps: invalid whole number value: '{wrong}'"
+        )  # fmt: skip
 
 
 def test_usage_shows_what_can_be_chosen(capsys):
@@ -183,6 +198,7 @@ def test_values_have_their_fields_types(tmp_path):
     ("text", "words"),
     [
         ("batch-size: 4", "'batch-size' is no option of train; did you mean batch_size?"),
+        ("learning_rate: 1e-4", "'learning_rate' is no option of train; did you mean lr?"),
         ("learning: 1", "'learning' is no option of train"),
         ("steps: many", "steps is 'many'; it must be a whole number"),
         ("steps: 1.5", "steps is 1.5; it must be a whole number"),

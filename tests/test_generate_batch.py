@@ -215,9 +215,9 @@ def test_generator_is_used(models):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4; gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"),
-        ({"logits_processor": []}, "does not do logits_processor="),
-        ({"return_dict_in_generate": True}, "does not do return_dict_in_generate=True"),
+        ({"num_beams": 4}, r"num_beams=4\); gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"),
+        ({"logits_processor": []}, r"does not do generate\(logits_processor="),
+        ({"return_dict_in_generate": True}, r"does not do generate\(return_dict_in_generate=True"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2 and do_sample False"),
         ({"max_length": 6}, "max_length is 6 and the prompt has 6 tokens"),
         ({"max_new_tokens": 60}, "need 66 positions and the model has 64"),

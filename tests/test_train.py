@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -181,6 +182,16 @@ def test_learning_rate_schedule():
     assert config.learning_rate(110) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("lr", [1e-3, 3e-5, 1e-7, 0.0])
+def test_learning_rate_never_rises_after_warmup(lr):
+    """The end of the cosine follows --lr, also where it is low, as in fine-tuning."""
+    config = TrainConfig(lr=lr, warmup=10, steps=110)
+    rates = [config.learning_rate(step) for step in range(9, 111)]
+    assert all(later <= rate * (1 + 1e-12) for rate, later in itertools.pairwise(rates))
+    assert rates[0] == pytest.approx(lr)
+    assert rates[-1] == pytest.approx(lr / 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,6 +201,10 @@ def test_learning_rate_schedule():
         (["--context", "5000"], "nano has 256 positions; lower --context"),
         (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--lr", "3e-5", "--min-lr", "1e-4"], "--min-lr is 0.0001 and --lr 3e-05, so the rate would rise; give a"),
+        (["--lr", "nan"], "--lr is nan; it must be a number of at least 0"),
+        (["--dropout", "1"], "--dropout is 1.0; it must be at least 0 and below 1"),
+        (["--model", "gpt2-xl", "--init-from", "somewhere"], "--model and --init-from exclude each other"),
         (["--dtype", "float8"], "choose float32, bfloat16, float16"),
         (["--impl", "magic"], "impl is 'magic'"),
         (["--data", "/nowhere.txt"], "/nowhere.txt does not exist"),

@@ -19,6 +19,7 @@ from gpt2_fast.checkpoint.hf import save_pretrained
 from gpt2_fast.checkpoint.llmc import write_llmc
 from gpt2_fast.checkpoint.nanogpt import write_nanogpt
 from gpt2_fast.checkpoint.state_dict import ACTIVATIONS
+from gpt2_fast.checkpoint.training import TRAINING
 from gpt2_fast.config import num_params
 
 __all__ = ["DTYPES", "FORMATS", "Loaded", "convert", "load", "source_format", "summary", "target_format"]
@@ -57,6 +58,8 @@ def convert(
         raise ValueError(f"{target} is a folder; a {to} checkpoint is one file")
     if to == "hf" and target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a Hugging Face checkpoint is a folder")
+    if to == "hf" and (target / TRAINING).exists():
+        raise ValueError(f"{target} is a checkpoint of a run, which could not go on from it; choose another target")
     loaded = load(source)
     stored = _dtype(loaded.state)
     notes = list(loaded.notes)

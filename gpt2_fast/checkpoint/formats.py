@@ -50,7 +50,9 @@ def source_format(source: str | os.PathLike[str]) -> str:
         return "llmc"
     if path.suffix in _SUFFIXES:
         return _SUFFIXES[path.suffix]
-    raise ValueError(f"{path} is no checkpoint known here; give a Hugging Face folder, a nanoGPT .pt or an llm.c .bin")
+    raise ValueError(
+        f"{path} is not a checkpoint in a known format; give a Hugging Face folder, a nanoGPT .pt or an llm.c .bin"
+    )
 
 
 def target_format(target: str | os.PathLike[str]) -> str:

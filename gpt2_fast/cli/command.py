@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import io
 import os
@@ -13,6 +14,7 @@ import select
 import sys
 
 from gpt2_fast.cli import convert, doctor, evaluate, generate, inspect, recipe, train
+from gpt2_fast.train.config import OTHER_NAMES
 
 DESCRIPTION = "GPT-2 training and generation through fused kernels, exact to Hugging Face's GPT-2."
 COMMANDS = (train, generate, evaluate, inspect, doctor, convert, recipe)  # in the order of --help
@@ -28,7 +30,10 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="print the versions of gpt2_fast, torch and Python",
     )
-    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    # Without abbreviations: --prompt would be taken for --prompt-file.
+    commands = top.add_subparsers(
+        dest="command", metavar="COMMAND", parser_class=functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    )
     for module in COMMANDS:
         module.add(commands)
     recipe.add_fetch(commands)
@@ -66,8 +71,16 @@ def _meant(command: argparse.ArgumentParser, unknown: list[str]) -> str:
     """The options that come nearest to mistyped ones, as words to add."""
     known = [option for action in command._actions for option in action.option_strings]
     typed = (word.partition("=")[0] for word in unknown if word.startswith("-"))
-    nearest = [match for word in typed for match in difflib.get_close_matches(word, known, 1)]
+    nearest = [
+        match for word in typed for match in (_synonym(word, known) or difflib.get_close_matches(word, known, 1))
+    ]
     return f" (did you mean {', '.join(nearest)}?)" if nearest else ""
+
+
+def _synonym(word: str, known: list[str]) -> list[str]:
+    """The option of a command that goes by another name elsewhere."""
+    ours = "--" + OTHER_NAMES.get(word.strip("-").replace("-", "_"), "").replace("_", "-")
+    return [ours] if ours in known else []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ def add(commands) -> None:
     )
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?",
-        help="-, or without it what is piped in; on a terminal, a text from its start")  # fmt: skip
+        help="text to continue; - or nothing reads what is piped in; nothing on a terminal begins a text")  # fmt: skip
     add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; - is what is piped in")
     add("--json", action="store_true", help="print one JSON object a sample, in a line, and nothing else")
     add(
@@ -37,8 +37,8 @@ def add(commands) -> None:
     add("--slide", action="store_true", help="past n_positions, go on with the newest half of the text")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add("--weights", choices=("float32", "bfloat16", "int8", "int4"),
-        help="on a CPU, pack the weights so; int8: one scale a row, int4: one for 32 weights (default: the model's "
-        "dtype)")  # fmt: skip
+        help="on a CPU, how the weights are stored; int8: one scale a row, int4: one for 32 weights (default: the "
+        "model's dtype)")  # fmt: skip
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--impl", default="auto", metavar=choice(IMPLEMENTATIONS), help="of every op which has it (default auto)")
     parser.set_defaults(run=run, offline=OFFLINE)
@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.report.machine import resolve_device
 
     check_published(arguments.model)
+    if arguments.top_k < 0:
+        raise ValueError(f"--top-k is {arguments.top_k}; it must be at least 1, or 0 for all")
     # Before the model is read, which may take a while.
     Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p, arguments.repetition_penalty)
     check_seed(arguments.seed)

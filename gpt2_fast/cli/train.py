@@ -20,13 +20,13 @@ TRAIN_HELP = {
     "data": "text, jsonl (its text fields), folder of these, nanoGPT or llm.c .bin; without it, Python's own source",
     "order": "random windows of the data, or epoch: every window once an epoch, shuffled",
     "steps": "optimizer steps",
-    "max_tokens": "end after so many tokens, in place of --steps: as many steps as hold them, the last one whole",
+    "max_tokens": "train on at least this many tokens, in whole steps; instead of --steps",
     "batch_size": "sequences a micro-batch",
     "context": "tokens a sequence; without it, the model's n_positions",
     "grad_accum": "micro-batches a step, of all processes together",
     "lr": "highest learning rate",
     "warmup": "steps of linear warmup",
-    "min_lr": "learning rate at the end of the cosine",
+    "min_lr": "learning rate at the end of the cosine; without it, a tenth of --lr",
     "weight_decay": "on matrices and embeddings only",
     "beta1": "AdamW's first decay rate",
     "beta2": "AdamW's second decay rate",
@@ -34,21 +34,21 @@ TRAIN_HELP = {
     "grad_clip": "largest global gradient norm; 0 turns clipping off",
     "dtype": "of weights and activations; AdamW keeps float32 masters of low-precision ones, float16 scales the loss",
     "device": "auto, cpu, cuda or cuda:N",
-    "impl": "auto, or what every op which has it must use",
+    "impl": "implementation of every op that has it; auto picks the best of this machine",
     "seed": "of weights, data and dropout",
     "eval_every": "steps between validations; 0 for the first and last only",
     "eval_batches": "batches a validation",
     "sample_every": "steps between printed samples; 0 for the last only",
     "save_every": "steps between checkpoints; 0: by time and at the end",
     "save_minutes": "minutes between checkpoints; 0: by steps and at the end",
-    "keep": "so many of the newest checkpoints stay, and the best by validation loss",
+    "keep": "keep this many of the newest checkpoints, and the best by validation loss",
     "verify_every": "steps between those that are computed twice and compared to the bit; 0: none",
     "recompute": "keep only each block's input and compute the rest again in backward: less memory",
     "compile_graph": "replay the step as one CUDA graph",
     "timeout_minutes": "how long a process waits for another one, of several that torchrun started",
     "log": "where losses go besides metrics.jsonl, which is always written; several by commas",
     "log_every": "steps between lines where stderr is no terminal, which shows a bar",
-    "quiet": "print errors and the paths of the results alone",
+    "quiet": "print only errors and the paths of the results",
     "out": "folder of the run; without it, a new one in runs/",
 }
 
@@ -75,12 +75,13 @@ def add(commands) -> None:
         metavar = choice(WORDS[field.name]) if field.name in WORDS else kind.__name__.upper()
         options |= {"action": "append"} if field.name == "log" else {}
         group = length if field.name in ("steps", "max_tokens") else parser
-        group.add_argument(flag, type=kind, metavar=metavar, **options)
+        group.add_argument(flag, type=whole_number if kind is int else kind, metavar=metavar, **options)
     parser.add_argument("--config", metavar="FILE.yaml",
                         help="options from a file, such as a run's config.yaml; the command line wins")  # fmt: skip
     parser.add_argument("--resume", metavar="FOLDER", default=None,
-                        help="continue the run in this folder, or from this checkpoint, with its options unless given "
-                             "again; auto: the run in --out, or the newest in runs/, or a new one")  # fmt: skip
+                        help="continue the run in this folder, or from this checkpoint, with the options it was "
+                             "started with; those given here override them. auto: the run in --out, or the newest in "
+                             "runs/, or a new one")  # fmt: skip
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true",
                       help="print what the run takes of memory and time; write nothing")  # fmt: skip
@@ -89,10 +90,26 @@ def add(commands) -> None:
     parser.set_defaults(run=run, offline=OFFLINE)
 
 
+def whole_number(text: str) -> int:
+    """An int as Python writes it, or a float that is one: 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+whole_number.__name__ = "whole number"  # as argparse names what it refuses
+
+
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of TrainConfig that --config and the command line give."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in fields}
+    if {"model", "init_from"} <= given.keys():
+        raise ValueError("--model and --init-from exclude each other: the weights say what the model is; drop one")
     if "log" in given:
         given["log"] = ",".join(given["log"])
     if arguments.config is None:

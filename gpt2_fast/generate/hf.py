@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_fast.compat import refuse_others
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.loop import as_ids, check_lengths, run
 from gpt2_fast.generate.protocol import Model
@@ -16,20 +17,21 @@ from gpt2_fast.generate.text import StopStrings
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers, where neither max_new_tokens nor max_length is given
 
-# What transformers' generate also takes, and the value besides None that asks for nothing.
-_NEUTRAL: dict[str, Any] = {
-    "num_beams": 1, "num_beam_groups": 1, "use_cache": True, "min_length": 0, "min_new_tokens": 0, "typical_p": 1.0,
-    "min_p": 0.0, "length_penalty": 1.0, "early_stopping": False, "no_repeat_ngram_size": 0, "output_scores": False,
-    "output_logits": False, "output_attentions": False, "output_hidden_states": False,
-    "return_dict_in_generate": False, "renormalize_logits": False, "remove_invalid_values": False,
+# What transformers' generate also takes, and the values besides None that ask for nothing.
+_NEUTRAL: dict[str, tuple] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "use_cache": (True,), "min_length": (0,), "min_new_tokens": (0,),
+    "typical_p": (1.0,), "min_p": (0.0,), "length_penalty": (1.0,), "no_repeat_ngram_size": (0,),
 } | dict.fromkeys((
+    "early_stopping", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "return_dict_in_generate", "renormalize_logits", "remove_invalid_values",
+), (False,)) | dict.fromkeys((
     "inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache",
     "cache_implementation", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
     "synced_gpus", "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "bad_words_ids", "force_words_ids",
     "constraints", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
     "forced_eos_token_id", "bos_token_id", "guidance_scale", "max_time", "custom_generate", "epsilon_cutoff",
     "eta_cutoff",
-))  # fmt: skip
+), ())  # fmt: skip
 
 
 def _starts_from(input_ids: Tensor, attention_mask: Tensor | None, pad: int | None, ends: Collection[int]) -> Tensor:
@@ -62,16 +64,6 @@ def _new_tokens(
     if max_length <= length:
         raise ValueError(f"max_length is {max_length} and the prompt has {length} tokens; raise it, or max_new_tokens")
     return max_length - length
-
-
-def _refuse_unsupported(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if name not in _NEUTRAL:
-            raise TypeError(f"generate has no argument {name!r}")
-        if value is not None and (_NEUTRAL[name] is None or value != _NEUTRAL[name]):
-            raise ValueError(
-                f"generate does not do {name}={value!r}; gpt2_fast.hf.GPT2LMHeadModel, transformers' own class, does"
-            )
 
 
 def generate_batch(
@@ -122,7 +114,7 @@ def generate_batch(
         FloatingPointError: logits that are NaN or infinite.
         TypeError: an argument that nobody has.
     """
-    _refuse_unsupported(others)
+    refuse_others("generate", _NEUTRAL, others)
     if (input_ids is None) == (inputs is None):
         raise ValueError("input_ids and inputs, transformers' other name for it: pass one of the two")
     input_ids = inputs if input_ids is None else input_ids

@@ -12,6 +12,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = ("random", "epoch")
 LOGS = ("jsonl", "tensorboard", "wandb")
 SIZES = ("n_layer", "n_head", "n_embd")  # of the preset, which may be replaced
+# What nanoGPT and transformers call an option, for those who type that.
+OTHER_NAMES = {
+    "block_size": "context", "max_length": "context", "learning_rate": "lr", "max_iters": "steps", "max_steps": "steps",
+    "gradient_accumulation_steps": "grad_accum", "per_device_train_batch_size": "batch_size",
+    "max_grad_norm": "grad_clip", "warmup_iters": "warmup", "warmup_steps": "warmup", "eval_interval": "eval_every",
+    "eval_iters": "eval_batches",
+    "eval_steps": "eval_every", "save_steps": "save_every", "save_total_limit": "keep", "logging_steps": "log_every",
+    "out_dir": "out", "output_dir": "out", "adam_beta1": "beta1", "adam_beta2": "beta2", "dataset": "data",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class TrainConfig:
     grad_accum: int = 1
     lr: float = 1e-3
     warmup: int = 20
-    min_lr: float = 1e-4
+    min_lr: float | None = None  # None: a tenth of lr
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -65,14 +74,22 @@ class TrainConfig:
             "lr", "min_lr", "weight_decay", "warmup", "grad_clip", "eval_every", "sample_every", "save_every",
             "save_minutes", "verify_every",
         ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number of at least 0"
+                )
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(
+                f"--min-lr is {self.min_lr} and --lr {self.lr}, so the rate would rise; give a --min-lr of at most --lr"
+            )
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if not 0 < self.timeout_minutes < 1e6:
             raise ValueError(f"--timeout-minutes is {self.timeout_minutes}; it must be above 0")
         if not -(2**63) <= self.seed < 2**64:  # what torch.manual_seed takes
             raise ValueError(f"--seed is {self.seed}; it must be from -2^63 to 2^64 - 1")
         if self.data == "":
-            raise ValueError("--data is '', no name; give text, .jsonl or .bin files, or leave it out")
+            raise ValueError("--data is empty; give text, .jsonl or .bin files, or leave it out")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
         if self.order not in ORDERS:
@@ -110,8 +127,9 @@ class TrainConfig:
         return dataclasses.replace(self, steps=-(-self.max_tokens // tokens), max_tokens=None)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warmup, then a cosine from lr to min_lr over the rest of the steps."""
+        """Linear warmup, then a cosine from lr to min_lr, or a tenth of lr, over the rest of the steps."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (self.lr - self.min_lr)
+        least = self.lr / 10 if self.min_lr is None else self.min_lr
+        return least + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (self.lr - least)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpt2_fast.config import PRESETS, GPT2Config, num_params
-from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.config import SIZES, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,9 @@ def _advice(config: TrainConfig, model_config: GPT2Config, device_type: str, fre
     if shorter := _largest(context, lambda n: fits(context=n, **saving)):
         return f"use {_flags({'context': shorter, **saving})}"
     least = predict_run(dataclasses.replace(config, context=1, **saving), model_config, device_type, world).peak
-    smaller = "" if config.init_from else _smaller_presets(config, device_type, free, world)
+    sized = any(getattr(config, name) is not None for name in SIZES)
+    smaller = "" if config.init_from or sized else _smaller_presets(config, device_type, free, world)
+    smaller = "a smaller --n-layer or --n-embd" if sized else smaller
     return f"no option brings it below {gigabytes(least)}: use {smaller or 'a smaller model'}, or more memory"
 
 

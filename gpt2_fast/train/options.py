@@ -18,7 +18,7 @@ import yaml
 from yaml import SafeLoader
 
 from gpt2_fast.files import atomic_write
-from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.config import OTHER_NAMES, TrainConfig
 
 MOST_BYTES = 1 << 20
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text; put it in quotes"}
@@ -91,7 +91,9 @@ def from_mapping(data: dict[Any, Any], path: Path) -> dict[str, Any]:
     fields, options = kinds(), {}
     for key, value in data.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), fields, 1, 0.5) if isinstance(key, str) else []
+            word = str(key).replace("-", "_")
+            near = [OTHER_NAMES[word]] if word in OTHER_NAMES else difflib.get_close_matches(word, fields, 1, 0.5)
+            near = near if isinstance(key, str) else []
             named = repr(key) if isinstance(key, (str, int, float, bool, type(None))) else "a key that is no word"
             hint = f"did you mean {near[0]}?" if near else "gpt2-fast train --help lists all, with _ in place of -"
             raise ValueError(f"{path}: {named} is no option of train; {hint}")

@@ -35,6 +35,11 @@ from gpt2_fast.files import atomic_folder, remove_temporary, sync_folder, tempor
 
 NEWEST, BEST = "checkpoint", "checkpoint-best"
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
+# What `checkpoint` holds where it is a folder: an earlier version's, or a copy that followed the link.
+_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", TRAINING, "vocab.json", "merges.txt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+}  # fmt: skip
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -45,6 +50,22 @@ def checkpoints(folder: Path) -> list[Path]:
         if match and not path.is_symlink() and (path / TRAINING).is_file():
             found.append((int(match[1]), int(match[2] or 1), path))
     return [path for *_, path in sorted(found)]
+
+
+def is_links_place(path: Path) -> bool:
+    """Whether a link may take the place of `path`: it is free, a link, or a checkpoint's folder and nothing else."""
+    if path.is_symlink() or not path.exists():
+        return True
+    if not path.is_dir():
+        return False
+    names = {file.name for file in path.iterdir()}
+    mark = TRAINING in names or (path.parent / EARLIER).is_file()  # an earlier version had its state beside it
+    return mark and {"config.json", "model.safetensors"} <= names <= _FILES
+
+
+def is_runs_link(path: Path) -> bool:
+    """Whether `path` is a link to a checkpoint beside it, as a run makes them, or to one that is gone."""
+    return path.is_symlink() and _NAME.fullmatch(os.readlink(path)) is not None
 
 
 def save_checkpoint(
@@ -67,7 +88,8 @@ def save_checkpoint(
         keep: so many of the newest stay, and the best.
         best: point `checkpoint-best` to it.
 
-    Raises OSError, one line, where it cannot be written; what was there before is there still.
+    Raises OSError, one line, where it cannot be written; what was there before is there still. So it does when the
+    checkpoint is written and a file or folder that is no checkpoint has the name of a link.
     """
     folder = Path(folder)
     remove_temporary(folder)
@@ -168,11 +190,16 @@ def _free_name(folder: Path, step: int) -> Path:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Makes `link` point to `target`, in one move; on a system without links it is left out."""
+    """Makes `link` point to `target`, in one move; on a system without links it is left out.
+
+    Raises OSError, one line, where something of that name is no checkpoint.
+    """
+    if not is_links_place(link):
+        raise OSError(f"{link} is not this run's and stays as it is; move it away ({target} is saved)")
     temporary = temporary_name(link)
     with suppress(OSError, NotImplementedError):
         os.symlink(target.name, temporary, target_is_directory=True)
-        if link.is_dir() and not link.is_symlink():  # of an earlier version: an ordinary folder
+        if link.is_dir() and not link.is_symlink():  # an ordinary folder
             old = temporary_name(link)
             os.rename(link, old)
             os.replace(temporary, link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt2_fast.checkpoint.run_folder import checkpoints, load_checkpoint, mend, set_aside
+from gpt2_fast.checkpoint.run_folder import (
+    BEST,
+    NEWEST,
+    checkpoints,
+    is_links_place,
+    is_runs_link,
+    load_checkpoint,
+    mend,
+    set_aside,
+)
 from gpt2_fast.checkpoint.training import EARLIER, TRAINING, TrainingState
 from gpt2_fast.train.config import SIZES, TrainConfig
 from gpt2_fast.train.options import read_options, write_options
 
-METRICS, OPTIONS, LOCK = "metrics.jsonl", "config.yaml", ".lock"
+METRICS, OPTIONS, LOCK, PLOT = "metrics.jsonl", "config.yaml", ".lock", "loss.png"
 EARLIER_OPTIONS = "run.json"  # what config.yaml was
 # What a run is: another value would be another run.
 FIXED = ("model", *SIZES, "init_from", "dropout", "out")
@@ -23,7 +33,10 @@ ORDERED_BY = ("order", "seed", "context", "batch_size", "grad_accum")
 
 
 def open_folder(out: Path) -> FileLock:
-    """Makes the folder and takes its lock, which ends with this process. Raises ValueError, one line."""
+    """Makes the folder and takes its lock, which ends with this process.
+
+    Raises ValueError, one line, also where something in it that is not a run's has the name of a link to a checkpoint.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / LOCK)
@@ -32,14 +45,20 @@ def open_folder(out: Path) -> FileLock:
         raise ValueError(f"--out {out} is in use by another run; wait for it, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from None
+    if foreign := [link for link in (out / NEWEST, out / BEST) if not is_links_place(link)]:
+        lock.release()
+        raise ValueError(f"{foreign[0]} is not a run's, and a run would replace it; move it away")
     return lock
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """Where a new run goes; refuses a folder that holds one."""
+    """Where a new run goes; refuses a folder that holds one, or a file that a run would replace."""
     out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     if holds_run(out):
         raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another --out")
+    for path in (out / name for name in (NEWEST, BEST, PLOT)):
+        if os.path.lexists(path) and not is_runs_link(path):
+            raise ValueError(f"{path} is there already, and a run would replace it; move it, or choose another --out")
     return out
 
 

@@ -308,7 +308,7 @@ class Run:
         return done
 
     def _show_files(self) -> None:
-        for path in (self.out / name for name in (folders.METRICS, "loss.png", NEWEST)):
+        for path in (self.out / name for name in (folders.METRICS, folders.PLOT, NEWEST)):
             if path.exists() and self.group.first:
                 print(path)
 
@@ -317,7 +317,7 @@ class Run:
         if self.step:
             from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
 
-            save_loss_plot(self.out / folders.METRICS, self.out / "loss.png")
+            save_loss_plot(self.out / folders.METRICS, self.out / folders.PLOT)
         if self.interrupted:
             again = f"gpt2-fast train --resume {self.out}"
             print(f"{self.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -50,3 +51,87 @@ def test_a_copy_that_followed_the_links_is_a_runs_still(small, out):
     shutil.copytree(target, out / "checkpoint")
     resume_run(str(out), {"steps": 3}).train()
     assert os.readlink(out / "checkpoint") == "checkpoint-000003"
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_written_over(small, out, monkeypatch):
+    """Between the first look at the folder and the lock, as another reads long data."""
+    from gpt2_fast.train import loop
+
+    load = loop.load_data
+
+    def late(*arguments, **more):
+        monkeypatch.setattr(loop, "load_data", load)
+        start_run(small()).train()
+        late.left = contents(out)
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(loop, "load_data", late)
+    with pytest.raises(ValueError, match=f"holds a run already; continue it with --resume {out}"):
+        start_run(small(steps=4))
+    assert contents(out) == late.left
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def at_step(run, step, do):
+    """Calls `do` before a run takes this step."""
+    take = run.run_step
+
+    def call(*arguments):
+        if run.step == step:
+            do()
+        return take(*arguments)
+
+    run.run_step = call
+
+
+def logged(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_folder_that_is_gone_is_made_again(small, out, capsys, how):
+    run = start_run(small(steps=5))
+    at_step(run, 2, lambda: out.rename(out.with_name("moved")) if how == "moved" else shutil.rmtree(out))
+    run.train()
+    said = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
+    assert said == [f"{out} was moved away or removed: it is made again, and the run saves there"]
+    assert names(out) == ["checkpoint-000003", "checkpoint-000005"]  # as soon as it is noticed, and at the end
+    assert logged(out) == [2, 3, 4, 5, 5]
+    resume_run(str(out), {"steps": 6}).train()
+    assert names(out)[-1] == "checkpoint-000006"
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_folder_that_is_another_runs_is_left_alone(small, out, running):
+    """Another run took the name, and is at work or done. This one saves beside it."""
+    run = start_run(small(steps=5, seed=1))
+
+    def replace():
+        out.rename(out.with_name("moved"))
+        replace.other = start_run(small(save_every=1))
+        replace.other.save() if running else replace.other.train()
+        replace.left = contents(out)
+
+    at_step(run, 2, replace)
+    message = f"--out {out} is another run's by now; step 3 is saved, go on with --resume {out}-2$"
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert contents(out) == replace.left
+    replace.other.lock.release()
+    beside = out.with_name("run-2")
+    assert names(beside) == ["checkpoint-000003"]
+    assert logged(out.with_name("moved")) == [0, 1]
+    resume_run(str(beside), {}).train()
+    assert logged(beside) == [2, 3, 4, 5, 5]
+
+
+def test_a_lock_that_was_removed_is_taken_again(small, out, capsys):
+    run = start_run(small(steps=3))
+    at_step(run, 1, (out / ".lock").unlink)
+    run.train()
+    assert logged(out) == [0, 1, 2, 3, 3]
+    assert (out / ".lock").exists()
+    assert "made again" not in capsys.readouterr().err

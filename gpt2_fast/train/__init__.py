@@ -2,7 +2,10 @@
 
 start       how a run begins: anew, or from what a folder holds
 loop        a run: its data, validation, samples and saving
-folder      a run's folder: its lock, its options, where it goes on from
+going_on    what a run takes up from the checkpoint that it goes on from
+conclusion  how a run ends: what is saved at last, the plot, a sample, and where everything is
+folder      a run's folder: its options, where it goes on from
+place       the folder's lock, and what a run does where the folder is no longer its own
 step        the model and optimizer of a run, and one step of it
 loss_scale  what a float16 loss is multiplied by, and how that moves
 processes   the device of each process of a run, and what all must have alike

@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, what it was started with, and where it goes on from."""
+"""A run's folder: what it was started with, and where it goes on from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from gpt2_fast.checkpoint.run_folder import (
     BEST,
     NEWEST,
     checkpoints,
-    is_links_place,
     is_runs_link,
     load_checkpoint,
     mend,
@@ -32,34 +29,20 @@ FIXED = ("model", *SIZES, "init_from", "dropout", "out")
 ORDERED_BY = ("order", "seed", "context", "batch_size", "grad_accum")
 
 
-def open_folder(out: Path) -> FileLock:
-    """Makes the folder and takes its lock, which ends with this process.
-
-    Raises ValueError, one line, also where something in it that is not a run's has the name of a link to a checkpoint.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"--out {out} is in use by another run; wait for it, or choose another --out") from None
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from None
-    if foreign := [link for link in (out / NEWEST, out / BEST) if not is_links_place(link)]:
-        lock.release()
-        raise ValueError(f"{foreign[0]} is not a run's, and a run would replace it; move it away")
-    return lock
-
-
 def new_folder(config: TrainConfig) -> Path:
-    """Where a new run goes; refuses a folder that holds one, or a file that a run would replace."""
+    """Where a new run goes."""
     out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    check_new(out)
+    return out
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError, one line, where a folder holds a run, or what a new one would replace."""
     if holds_run(out):
         raise ValueError(f"--out {out} holds a run already; continue it with --resume {out}, or choose another --out")
     for path in (out / name for name in (NEWEST, BEST, PLOT)):
         if os.path.lexists(path) and not is_runs_link(path):
             raise ValueError(f"{path} is there already, and a run would replace it; move it, or choose another --out")
-    return out
 
 
 def holds_run(folder: Path) -> bool:

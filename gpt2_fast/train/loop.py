@@ -19,28 +19,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from gpt2_fast import checkpoint
-from gpt2_fast.checkpoint.run_folder import NEWEST, save_checkpoint
+from gpt2_fast.checkpoint.run_folder import checkpoints, save_checkpoint
 from gpt2_fast.data import load_data
 from gpt2_fast.evaluate import dataset_loss
 from gpt2_fast.generate import tokenizer_of
 from gpt2_fast.ops.runtime.memory import retain_memory
-from gpt2_fast.parallel.group import Group, Lost
+from gpt2_fast.parallel.group import Group
 from gpt2_fast.report.machine import environment
 from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
+from gpt2_fast.train.conclusion import conclude, fail, finished, sample, settle
 from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.going_on import take_up
 from gpt2_fast.train.log import MetricsLog
 from gpt2_fast.train.loss_scale import LEAST
+from gpt2_fast.train.place import Place, Taken
 from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.progress import Progress
 from gpt2_fast.train.readout import Readout
-from gpt2_fast.train.sample import sample_text
 from gpt2_fast.train.saving import Saver
-from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches, restore
+from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches
 from gpt2_fast.train.stop import Stop, Stopped
 from gpt2_fast.train.trackers import Trackers, check_installed
 from gpt2_fast.train.verify import FaultyMachine, Verifier
@@ -70,7 +71,7 @@ class Run:
         config: TrainConfig,
         out: Path | None = None,
         state: checkpoint.TrainingState | None = None,
-        lock: FileLock | None = None,
+        lock: Place | None = None,
         group: Group | None = None,
     ):
         check_installed(config)
@@ -79,6 +80,7 @@ class Run:
         check_dtype(config, self.device)
         if self.device.type == "cpu":
             retain_memory()
+        new = out is None
         self.out = out or Path(group.decide(lambda: str(folders.new_folder(config))))
         self.model = build_model(config, self.device, state and state.config, group).train()
         self.context = config.context or self.model.config.n_positions
@@ -97,14 +99,14 @@ class Run:
         group.same(self.fingerprint, f"the processes read other data; is --data {config.data} the same everywhere?")
         self.lock = lock
         if group.first:
-            self.lock = lock or folders.open_folder(self.out)
+            self.lock = lock or Place(self.out, new)
             folders.take_over(self.out, state)
         self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
         self.step, self.saved = 0, None
         self.best, self.best_step = math.inf, None  # of the first process, which writes checkpoints
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
-            self._restore(state)
+            take_up(self, state)
         self.validated = dict(group.decide(self._recorded))
         self.run_step = Step(self.model, self.optimizer, config, self.context, group)
         self.loss_scale = self.run_step.loss_scale
@@ -114,6 +116,9 @@ class Run:
         self.verifier = Verifier(self._state)
         self.saver, self.stop = Saver(self._write), Stop()
         self._agreed: str | None = None
+        self.fault: Exception | None = None  # what ends the run, in this process
+        self.failing = False  # whether a process has one, as far as all of them know
+        self._save_soon = False
 
     def _recorded(self) -> list[tuple[int, float]]:
         """Makes the log that of the steps so far. Returns the steps and validation losses in it."""
@@ -122,7 +127,7 @@ class Run:
         self.trackers = Trackers(self.config, self.out, self.step, records)
         return [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
-    def _say(self, text: str, bar: Progress | None = None, file: Any = None) -> None:
+    def say(self, text: str, bar: Progress | None = None, file: Any = None) -> None:
         """In the first process. With --quiet, what goes to stderr alone."""
         if self.group.first and (file is not None or not self.config.quiet):
             print(text, file=file) if bar is None else bar.write(text, file=file)
@@ -130,8 +135,35 @@ class Run:
     def _record(self, **record: Any) -> None:
         """The numbers of a step, or of a validation, to wherever they are kept."""
         if self.group.first:
+            self.stay_at_home()
             self.log.write(**record)
             self.trackers.write(record)
+
+    def stay_at_home(self) -> None:
+        """Before the first process writes: the folder may have been moved away, and another run's be in its place."""
+        try:
+            gone = self.lock.check()
+        except OSError:
+            return  # what is to be written says so
+        except Taken as error:
+            self.out = self.lock.move()
+            self.fault = self.fault or ValueError(str(error))
+            self.log.path = self.out / folders.METRICS
+            folders.record_options(self.out, self.config)
+        else:
+            self._save_soon = self._save_soon or gone
+            if gone:
+                self._begin_again()
+
+    def _begin_again(self) -> None:
+        """In a folder that was gone."""
+        folders.record_options(self.out, self.config)
+        self.say(f"{self.out} was moved away or removed: it is made again, and the run saves there", file=sys.stderr)
+
+    @property
+    def ending(self) -> bool:
+        """Whether no more steps are to be taken: a signal has come, or a process has a fault."""
+        return self.failing or self.asked is not None
 
     @property
     def interrupted(self) -> bool:
@@ -143,45 +175,16 @@ class Run:
         """The signal that asks the run to end; with several processes, as far as all of them know of it."""
         return self.stop.asked if self.group.world == 1 else self._agreed
 
-    def _agree(self, late: bool = False) -> bool:
-        """Makes a signal to any process known to all. Returns whether the first process says `late`."""
+    def agree(self, late: bool = False) -> bool:
+        """Makes a signal to any process, or a fault of it, known to all. Returns whether the first one says `late`."""
         mine = self.stop.asked
-        asked, late = self.group.agree(signal.Signals[mine] if mine else 0, int(late and self.group.first))
+        asked, late, failing = self.group.agree(
+            signal.Signals[mine] if mine else 0, int(late and self.group.first), int(self.fault is not None)
+        )
+        self.failing = self.failing or bool(failing)
         if asked:
             self._agreed = signal.Signals(asked).name
         return bool(late)
-
-    def _restore(self, state: checkpoint.TrainingState) -> None:
-        try:
-            if self.group.first:
-                restore(self.model, self.optimizer, state.model, state.optimizer)
-                checkpoint.restore_rng(state.rng)  # of programs that draw from it: a step does not
-            else:
-                self.optimizer.receive_state()
-        except Lost:
-            raise
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
-        self.step = self.saved = state.step
-        self.best, self.best_step = state.extra.get("best", math.inf), state.extra.get("best_step")
-        then, given = state.extra.get("environment", {}), state.extra.get("train_config", {})
-        for name, value in then.items():
-            if self.environment.get(name, value) != value:
-                here = self.environment[name]
-                self._say(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
-        if given.get("dtype", self.config.dtype) != self.config.dtype:
-            self._say(f"the run goes on in {self.config.dtype} ({given['dtype']} before), from its float32 weights")
-        before = state.extra.get("data")
-        if before not in (None, self.fingerprint):
-            if given.get("data") == self.config.data and given.get("context") == self.config.context:
-                raise ValueError(
-                    f"--data {self.config.data or '(none)'} holds other tokens than when the run was saved; put the "
-                    "old data back, or name the new with --data and another path"
-                )
-            self._say("the run goes on with other data")
-        if moved := folders.moved_order(given, self.config):
-            self._say(moved)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, by name."""
@@ -224,6 +227,8 @@ class Run:
         )  # fmt: skip
 
     def _write(self, **state: Any) -> None:
+        if self.lock.check():
+            self._begin_again()
         self.log.settle()  # no checkpoint is newer than its log
         self.trackers.flush()
         save_checkpoint(self.out, config=self.model.config, tokenizer=self.tokenizer, keep=self.config.keep, **state)
@@ -233,16 +238,18 @@ class Run:
         """Training goes on when a disk is full: the next save may fit."""
         try:
             self.save(best, beside=True)
-        except OSError as error:
+        except (OSError, Taken) as error:
             self._report_failed_save(bar, error)
 
     def _report_failed_save(self, bar: Progress, error: Exception | None) -> None:
         if error is None:
             return
-        if not isinstance(error, OSError):
+        if not isinstance(error, (OSError, Taken)):
             raise error
         self.saved = None
-        self._say(f"{error}; the checkpoints before it are kept, and training goes on", bar, sys.stderr)
+        if isinstance(error, Taken):
+            return self.stay_at_home()
+        self.say(f"{error}; the checkpoints before it are kept, and training goes on", bar, sys.stderr)
 
     def validate(self) -> float:
         """The validation loss of this step, logged once. Raises Stopped when a signal comes meanwhile."""
@@ -251,8 +258,8 @@ class Run:
         size, batches = self.config.batch_size, self.config.eval_batches
 
         def between() -> None:
-            self._agree()
-            if self.interrupted:
+            self.agree()
+            if self.ending:
                 raise Stopped
 
         options = {"batch_size": size, "limit": batches * size, "between": between, "group": self.group}
@@ -263,12 +270,7 @@ class Run:
 
     def sample(self, max_new_tokens: int = 60) -> str:
         """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
-        try:
-            text = sample_text(self.model, self.tokenizer, max_new_tokens, self.config.seed)
-        except (ValueError, IndexError, FloatingPointError) as error:
-            return f"(no sample: {error})"
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either
+        return sample(self, max_new_tokens)
 
     def train(self) -> None:
         """Runs to config.steps, or until a signal asks to stop, and leaves metrics.jsonl, loss.png and checkpoint/."""
@@ -280,67 +282,39 @@ class Run:
 
     def _train(self) -> None:
         try:
-            if self._finished():
+            if finished(self):
                 return
             if self.step == 0:
                 self.best = first = self.validate()  # what a checkpoint must be below, to be the best
-                self._say(f"validation loss before: {first:.4f}")
+                self.say(f"validation loss before: {first:.4f}")
             elif self.step in self.validated:
-                self._say(f"validation loss of step {self.step}: {self.validated[self.step]:.4f}")
+                self.say(f"validation loss of step {self.step}: {self.validated[self.step]:.4f}")
             self._loop()
-            if not self.interrupted:
-                self._say(f"validation loss after:  {self.validate():.4f}")
+            if not self.ending:
+                self.say(f"validation loss after:  {self.validate():.4f}")
         except Stopped:
             pass
-        self._save_last()
+        settle(self)
+        if self.failing:
+            fail(self)
+        self.save_last()
         if self.group.first:
-            self._conclude()
+            conclude(self)
 
-    def _finished(self) -> bool:
-        """Whether a run that is resumed had come to its end, and says so."""
-        done = self.saved is not None and self.step >= self.config.steps and self.step in self.validated
-        if done:
-            self._say(
-                f"{self.out} is finished: {self.step} of {self.config.steps} steps are done and nothing is left to do; "
-                "a larger --steps goes on"
-            )
-            self._show_files()
-        return done
-
-    def _show_files(self) -> None:
-        for path in (self.out / name for name in (folders.METRICS, folders.PLOT, NEWEST)):
-            if path.exists() and self.group.first:
-                print(path)
-
-    def _conclude(self) -> None:
-        """The plot, a sample, and where everything is."""
-        if self.step:
-            from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
-
-            save_loss_plot(self.out / folders.METRICS, self.out / folders.PLOT)
-        if self.interrupted:
-            again = f"gpt2-fast train --resume {self.out}"
-            print(f"{self.asked}: stopped at step {self.step} of {self.config.steps}; continue with: {again}")
-        elif not self.config.quiet:
-            print(f"sample:\n{self.sample()}\n")
-        self._show_files()
-
-    def _save_last(self) -> None:
-        """The last checkpoint is waited for. A save before it that failed matters no more."""
-        try:
-            self.saver.wait()
-        except OSError as error:
-            self.saved = None
-            print(error, file=sys.stderr)
+    def save_last(self) -> None:
+        """The checkpoint of the last step, where it is not there."""
         best = self._best(self.validated.get(self.step, math.inf))
-        (needed,) = self.group.agree(int(self.group.first and (self.saved != self.step or best is not None)))
+        (needed,) = self.group.agree(int(self.group.first and self._unsaved(best)))
         if needed:
             self.save(best)
+
+    def _unsaved(self, best: float | None) -> bool:
+        return self.saved != self.step or best is not None or not checkpoints(self.out)
 
     def _leave(self) -> None:
         try:
             self.saver.wait()
-        except OSError as error:
+        except (OSError, Taken) as error:
             print(error, file=sys.stderr)
         finally:
             if self.trackers is not None:
@@ -355,7 +329,7 @@ class Run:
             silent = config.quiet or not self.group.first
             with Progress(config.steps, self.step, config.log_every, silent) as bar:
                 self._catch_up(bar)
-                while self.step < config.steps and not self.interrupted:
+                while self.step < config.steps and not self.ending:
                     started = time.perf_counter()
                     loss = self._take(next(batches))
                     self._report(bar)  # of the step before: its loss is there by now, so nothing waits
@@ -429,22 +403,23 @@ class Run:
         """The validation loss of this step where it is the best so far, else None."""
         loss = self.validate()
         best = self._best(loss)
-        self._say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best is not None else ''}", bar)
+        self.say(f"step {self.step}: validation loss {loss:.4f}{', the best so far' if best is not None else ''}", bar)
         return best
 
     def _periodically(self, bar: Progress) -> None:
         config, last = self.config, self.step >= self.config.steps
-        evaluate, sample, save = (
+        evaluate, show, save = (
             n and self.step % n == 0 and not last for n in (config.eval_every, config.sample_every, config.save_every)
         )
-        late = self._agree(bool(config.save_minutes) and time.monotonic() - self.saver.last >= 60 * config.save_minutes)
-        best = None
+        late = bool(config.save_minutes) and time.monotonic() - self.saver.last >= 60 * config.save_minutes
+        late = self.agree(late or self._save_soon)
+        best, self._save_soon = None, False
         self._report_failed_save(bar, self.saver.take_error())
-        if evaluate or sample or save or late:
+        if evaluate or show or save or late:
             self._report(bar)  # what is saved is logged, and the clock stands still meanwhile
         if evaluate:
             best = self._evaluate(bar)
-        if sample and self.group.first and not config.quiet:
+        if show and self.group.first and not config.quiet:
             bar.write(f"step {self.step}: {self.sample()!r}")
         if not last and (save or late or best is not None):
             self._save_beside(bar, best)

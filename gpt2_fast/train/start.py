@@ -12,6 +12,7 @@ from gpt2_fast.parallel.group import check_world, join
 from gpt2_fast.train import folder as folders
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.loop import Run
+from gpt2_fast.train.place import Place
 
 
 def start_run(options: dict) -> Run:
@@ -36,7 +37,7 @@ def resume_run(folder: str, options: dict) -> Run:
         out = folders.run_of(path)
         if not folders.holds_run(out):
             raise FileNotFoundError(f"{out} holds no checkpoint and no {folders.OPTIONS}; there is no run to resume")
-        lock, state = folders.open_folder(out), folders.find_state(path)
+        lock, state = Place(out), folders.find_state(path)
         if state is None:
             config = folders.options_to_resume(folders.recorded_options(out), options, out)
             print(f"{out} has no checkpoint yet: the run starts again with its recorded options")

@@ -1,0 +1,86 @@
+"""How a run ends: what is saved at last, the plot, a sample, and where everything is."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from gpt2_fast.checkpoint.run_folder import NEWEST
+from gpt2_fast.parallel.group import Lost
+from gpt2_fast.train import folder as folders
+from gpt2_fast.train.place import Taken
+from gpt2_fast.train.sample import sample_text
+
+if TYPE_CHECKING:
+    from gpt2_fast.train.loop import Run
+
+
+def sample(run: Run, max_new_tokens: int = 60) -> str:
+    """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
+    try:
+        text = sample_text(run.model, run.tokenizer, max_new_tokens, run.config.seed)
+    except (ValueError, IndexError, FloatingPointError) as error:
+        return f"(no sample: {error})"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either
+
+
+def finished(run: Run) -> bool:
+    """Whether a run that is resumed had come to its end, and says so."""
+    done = run.saved is not None and run.step >= run.config.steps and run.step in run.validated
+    if done:
+        run.say(
+            f"{run.out} is finished: {run.step} of {run.config.steps} steps are done and nothing is left to do; "
+            "a larger --steps goes on"
+        )
+        _show_files(run)
+    return done
+
+
+def settle(run: Run) -> None:
+    """Waits for the save that is at work; one that failed matters no more. All know then where the run is."""
+    try:
+        run.saver.wait()
+    except OSError as error:
+        run.saved = None
+        print(error, file=sys.stderr)
+    except Taken:
+        run.saved = None
+    if run.group.first:
+        run.stay_at_home()
+    run.agree()
+
+
+def fail(run: Run) -> None:
+    """Saves the steps that are good, and raises what ended the run, in one line that says where they are."""
+    how, fault = "", run.fault
+    if run.step:
+        try:
+            run.save_last()
+            how = f"; step {run.step} is saved, go on with --resume {run.out}"
+        except OSError as error:
+            how = f"; step {run.step} could not be saved: {error}"
+    if fault is None:  # another process has it, and says it: this one waits until it has ended
+        run.group.barrier()
+        raise Lost("another process has failed")
+    raise (ValueError if isinstance(fault, ValueError) else OSError)(f"{fault}{how}") from fault
+
+
+def conclude(run: Run) -> None:
+    """The plot, a sample, and where everything is. For the first process."""
+    if run.step:
+        from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
+
+        save_loss_plot(run.out / folders.METRICS, run.out / folders.PLOT)
+    if run.interrupted:
+        again = f"gpt2-fast train --resume {run.out}"
+        print(f"{run.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
+    elif not run.config.quiet:
+        print(f"sample:\n{run.sample()}\n")
+    _show_files(run)
+
+
+def _show_files(run: Run) -> None:
+    for path in (run.out / name for name in (folders.METRICS, folders.PLOT, NEWEST)):
+        if path.exists() and run.group.first:
+            print(path)

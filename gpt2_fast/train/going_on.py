@@ -1,0 +1,48 @@
+"""What a run takes up from the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gpt2_fast import checkpoint
+from gpt2_fast.parallel.group import Lost
+from gpt2_fast.train import folder as folders
+from gpt2_fast.train.step import restore
+
+if TYPE_CHECKING:
+    from gpt2_fast.train.loop import Run
+
+
+def take_up(run: Run, state: checkpoint.TrainingState) -> None:
+    """Puts `state` into a run, and says what is no longer as it was. Raises ValueError, one line."""
+    try:
+        if run.group.first:
+            restore(run.model, run.optimizer, state.model, state.optimizer)
+            checkpoint.restore_rng(state.rng)  # of programs that draw from it: a step does not
+        else:
+            run.optimizer.receive_state()
+    except Lost:
+        raise
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{state.path} does not fit itself: {reason}; go on from another checkpoint") from None
+    run.step = run.saved = state.step
+    run.best, run.best_step = state.extra.get("best", math.inf), state.extra.get("best_step")
+    then, given = state.extra.get("environment", {}), state.extra.get("train_config", {})
+    for name, value in then.items():
+        if run.environment.get(name, value) != value:
+            here = run.environment[name]
+            run.say(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
+    if given.get("dtype", run.config.dtype) != run.config.dtype:
+        run.say(f"the run goes on in {run.config.dtype} ({given['dtype']} before), from its float32 weights")
+    before = state.extra.get("data")
+    if before not in (None, run.fingerprint):
+        if given.get("data") == run.config.data and given.get("context") == run.config.context:
+            raise ValueError(
+                f"--data {run.config.data or '(none)'} holds other tokens than when the run was saved; put the "
+                "old data back, or name the new with --data and another path"
+            )
+        run.say("the run goes on with other data")
+    if moved := folders.moved_order(given, run.config):
+        run.say(moved)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast import compat
+from gpt2_fast.checkpoint.state_dict import EMBEDDING, HEAD, check_same_head
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.layers import GPT2MLP, Call, Conv1D, GPT2Attention, GPT2Block, add_layernorm
@@ -147,6 +148,7 @@ class GPT2LMHeadModel(compat.Compatible):
         else:
             self.lm_head.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
             nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     @classmethod
     def from_pretrained(
@@ -192,14 +194,23 @@ class GPT2LMHeadModel(compat.Compatible):
             self.lm_head.weight = self.transformer.wte.weight
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """nn.Module's, which with assign=True would leave a tied head a copy of its own.
+        """nn.Module's, and a tied head stays tied: with assign=True too, and after an error.
 
-        Raises ValueError where a tied model is given a head and a token embedding that differ.
+        Raises ValueError where a tied model is given a head and a token embedding that differ; nothing is loaded then.
         """
-        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._check_tied()
-        self.tie_weights()
-        return loaded
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *rest) -> None:
+        """Called before any weight is loaded, by wrappers' load_state_dict too; `state_dict` is torch's own copy."""
+        if self.config.tie_word_embeddings:
+            fix = "give both the same tensor, or make the model with tie_word_embeddings=False"
+            check_same_head(state_dict, prefix, f"config.tie_word_embeddings is true; {fix}")
+            head, wte = prefix + HEAD, prefix + EMBEDDING
+            if local_metadata.get("assign_to_params_buffers") and head in state_dict and wte not in state_dict:
+                # Assigned to the head alone it would be lost: tying keeps the embedding's. It counts as missing still.
+                state_dict[wte] = state_dict[head]
+                missing.append(wte)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     def _check_tied(self) -> None:
         head, wte = self.lm_head.weight, self.transformer.wte.weight
@@ -287,3 +298,8 @@ class GPT2LMHeadModel(compat.Compatible):
             return CausalLMOutput(None, hidden, head, head.logits(hidden))
         loss = head.loss(hidden, targets, num_items_in_batch)
         return CausalLMOutput(loss, hidden, head, head.logits_beside_loss(hidden))
+
+
+def _tie_again(model: GPT2LMHeadModel, _) -> None:
+    """After a load, which with assign=True gives head and embedding a parameter each."""
+    model.tie_weights()

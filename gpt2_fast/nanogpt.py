@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
-from gpt2_fast.checkpoint.state_dict import check_expressible
+from gpt2_fast.checkpoint.state_dict import check_expressible, check_same_head
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import GPT2Model
@@ -257,9 +257,13 @@ class GPT(nn.Module):
 
 
 def _accept_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_) -> None:
-    """The names of a compiled model's checkpoint, and the causal masks that old ones hold, are no obstacle."""
+    """The names of a compiled model's checkpoint, and the causal masks that old ones hold, are no obstacle.
+
+    Raises ValueError for a head and a token embedding that differ, before anything is loaded.
+    """
     for name in list(state_dict):
         if name.startswith(prefix + COMPILED):
             state_dict[prefix + name[len(prefix + COMPILED) :]] = state_dict.pop(name)
     for i in range(module.config.n_layer):
         state_dict.pop(f"{prefix}transformer.h.{i}.attn.bias", None)
+    check_same_head(state_dict, prefix, "nanoGPT ties them; give both the same tensor")

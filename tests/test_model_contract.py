@@ -91,16 +91,24 @@ def test_a_quantised_head_is_called(model, ids):
     torch.testing.assert_close(output.logits, before, rtol=0.1, atol=0.02)
 
 
-def test_a_state_that_is_assigned_stays_tied(model, ids, tmp_path):
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_is_loaded_stays_tied(model, ids, tmp_path, assign):
     expected = model(ids, labels=ids).loss
     other = GPT2LMHeadModel(model.config)
-    other.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    other.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=assign)
     assert other.lm_head.weight is other.transformer.wte.weight
     torch.testing.assert_close(other(ids, labels=ids).loss, expected, rtol=0, atol=0)
-    untied = {name: t.clone() for name, t in model.state_dict().items()}
+    untied = {name: t + 1.0 for name, t in model.state_dict().items()}
     untied["lm_head.weight"] += 1.0
-    with pytest.raises(ValueError, match="differ and config.tie_word_embeddings is true"):
-        other.load_state_dict(untied, assign=True)
+    before = [(p, p.clone()) for p in other.parameters()]
+    # A wrapper's load_state_dict never calls the model's own.
+    for module, prefix in ((other, ""), (nn.ModuleDict({"inner": other}), "inner.")):
+        with pytest.raises(ValueError, match=f"^{prefix}lm_head.weight and .* differ and config.tie_word_embeddings"):
+            module.load_state_dict({prefix + name: t for name, t in untied.items()}, assign=assign)
+        assert other.lm_head.weight is other.transformer.wte.weight
+        for p, (same, value) in zip(other.parameters(), before, strict=True):
+            assert p is same
+            assert torch.equal(p, value)
     other.lm_head.weight = nn.Parameter(untied["lm_head.weight"])
     with pytest.raises(ValueError, match="call tie_weights"):
         other.save_pretrained(tmp_path)
@@ -109,6 +117,32 @@ def test_a_state_that_is_assigned_stays_tied(model, ids, tmp_path):
     torch.testing.assert_close(
         GPT2LMHeadModel.from_pretrained(tmp_path)(ids, labels=ids).loss, expected, rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight"])
+def test_one_of_the_tied_two_loads_both(model, assign, name):
+    """With strict the other is named as missing, as torch has it; the model stays tied then too."""
+    for strict in (False, True):
+        value = torch.randn(61, 48)
+        if strict:
+            with pytest.raises(RuntimeError, match="Missing key") as raised:
+                model.load_state_dict({name: value}, assign=assign)
+            other = {"lm_head.weight", "transformer.wte.weight"} - {name}
+            assert str(raised.value).count(f'"{other.pop()}"') == 1
+        else:
+            missing = model.load_state_dict({name: value}, strict=False, assign=assign).missing_keys
+            assert name not in missing
+            assert len(missing) == len(model.state_dict()) - 1
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(model.transformer.wte.weight, value)
+
+
+def test_the_nans_of_a_model_that_diverged_are_no_difference(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = torch.nan
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    GPT2LMHeadModel(model.config).load_state_dict(state)
 
 
 def test_logits_after_a_step_are_refused(model, ids):

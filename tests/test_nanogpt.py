@@ -265,6 +265,17 @@ def test_crop_block_size():
         ours.crop_block_size(17)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_head_that_is_not_the_embedding_is_refused(assign):
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=3, n_embd=48))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = {name: t + 1.0 for name, t in before.items()}
+    state["lm_head.weight"] += 1.0
+    with pytest.raises(ValueError, match="^lm_head.weight and transformer.wte.weight differ and nanoGPT ties them"):
+        model.load_state_dict(state, assign=assign)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 def test_from_pretrained_is_what_convert_writes(tmp_path):
     config = GPT2Config(n_positions=32, vocab_size=65, n_layer=2, n_head=3, n_embd=48, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "folder")

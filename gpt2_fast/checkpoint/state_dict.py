@@ -95,6 +95,28 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
     return {name: tensors[name] for name in shapes}
 
 
+def check_same_head(state_dict: Mapping[str, Any], prefix: str, why: str) -> None:
+    """Raises ValueError where a tied model's head and token embedding are both there and differ.
+
+    Loaded in turn, the later of the two would overwrite the other. Of DTensors this rank's parts are compared.
+    why: they may not, and what to do; the end of the message.
+    """
+    head, wte = (state_dict.get(prefix + name) for name in (HEAD, EMBEDDING))
+    if not (isinstance(head, Tensor) and isinstance(wte, Tensor)) or head is wte:
+        return
+    if all(hasattr(t, "device_mesh") and t.placements == wte.placements for t in (wte, head)):
+        head, wte = head.to_local(), wte.to_local()
+    if head.is_meta or wte.is_meta:
+        return
+    same = head.shape == wte.shape and head.dtype == wte.dtype
+    if same:
+        wte = wte.to(head.device)
+        # The same NaNs are no difference: a model that diverged is still tied.
+        same = torch.equal(head, wte) or torch.allclose(head, wte, rtol=0.0, atol=0.0, equal_nan=True)
+    if not same:
+        raise ValueError(f"{prefix}{HEAD} and {prefix}{EMBEDDING} differ and {why}")
+
+
 def check_layers(tensors: Mapping[str, Tensor], config: GPT2Config) -> None:
     """Raises ValueError where there are fewer tensors than layers: a damaged n_layer may ask for billions of names."""
     if config.n_layer > len(tensors):

@@ -48,7 +48,8 @@ class AdamW(Optimizer):
             maximize of its own, and these may be changed later.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr is a number.
         clip_grad_norm: the 2-norm of all gradients together beyond which they are scaled down to it, as
-            torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled.
+            torch.nn.utils.clip_grad_norm_ does; None: no norm is taken; inf: it is taken, and nothing scaled. Refused
+            in `step` under FSDP1 and ZeroRedundancyOptimizer, where a rank has a part of the gradients.
         impl: see `gpt2_fast.ops.runtime.dispatch`.
         foreach, fused, capturable: accepted as by torch.optim.AdamW, and without effect: a step is always fused, and
             can always be captured.
@@ -95,6 +96,7 @@ class AdamW(Optimizer):
         self._uploaded: list[list[float]] | None = None
         self._warned = False
         self._shards: Shards | None = None
+        self._in_zero = contract.inside_zero()
         self._kept: dict[str, Kept] = {}  # by implementation
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
@@ -103,7 +105,7 @@ class AdamW(Optimizer):
         """What a copy or a pickle takes along, beside torch's own; a copy uploads its hyperparameters by itself."""
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; copy state_dict() instead of the optimizer")
-        own = ("clip_grad_norm", "impl", "last_grad_norm", "last_found_inf", "_warned", "_shards")
+        own = ("clip_grad_norm", "impl", "last_grad_norm", "last_found_inf", "_warned", "_shards", "_in_zero")
         fresh = {"_hyper": None, "_uploaded": None, "_kept": {}}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **fresh}
 
@@ -231,6 +233,7 @@ class AdamW(Optimizer):
     def _norm(self, collected: dict[str, room.Lists]) -> Tensor | None:
         """The norm of the gradients where `adamw` cannot take it: it sees those of one implementation and one rank."""
         params = [p for group in self.param_groups for p in group["params"]]
+        contract.check_whole(params, self._in_zero)
         if any(map(is_dtensor, params)):
             return _dtensor().grad_norm(params)
         if len(collected) > 1:
@@ -347,10 +350,10 @@ class AdamW(Optimizer):
             return loss
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
+        scaling, max_norm = {"grad_scale": grad_scale, "found_inf": found_inf}, self._max_norm(grad_scale)
+        norm = None if max_norm is None else self._norm(collected)  # or refuses, before anything has changed
         steps = [step for lists in collected.values() for step in lists.steps]
         torch._foreach_add_(steps, 1.0)
-        scaling, max_norm = {"grad_scale": grad_scale, "found_inf": found_inf}, self._max_norm(grad_scale)
-        norm = None if max_norm is None else self._norm(collected)
         if norm is not None and grad_scale is not None:
             norm = norm / grad_scale
         for impl, lists in collected.items():
@@ -427,12 +430,8 @@ class AdamW(Optimizer):
             wide = torch.float32 if p.dtype in dispatch.LOW_PRECISION else p.dtype
             for key in ("exp_avg", "exp_avg_sq", "master"):
                 if key in source:
-                    if source[key].shape != p.shape:
-                        found, wanted = tuple(source[key].shape), tuple(p.shape)
-                        raise ValueError(
-                            f"AdamW: {key} of parameter {i} is {found} in the state; the parameter is {wanted}"
-                        )
                     value = source[key]
+                    contract.check_shape(key, i, value, p)
                     if is_dtensor(p) or is_dtensor(value):
                         value = _dtensor().spread(value, p)
                     state[key] = torch.empty_like(p, dtype=wide).copy_(value)  # with p's strides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -200,9 +201,50 @@ def check_options(group: dict[str, Any]) -> None:
     check_flags(group)
     for name in ("clip_grad_norm", "impl"):
         if name in group:
+            if name == "clip_grad_norm" and inside_zero():
+                raise ValueError(_IN_ZERO)
             raise ValueError(
                 f"AdamW: a param group has its own {name}; it is of all parameters: pass AdamW(..., {name}=...)"
             )
+
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_IN_ZERO = (
+    "AdamW: ZeroRedundancyOptimizer gives each rank some of the parameters, so a norm would be of those alone; leave "
+    "out clip_grad_norm and grad_scale, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step()"
+)
+_IN_FSDP1 = (
+    "AdamW: a parameter is FullyShardedDataParallel's (FSDP1), of which a rank has its own part, so a norm would be of "
+    "that part alone; use fully_shard (FSDP2), or clip_grad_norm=None, no grad_scale and model.clip_grad_norm_(...)"
+)
+
+
+def inside_zero() -> bool:
+    """Whether torch's ZeroRedundancyOptimizer is making this optimizer, of this rank's parameters alone.
+
+    Nothing on these parameters, or on their groups, says so: only who calls.
+    """
+    zero, frame = sys.modules.get(_ZERO), sys._getframe(1)
+    while zero is not None and frame is not None:
+        if frame.f_globals is vars(zero):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_whole(params: Sequence[Tensor], in_zero: bool) -> None:
+    """Raises ValueError where a rank would take the norm of its own part of the gradients, and clip by that."""
+    if in_zero:
+        raise ValueError(_IN_ZERO)
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(_IN_FSDP1)
+
+
+def check_shape(key: str, i: int, value: Tensor, param: Tensor) -> None:
+    """Raises ValueError, one line, for a state of parameter i that has not its shape."""
+    if value.shape != param.shape:
+        found, wanted = tuple(value.shape), tuple(param.shape)
+        raise ValueError(f"AdamW: {key} of parameter {i} is {found} in the state; the parameter is {wanted}")
 
 
 def check_state(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf, take_written
-from gpt2_fast.ops.adamw_contract import unsupported
+from gpt2_fast.ops.adamw_contract import check_shape, unsupported
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel import tree
@@ -184,11 +184,8 @@ class Shards:
         """
         for i, (p, state) in enumerate(zip(self._params, states, strict=True)):
             for key in self._held:
-                if key in state and state[key].shape != p.shape:
-                    found, wanted = tuple(state[key].shape), tuple(p.shape)
-                    raise ValueError(
-                        f"AdamW: {key} of parameter {i} is {found} in the state; the parameter is {wanted}"
-                    )
+                if key in state:
+                    check_shape(key, i, state[key], p)
         self._group.broadcast_from_first(self.weights)
         for key, held in self._held.items():
             held.copy_(self._own) if key == "master" else held.zero_()

@@ -1,0 +1,69 @@
+"""What a rank's AdamW cannot see of the others, and refuses where it takes a norm."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from gpt2_fast import AdamW
+
+from .setting import CLIP, EPS, LR, alone, apart, batches, build, case, loss_of, mean, mine, optimizer_of, whole
+
+
+def refuses(step, words: str, model) -> None:
+    """`step` raises one line and changes no weight."""
+    before = [whole(p).clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=words) as raised:
+        step()
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@case("own")
+def fsdp1():
+    """Both of its kinds of parameters: with a norm refused, without one as ever."""
+    for original in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is deprecated
+            model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=original)
+        optimizer = optimizer_of(model)
+        model(mine(batches()[0]), labels=mine(batches()[0])).loss.backward()
+        refuses(
+            optimizer.step,
+            "use fully_shard .FSDP2., or clip_grad_norm=None, no grad_scale and model.clip_grad_norm_",
+            model,
+        )
+        assert not any(state["step"] for state in optimizer.state.values())
+        optimizer.clip_grad_norm = None
+        refuses(lambda: optimizer.step(grad_scale=torch.ones(())), "FSDP1", model)  # noqa: B023
+        optimizer.step()
+    return {}
+
+
+@case("own")
+def zero():
+    """Refused where a norm is taken, and by advice that works: torch's own clipping before the step."""
+    model = DDP(build())
+    make = functools.partial(ZeroRedundancyOptimizer, list(model.parameters()), lr=LR, eps=EPS, weight_decay=0.1)
+    words = "^AdamW: ZeroRedundancyOptimizer gives each rank some of the parameters.*clip_grad_norm_.model.parameters"
+    with pytest.raises(ValueError, match=words):
+        make(optimizer_class=AdamW, clip_grad_norm=CLIP)
+    optimizer = make(optimizer_class=functools.partial(AdamW, clip_grad_norm=CLIP))
+    loss_of(model, mine(batches()[0])).backward()
+    refuses(optimizer.step, words, model)
+    optimizer, losses, norms = make(optimizer_class=AdamW), [], []
+    refuses(lambda: optimizer.step(grad_scale=torch.ones(())), words, model)
+    for batch in batches():
+        model.zero_grad()
+        loss = loss_of(model, mine(batch))
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+        losses.append(mean(loss))
+    return apart(losses, norms, [whole(p) for p in model.parameters()], alone())

@@ -60,8 +60,11 @@ def grad_norm(params: Iterable[Tensor]) -> Tensor:
 
     params: of the whole optimizer, in its order, so that all ranks send alike. Those that are no DTensors are the same
     on all ranks, and count once.
+
+    Raises ValueError, on all ranks, where the gradients of those that are no DTensors are not the same.
     """
     params = list(params)
+    _check_alike(params)
     wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     groups: dict[tuple, list[Tensor]] = {}
     for p in params:
@@ -83,6 +86,29 @@ def grad_norm(params: Iterable[Tensor]) -> Tensor:
                 dist.all_reduce(part, group=mesh.get_group(dim))
         total += part.to(device)
     return total.sqrt().to(wide)
+
+
+def _check_alike(params: Sequence[Tensor]) -> None:
+    """Raises ValueError where gradients outside of DTensors differ by rank, as those of parameters left unsharded do.
+
+    One call for each dimension of a mesh, and none where all parameters are DTensors.
+    """
+    plain = [p for p in params if not isinstance(p, DTensor)]
+    device = params[0].device
+    if not plain or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    mesh = next(p.device_mesh for p in params if isinstance(p, DTensor))
+    squares = _sum_of_squares([p.grad for p in plain if p.grad is not None], torch.float32, device)
+    ends = torch.stack([squares, -squares]).to(_device_of(mesh, device))
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1:
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    most, least = ends[0].item(), -ends[1].item()
+    # Kernels that add in any order may round alike gradients apart; those of other data differ by far more.
+    if most * (1 - 1e-4) > least:
+        raise ValueError(
+            "AdamW: a parameter is outside of fully_shard and its gradient differs by rank; call fully_shard(model) too"
+        )
 
 
 def _sum_of_squares(grads: Sequence[Tensor], wide: torch.dtype, device: torch.device) -> Tensor:

@@ -7,8 +7,11 @@ import warnings
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt2_fast import AdamW
@@ -44,6 +47,32 @@ def fsdp1():
         refuses(lambda: optimizer.step(grad_scale=torch.ones(())), "FSDP1", model)  # noqa: B023
         optimizer.step()
     return {}
+
+
+@case("own")
+def fsdp_blocks_alone():
+    """Plain parameters whose gradients differ by rank are refused on all ranks; averaged by hand, they count once."""
+    model = build()
+    for block in model.transformer.h:
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = optimizer_of(model)
+    loss_of(model, mine(batches()[0])).backward()
+    refuses(
+        optimizer.step, "^AdamW: a parameter is outside of fully_shard and its gradient differs by rank; call", model
+    )
+    losses, norms = [], []
+    for batch in batches():
+        optimizer.zero_grad()
+        loss = loss_of(model, mine(batch))
+        loss.backward()
+        for p in model.parameters():
+            if not isinstance(p, DTensor):
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+        optimizer.step()
+        losses.append(mean(loss))
+        norms.append(optimizer.last_grad_norm.item())
+    return apart(losses, norms, [whole(p) for p in model.parameters()], alone())
 
 
 @case("own")

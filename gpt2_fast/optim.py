@@ -210,8 +210,7 @@ class AdamW(Optimizer):
         implementations: dict[tuple, str] = {}  # of parameters that look alike
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                grad = p.grad
-                if grad is None:
+                if (grad := p.grad) is None:
                     continue
                 if grad.is_sparse:
                     raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
@@ -276,37 +275,41 @@ class AdamW(Optimizer):
         for p, state in zip(params, self._shards.states, strict=True):
             self.state[p] = state
 
+    def _shared(self, call: str) -> Shards:
+        if self._shards is None:
+            raise ValueError(f"AdamW: {call}() is for after shard(); without it, gradients add up in backward")
+        return self._shards
+
     @torch.no_grad()
     def accumulate(self) -> None:
         """Adds the gradients of one micro-batch to the step's sum and clears them; after `shard`."""
-        if self._shards is None:
-            raise ValueError("AdamW: gradients add up by themselves in backward; accumulate() is for after shard()")
-        self._shards.accumulate()
+        self._shared("accumulate").accumulate()
 
     def forget_accumulated(self) -> None:
         """The next `accumulate` begins a step."""
-        self._shards.gradients.forget()
+        self._shared("forget_accumulated").gradients.forget()
 
     # The three parts of a step after `shard`. In the first and the last, processes send: only `update` can be captured.
 
     @torch.no_grad()
     def reduce(self, grad_scale: Tensor | None = None) -> None:
         """Sums over the processes, and the norm. grad_scale: as of `step`."""
-        clips = self.clip_grad_norm is not None
-        self._shards.reduce(clips or grad_scale is not None, self.impl, grad_scale)
-        self.last_grad_norm = self._shards.norm.clone() if clips else None
+        shards, clips = self._shared("reduce"), self.clip_grad_norm is not None
+        shards.reduce(clips or grad_scale is not None, self.impl, grad_scale)
+        self.last_grad_norm = shards.norm.clone() if clips else None
 
     @torch.no_grad()
     def update(self, grad_scale: Tensor | None = None) -> None:
         """AdamW of this process's part. grad_scale: as of `step`."""
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self.upload_hyperparameters()
-        self.last_found_inf = self._shards.update(self._hyper, self._max_norm(grad_scale), self.impl, grad_scale)
+        shards, max_norm = self._shared("update"), self._max_norm(grad_scale)
+        self.last_found_inf = shards.update(self._hyper, max_norm, self.impl, grad_scale)
 
     @torch.no_grad()
     def gather(self) -> None:
         """The weights of the other processes' parts."""
-        self._shards.gather()
+        self._shared("gather").gather()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
@@ -385,7 +388,7 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def receive_state(self) -> None:
         """After `shard`, in every process but the first: what the first process's `load_state_dict` sends."""
-        self._shards.load([{} for group in self.param_groups for _ in group["params"]])
+        self._shared("receive_state").load([{} for group in self.param_groups for _ in group["params"]])
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's, with each parameter's whole state. After `shard`: see there."""
@@ -413,17 +416,15 @@ class AdamW(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._uploaded = None
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         if not whole:
-            numbers = (i for group in state_dict["param_groups"] for i in group["params"])
-            self._shards.load([state_dict["state"].get(i, {}) for i in numbers])
+            self._shards.load([state_dict["state"].get(i, {}) for i in saved])
             self._hold_shards()  # the base class has emptied it
             return
         # The base class casts state to the parameter's dtype: what is wider is taken again from the source.
-        saved = (i for group in state_dict["param_groups"] for i in group["params"])
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params, strict=True):
-            source = state_dict["state"].get(i)
-            if source is None:
+            if (source := state_dict["state"].get(i)) is None:
                 continue
             state = self.state[p]
             state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())

@@ -476,8 +476,9 @@ def test_one_process_of_torchrun_has_the_threads_of_several(place, alone):
 def test_what_a_shared_step_refuses():
     model = torch.nn.Linear(3, 3)
     optimizer = AdamW(model.parameters())
-    with pytest.raises(ValueError, match="is for after shard"):
-        optimizer.accumulate()
+    for call in ("accumulate", "forget_accumulated", "reduce", "update", "gather", "receive_state"):
+        with pytest.raises(ValueError, match=rf"^AdamW: {call}\(\) is for after shard\(\)"):
+            getattr(optimizer, call)()
     optimizer.shard(Group(), 2)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.accumulate()

@@ -225,7 +225,8 @@ class GPT2LMHeadModel(compat.Compatible):
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained loads.
 
-        dtype: of the stored weights; None keeps the model's. Raises OSError where the folder cannot be written.
+        dtype: of the stored weights; None keeps the model's. Raises OSError where the folder cannot be written, and
+        TypeError for weights that are sharded over ranks (DTensors).
         """
         self._check_tied()
         state = self.state_dict()

@@ -11,7 +11,11 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from gpt2_fast import GPT2LMHeadModel
 from gpt2_fast.checkpoint import (
     canonical_state_dict,
     capture_rng,
@@ -508,3 +512,25 @@ def test_interrupted_training_state_leaves_the_old_one(tmp_path, monkeypatch):
         save_training_state(tmp_path, **training(step=13))
     assert os.listdir(tmp_path) == ["training.safetensors"]
     assert path.read_bytes() == before
+
+
+def test_dtensors_are_refused_by_name(tmp_path):
+    """A file of one process would have a rank's part, if anything."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, vocab_size=61, n_positions=16))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            TypeError, match="^transformer.wte.weight is a DTensor.*full_tensor.*distributed.checkpoint$"
+        ):
+            model.save_pretrained(tmp_path)
+        states = {"model_state": model.state_dict(), "optimizer_state": {}}
+        with pytest.raises(TypeError, match="^model.transformer.wte.weight is a DTensor"):
+            save_training_state(tmp_path, step=1, config=model.config, **states)
+        assert not list(tmp_path.iterdir())
+        whole = {name: t.full_tensor() for name, t in model.state_dict().items()}
+        save_pretrained(tmp_path, whole, model.config)
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(t, loaded[name]) for name, t in whole.items())
+    finally:
+        dist.destroy_process_group()

@@ -54,7 +54,8 @@ def save_pretrained(
 
     A tied head is not stored, as transformers does. A generation_config.json that is there gets this config's ids,
     and loses all else. dtype: of the stored weights; None keeps each tensor's.
-    Raises ValueError for tensors that do not fit the config, OSError where the folder cannot be written.
+    Raises ValueError for tensors that do not fit the config, TypeError for DTensors, OSError where the folder cannot be
+    written.
     """
     tensors = canonical_state_dict(state_dict, config)
     if config.tie_word_embeddings:

@@ -14,12 +14,23 @@ from torch import Tensor
 _PLAIN = (int, float, bool, str, type(None))
 
 
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Raises TypeError, one line, for a DTensor: a file of one process would have this rank's part, or nothing."""
+    if hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor, of which a rank has a part; pass its full_tensor(), or save by "
+            "torch.distributed.checkpoint"
+        )
+
+
 def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     """`value` for json.dumps; its tensors go into `tensors`, named by `where` they are.
 
-    Raises TypeError, which says where, for anything but tensors, numbers, strings, None, lists, tuples and dicts.
+    Raises TypeError, which says where, for anything but tensors, numbers, strings, None, lists, tuples and dicts, and
+    for a DTensor.
     """
     if isinstance(value, Tensor):
+        check_whole(where, value)
         tensors[where] = value
         return {"tensor": where}
     if type(value) is list:

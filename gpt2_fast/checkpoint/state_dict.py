@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_fast.checkpoint import plain
 from gpt2_fast.config import GPT2Config, num_params
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -62,10 +63,11 @@ def canonical_state_dict(state_dict: Mapping[str, Tensor], config: GPT2Config) -
 
     Adds the prefix "transformer." where the names lack it, leaves stored masks out, and where the config ties
     the head, gives lm_head.weight the tensor of the embedding. Raises ValueError, one line that names the
-    tensors, where some are missing, not GPT-2's, or of a shape that does not fit the config.
+    tensors, where some are missing, not GPT-2's, or of a shape that does not fit the config; TypeError for a DTensor.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
+        plain.check_whole(name, tensor)
         if not _MASK.search(name):
             tensors[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = tensor
     if config.tie_word_embeddings and EMBEDDING in tensors:

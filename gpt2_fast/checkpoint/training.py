@@ -76,7 +76,7 @@ def save_training_state(
             everything here: the file loads with no code run.
 
     Raises:
-        TypeError: anything else is in it; the message says where.
+        TypeError: anything else is in it, or a DTensor; the message says where.
         OSError: the folder cannot be written.
     """
     state = {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,13 +149,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dry_run, "MEASURED", 1)
+    (tmp_path / "data").mkdir()
+    np.arange(99, dtype="<u2").tofile(tmp_path / "data" / "a.bin")
     options = ["--device", "cpu", "--batch-size", "2", "--context", "16", "--steps", "10", "--grad-accum", "3"]
-    assert main(["train", "--dry-run", *options]) == 0
+    assert main(["train", "--dry-run", *options, "--data", "data/*.bin"]) == 0
     printed = capsys.readouterr().out
     for words in ("nano: 7,259,008 parameters", "96 tokens a step", "960 in 10 steps", "AdamW averages", "58 MB",
                   "seconds a step", "tokens a second", "hours a run", "Nothing was written"):  # fmt: skip
         assert words in printed
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     [
         (["--resume", "runs/x"], "--dry-run and --resume exclude each other"),
         (["--data", "/nowhere.txt"], "/nowhere.txt does not exist"),
+        (["--data", "/nowhere/*.bin"], "/nowhere/*.bin does not exist"),
         (["--seed", str(2**64)], "--seed is 18446744073709551616; it must be from -2^63 to 2^64 - 1"),
         (["--batch-size", "100000000"], "--batch-size 100000000 and --context 256 takes"),
     ],

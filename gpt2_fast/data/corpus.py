@@ -80,7 +80,7 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     shards: list[Shard] = []
     documents: list[tuple[str, Path]] = []
-    for path in [path for item in sources for path in _expand(item)]:
+    for path in [path for item in sources for path in expand(item)]:
         if path.is_dir():
             bins = sorted(file for file in path.iterdir() if is_bin(file))
             shards += [read_bin(file) for file in bins]
@@ -101,7 +101,11 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
     return name, shards
 
 
-def _expand(item: str | os.PathLike[str]) -> list[Path]:
+def expand(item: str | os.PathLike[str]) -> list[Path]:
+    """The files and folders that a name stands for: itself, or what a pattern matches.
+
+    Raises FileNotFoundError, or ValueError for an empty name.
+    """
     if not os.fspath(item):  # Path("") is the current folder, with all that lies in it
         raise ValueError("data is '', no name; give a text file, a .bin file or a folder of either, . for this one")
     path = Path(item).expanduser()

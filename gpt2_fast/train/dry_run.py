@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from gpt2_fast import checkpoint
 from gpt2_fast.config import GPT2Config, num_params
+from gpt2_fast.data.corpus import expand
 from gpt2_fast.generate.vocabulary import vocabulary_of
 from gpt2_fast.ops.runtime.memory import retain_memory
 from gpt2_fast.parallel.group import environment_world
@@ -33,8 +33,8 @@ def estimate_run(config: TrainConfig) -> None:
         raise ValueError("--dry-run measures one process; run it without torchrun")
     device = resolve_device(config.device)
     check_dtype(config, device)
-    if config.data is not None and not Path(config.data).expanduser().exists():
-        raise FileNotFoundError(f"{config.data} does not exist; give text, .jsonl or .bin files")
+    if config.data is not None:
+        expand(config.data)  # or says that there is no such file
     model_config = config_of(config)
     config = config.for_context(config.context or model_config.n_positions)
     free = free_bytes(device)

@@ -45,6 +45,24 @@ def test_nobody_reads_what_is_printed(arguments, unbuffered):
     assert process.wait(60) == 141
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick"], "--quick goes with --kernels"),
+        (["--arch", "nonsense"], "--arch goes with --kernels"),
+        (["--patch", "gpt2", "--quick"], "--quick goes with --kernels"),
+        (["--patch", "gpt2", "--kernels"], "--patch and --kernels exclude each other"),
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_is_refused(arguments, message, capsys):
+    assert main(["doctor", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
 def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "_extension_missing", lambda: "the C++ extension is not built; run: pip install -e .")
     chosen, passed = dispatch.explain("attention", torch.device("cpu"), torch.float32)

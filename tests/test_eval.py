@@ -355,6 +355,8 @@ def test_jsonl_that_cannot_be_read(tmp_path):
         (["--text", "a.txt", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--text", "a.txt", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--lambada", "empty.jsonl"], "empty.jsonl is empty"),
+        (["--lambada", "empty.jsonl", "--context", "8"], "--context goes with --text or --shard"),
+        (["--shard", "big.bin", "--stride", "8"], "--stride goes with --text"),
         (["--shard", "big.bin"], "token id 50257"),
     ],
 )

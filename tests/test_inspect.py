@@ -305,15 +305,20 @@ def test_command_draws(folder, capsys, tmp_path):
 
 
 def test_command_refuses_in_one_line(folder, capsys, tmp_path):
+    out = ("--out", tmp_path / "a.png")
     for arguments, message in [
-        ((folder, "--weights", "h.1"), "no tensor 'h.1'"),
-        ((folder, "--attention", "a", "--layer", 3), "layers 0 to 2"),
-        ((folder, "--attention", "a", "--head", 2), "heads 0 to 1"),
-        ((folder, "--attention", ""), "has 0 tokens"),
-        (("nano", "--positions"), "nano is a preset without published weights"),
+        ((folder, "--weights", "h.1", *out), "no tensor 'h.1'"),
+        ((folder, "--attention", "a", "--layer", 3, *out), "layers 0 to 2"),
+        ((folder, "--attention", "a", "--head", 2, *out), "heads 0 to 1"),
+        ((folder, "--attention", "", *out), "has 0 tokens"),
+        (("nano", "--positions", *out), "nano is a preset without published weights"),
         ((tmp_path / "no" / "such" / "one",), "does not exist"),
+        (("gpt2", *out), "--out goes with a picture: --weights, --attention, --positions, --histograms"),
+        (("gpt2", "--layer", 0), "--layer goes with --attention"),
+        ((folder, "--positions", "--head", -4, *out), "--head goes with --attention"),
     ]:
-        status, _, err = run(capsys, *arguments, "--out", tmp_path / "a.png")
+        status, printed, err = run(capsys, *arguments)
+        assert not printed
         assert status == 2
         assert message in err
         assert err.count("\n") == 1

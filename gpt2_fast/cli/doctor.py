@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from gpt2_fast.cli.shared import refuse_without
+
 
 def add(commands) -> None:
     parser = commands.add_parser(
@@ -20,6 +22,10 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.kernels:
+        refuse_without(arguments, ("arch", "quick"), "--kernels")
+    elif arguments.patch is not None:
+        raise ValueError("--patch and --kernels exclude each other; drop one")
     from gpt2_fast.kernels import cards
     from gpt2_fast.report import doctor
 

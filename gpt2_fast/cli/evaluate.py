@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, check_published, choice
+from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, check_published, choice, refuse_without
 
 EVAL_FILES = {
     "text": "perplexity of a UTF-8 text by strided windows, as transformers documents it",
@@ -43,6 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     files = {task: path for task in EVAL_FILES if (path := getattr(arguments, task)) is not None}
     if not files:
         raise ValueError(f"eval needs a file: {', '.join('--' + task for task in EVAL_FILES)}")
+    if "text" not in files:
+        refuse_without(arguments, ("stride",), "--text")
+    if not {"text", "shard"} & files.keys():
+        refuse_without(arguments, ("context",), "--text or --shard")
     tasks.check_options(files, arguments.batch_size, arguments.limit)
     check_published(arguments.model)
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from gpt2_fast.cli.shared import check_published
+from gpt2_fast.cli.shared import check_published, refuse_without
 
 
 def add(commands) -> None:
@@ -25,8 +25,8 @@ def add(commands) -> None:
     picture.add_argument("--attention", metavar="TEXT", help="draw what each token of a text attends to")
     picture.add_argument("--positions", action="store_true", help="draw the position embedding")
     picture.add_argument("--histograms", action="store_true", help="draw histograms of every layer's matrices")
-    parser.add_argument("--layer", type=int, default=0, metavar="N", help="with --attention (default 0)")
-    parser.add_argument("--head", type=int, default=0, metavar="N", help="with --attention (default 0)")
+    parser.add_argument("--layer", type=int, metavar="N", help="with --attention (default 0)")
+    parser.add_argument("--head", type=int, metavar="N", help="with --attention (default 0)")
     parser.add_argument("--out", metavar="FILE.png", help="of the picture (default: its kind, in this folder)")
     parser.set_defaults(run=run, offline="gpt2-fast inspect gpt2 prints the tables of a preset without weights")
 
@@ -36,9 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.config import PRESETS, GPT2Config
     from gpt2_fast.report import inspect
 
+    if arguments.attention is None:
+        refuse_without(arguments, ("layer", "head"), "--attention")
     kinds = ("weights", "attention", "positions", "histograms")
     kind = next((k for k in kinds if getattr(arguments, k) not in (None, False)), None)
     if kind is None:
+        refuse_without(arguments, ("out",), f"a picture: {', '.join('--' + k for k in kinds)}")
         if arguments.model in PRESETS and not os.path.isdir(arguments.model):
             config, weights = GPT2Config.from_preset(arguments.model), None
         else:
@@ -71,12 +74,13 @@ def _picture(kind: str, arguments: argparse.Namespace, config, weights):
         return model_figures.positions_figure(weights["transformer.wpe.weight"])
     if kind == "histograms":
         return model_figures.histograms_figure(weights, config.n_layer)
-    if not 0 <= arguments.head < config.n_head:
-        raise ValueError(f"head is {arguments.head}; the model has heads 0 to {config.n_head - 1}")
+    layer, head = arguments.layer or 0, arguments.head or 0
+    if not 0 <= head < config.n_head:
+        raise ValueError(f"head is {head}; the model has heads 0 to {config.n_head - 1}")
     tokenizer = tokenizer_of(config.vocab_size, arguments.model)
     if tokenizer is None:
         raise ValueError(f"{arguments.model} has {config.vocab_size} tokens and no tokenizer that is known here")
     ids = tokenizer.encode(arguments.attention)
-    pattern = inspect.attention_pattern(config, weights, ids, arguments.layer)[arguments.head]
-    title = f"Attention, layer {arguments.layer}, head {arguments.head}"
+    pattern = inspect.attention_pattern(config, weights, ids, layer)[head]
+    title = f"Attention, layer {layer}, head {head}"
     return model_figures.attention_figure(pattern, inspect.token_labels(tokenizer, ids), title)

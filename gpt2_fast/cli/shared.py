@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterable
 
@@ -12,6 +13,14 @@ IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton")
 def choice(words: Iterable[str]) -> str:
     """Words as argparse's usage shows what can be chosen."""
     return "{" + ",".join(words) + "}"
+
+
+def refuse_without(arguments: argparse.Namespace, options: Iterable[str], needed: str) -> None:
+    """Raises ValueError for an option that was given and would be without effect. needed: what it goes with."""
+    for name in options:
+        value = getattr(arguments, name)
+        if value is not None and value is not False:  # 0 is a value
+            raise ValueError(f"--{name.replace('_', '-')} goes with {needed}; add that, or drop it")
 
 
 def check_published(model: str) -> None:

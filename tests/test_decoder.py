@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,68 @@ def test_a_write_through_data_is_seen(dtype):
             assert packed is not before, (name, kind)
     next(model.parameters()).data[3] = torch.nan
     assert packed_model(model, "float32") is packed_model(model, "float32")
+
+
+def _held_as_a_buffer(model):
+    layer = model.transformer.h[0].mlp.c_fc
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+def _sharing(part):
+    def share(source):
+        return lambda model: setattr(model.transformer.h[2], part, getattr(model.transformer.h[source], part))
+
+    return share(0), share(1)
+
+
+def _layernorms_of_another_eps(model):
+    model.config = replace(model.config, layer_norm_epsilon=0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.5
+
+
+def _transposed(model):
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data = weight.data.t()
+
+
+def _transposed_in_place(model):
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data.copy_(weight.data.t().clone())
+
+
+def _nothing(model):
+    pass
+
+
+CHANGES = {
+    "a buffer": (_held_as_a_buffer, lambda model: model.transformer.h[0].mlp.c_fc.weight.mul_(-3.0)),
+    "through .data of a buffer": (_held_as_a_buffer, lambda model: model.transformer.h[0].mlp.c_fc.weight.data.neg_()),
+    "another shared mlp": _sharing("mlp"),
+    "another shared attention": _sharing("attn"),
+    "another eps": (_nothing, _layernorms_of_another_eps),
+    "other strides": (_nothing, _transposed),
+    "transposed in place": (_nothing, _transposed_in_place),
+    "a bias less": (_nothing, lambda model: model.transformer.h[1].ln_2.register_parameter("bias", None)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_packed_is_what_is_compared(change):
+    """Tensors that are no parameters or lie in two layers, how a matrix is read, and numbers of the config."""
+    model, (prepare, edit) = pair_on_cpu(spread=0.3)[1].eval(), CHANGES[change]
+    ids, starts = tokens(1, 9).cpu(), torch.zeros(1, dtype=torch.int32)
+    prepare(model)
+    logits = lambda: PackedDecoder(packed_model(model, "float32"), 1, 9).prefill(ids, starts).clone()
+    before, packed = logits(), packed_model(model, "float32")
+    assert packed_model(model, "float32") is packed
+    edit(model)
+    after = logits()
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, model(ids).logits[:, -1], rtol=1e-3, atol=1e-3)
 
 
 def test_threads_pack_a_model_once(monkeypatch):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
-from gpt2_fast.modules import bias_of, foreign, foreign_part, has_hooks, is_plain_head
+from gpt2_fast.modules import foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters, misfit
 from gpt2_fast.ops.decode_tokens import decode_tokens
@@ -203,7 +203,7 @@ def parameters_of(model: Model) -> Parameters:
 
 def _tensors_of(model: Model) -> Parameters:
     affine = lambda product: (product.weight_io.t(), product.bias)
-    norm = lambda layernorm: (layernorm.weight, bias_of(layernorm))
+    norm = lambda layernorm: (layernorm.weight, layernorm.bias)
     layers = [
         LayerParameters(
             norm(block.ln_1), affine(block.attn.c_attn), affine(block.attn.c_proj),
@@ -222,7 +222,17 @@ def _probe(parameter: Tensor) -> Tensor:
     if p.ndim != 2:
         return p.flatten().double()
     i = torch.arange(max(p.shape))
-    return p[i % p.shape[0], i % p.shape[1]].double()
+    return p[i % p.shape[0], (i + 1) % p.shape[1]].double()  # not the diagonal, which a transposition leaves
+
+
+def _flat(tensors: Parameters) -> list[Tensor | None]:
+    """All that is packed, in order, a tensor as often as it is packed; None for a bias that is not there."""
+    affines = [affine for layer in tensors.layers for affine in layer[:-1]]
+    return [tensors.wte, tensors.wpe, tensors.lm_head, *(t for affine in (*affines, tensors.ln_f) for t in affine)]
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, 0 if t.is_inference() else t._version
 
 
 @torch.no_grad()
@@ -230,14 +240,16 @@ def packed_model(model: Model, weights: str) -> PackedModel:
     """The model's weights packed for `ops.decode_step`, kept beside the model until they change.
 
     A model has one packing at a time. Its size in bytes is 4, 2, 1 or 0.5625 a weight, beside the model's own. Changed
-    parameters are known by their addresses and version counters, and by `_probe` of each, since a write through `.data`
-    moves no counter: one to a few numbers inside a matrix is not seen. Raises as `parameters_of` does.
+    weights, parameters or not, are known by their addresses and version counters, and by `_probe` of each, since a
+    write through `.data` moves no counter: one to a few numbers inside a matrix is not seen. Raises as `parameters_of`
+    does.
     """
-    tensors, parameters = parameters_of(model), list(model.parameters())
-    layers = [block.ln_1.weight.data_ptr() for block in model.transformer.h]  # in which order, and which of them twice
-    scales = [layer.scale for layer in tensors.layers]
-    versions = (weights, *layers, *scales, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
-    probes = torch.cat([_probe(p) for p in parameters]).view(torch.int64)  # whole numbers: a NaN is equal to itself
+    tensors, config = parameters_of(model), model.config
+    numbers = (*(layer.scale for layer in tensors.layers), config.n_head, config.layer_norm_epsilon)
+    places = [None if t is None else (t, _place(t)) for t in _flat(tensors)]
+    versions = (weights, config.activation_function, *numbers, *(at and at[1] for at in places))
+    once = {at[1]: at[0] for at in places if at}  # a tied head, and modules that layers share
+    probes = torch.cat([_probe(t) for t in once.values()]).view(torch.int64)  # whole numbers: a NaN is equal to itself
     with PACKING:
         held = PACKED.pop(model, None)
         if held is None or held[0] != versions or not torch.equal(held[1], probes):

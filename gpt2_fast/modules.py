@@ -1,13 +1,15 @@
 """Modules that a fused operation stands for: when it may read their weights, and when it must call them.
 
-State of the process: `_FORWARDS`, the forward that each class had when it was first seen here.
+State of the process: `_FORWARDS`, the forward that each class had when it was first seen here; `_MODES`, the mode of
+each module that `evaluating` holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -202,3 +204,34 @@ class Seen:
             raise RuntimeError(
                 f"{whose}: the sharded model was called again since this output was computed; read .logits before that"
             )
+
+
+_MODES: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: the module, its own mode, and how many use it
+_MODES_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; afterwards each of its modules is in the mode that it had itself.
+
+    Several threads may use a model, or models that share modules: a module gets its mode back from the last of them.
+    Modes are set on each module, without `train()` and `eval()`: what a module makes of these calls besides, as one
+    that merges an adapter does, could not be undone by the other call where its mode differs from the model's.
+    """
+    with _MODES_LOCK:
+        modules = list(model.modules())
+        for module in modules:
+            _, mode, users = _MODES.get(id(module), (module, module.training, 0))
+            _MODES[id(module)] = module, mode, users + 1
+            if module.training:
+                module.training = False
+    try:
+        yield
+    finally:
+        with _MODES_LOCK:
+            for module in modules:
+                _, mode, users = _MODES.pop(id(module))
+                if users > 1:
+                    _MODES[id(module)] = module, mode, users - 1
+                elif module.training != mode:
+                    module.training = mode

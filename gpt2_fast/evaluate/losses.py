@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from gpt2_fast.data import TokenDataset
 from gpt2_fast.model import GPT2LMHeadModel
+from gpt2_fast.modules import evaluating
 from gpt2_fast.ops.linear_cross_entropy import chunk_rows
 from gpt2_fast.parallel.group import Group
 
@@ -104,7 +104,7 @@ def dataset_loss(
     count, tokens = data.n_windows if limit is None else min(limit, data.n_windows), 0
     batches = -(-count // batch_size)
     sums = torch.zeros(-(-batches // group.world), dtype=torch.float64, device=device)  # of this process's batches
-    with _evaluating(model), _bar(count, progress, "loss") as bar:
+    with evaluating(model), torch.no_grad(), _bar(count, progress, "loss") as bar:
         for i, (inputs, targets) in enumerate(data.windows(batch_size=batch_size, limit=limit)):
             if i % group.world == group.rank:
                 loss = model(inputs.to(device), targets=targets.to(device)).loss
@@ -168,7 +168,7 @@ def _score(
     device, head = model.lm_head.weight.device, model.lm_head.weight
     ops = model.transformer.ops
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    with _evaluating(model), _bar(len(rows), progress, name) as bar:
+    with evaluating(model), torch.no_grad(), _bar(len(rows), progress, name) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs, targets = _pad([rows[i] for i in batch])
@@ -199,18 +199,6 @@ def _pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         inputs[i, : len(ids) - 1] = ids[:-1]
         targets[i, row.first - 1 : len(ids) - 1] = ids[row.first :]
     return inputs, targets
-
-
-@contextmanager
-def _evaluating(model: GPT2LMHeadModel) -> Iterator[None]:
-    """The model in eval mode and without gradients; its mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _bar(total: int, progress: bool, name: str) -> tqdm:

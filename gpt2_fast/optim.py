@@ -32,7 +32,6 @@ from torch import Tensor
 
 from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops import adamw_contract as contract
-from gpt2_fast.ops.adamw import adamw
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.parallel.group import Group, check_world
@@ -324,7 +323,8 @@ class AdamW(Optimizer):
         After `shard`, it takes the gradients that were accumulated, of all processes; ValueError unless they are whole.
 
         Raises:
-            ValueError, TypeError: what the constructor refuses, set on a group since. No weight has changed then.
+            ValueError, TypeError: what the constructor refuses, set on a group since, and tensors that do not fit or
+                share memory. Nothing has changed then, no weight, no average and no count of steps.
         """
         for param_group in self.param_groups:
             contract.check_options(param_group)
@@ -355,13 +355,13 @@ class AdamW(Optimizer):
             self.upload_hyperparameters()
         scaling, max_norm = {"grad_scale": grad_scale, "found_inf": found_inf}, self._max_norm(grad_scale)
         norm = None if max_norm is None else self._norm(collected)  # or refuses, before anything has changed
-        steps = [step for lists in collected.values() for step in lists.steps]
-        torch._foreach_add_(steps, 1.0)
         if norm is not None and grad_scale is not None:
             norm = norm / grad_scale
-        for impl, lists in collected.items():
-            kept = self._kept.setdefault(impl, Kept())
-            taken = adamw(*lists, self._hyper, max_norm=max_norm, norm=norm, impl=impl, kept=kept, **scaling)
+        calls = room.checked(collected, self._hyper, self._kept, max_norm=max_norm, norm=norm, **scaling)
+        steps = [step for lists in collected.values() for step in lists.steps]
+        torch._foreach_add_(steps, 1.0)
+        for call in calls:
+            taken = call()
         self.last_grad_norm = None if self.clip_grad_norm is None else taken
         self.last_found_inf = room.found_inf(taken, **scaling)
         if self.last_found_inf is not None:

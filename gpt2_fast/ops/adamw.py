@@ -23,7 +23,7 @@ miss what is written through `.data`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from gpt2_fast.ops.adamw_table import ALIGNMENT, CHUNK, Row, chunk_rows, device_
 from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES, LOW_PRECISION, address
 from gpt2_fast.ops.runtime.library import register
+from gpt2_fast.ops.runtime.tracing import is_odd, traced
 
 
 class Lists(NamedTuple):
@@ -235,10 +236,16 @@ _STEP = {"cpp": _step_cpp, "triton": _step_triton}
 def _run(
     params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups, hyper, norm, max_norm, grad_scale, found_inf, impl
 ):
-    grads = [g.contiguous() for g in grads]
-    refuse_overlap(params, grads, exp_avgs, exp_avg_sqs, masters, steps)
-    rows = table_rows(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
+    rows, _copies = _table(Lists(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups))
     return _update(rows, hyper, norm, max_norm, grad_scale, found_inf, impl)
+
+
+def _table(lists: Lists) -> tuple[tuple[Row, ...], list[Tensor]]:
+    """The table, and the gradients that it has: of one that is not contiguous a copy, which nothing else keeps."""
+    grads = [g.contiguous() for g in lists.grads]
+    lists = lists._replace(grads=grads)
+    refuse_overlap(*lists[:-1])
+    return table_rows(*lists), grads
 
 
 def _update(rows: tuple[Row, ...], hyper, norm, max_norm, grad_scale, found_inf, impl: str) -> Tensor:
@@ -311,29 +318,98 @@ def adamw(
         ValueError: lists, shapes, dtypes, devices or strides that do not fit; tensors that share memory.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
-    numbers = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
-    check_numbers(hyper, numbers, max_norm)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
-    found = None if kept is None else kept.take(impl, lists, hyper, list(numbers.values()))
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)
+    return _checked(lists, hyper, max_norm, _Numbers(norm, grad_scale, found_inf), impl, kept)()
+
+
+class _Numbers(NamedTuple):
+    """The tensors of one number that `adamw` takes, or None."""
+
+    norm: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+def checked(
+    collected: dict[str, Lists],
+    hyper: Tensor,
+    kept: dict[str, Kept],
+    *,
+    max_norm: float | None,
+    norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list[Callable[[], Tensor | None]]:
+    """An optimizer's step as calls that take it and give what `adamw` does. Before the first, nothing is written.
+
+    Args:
+        collected: what each implementation updates.
+        kept: of each implementation; new ones are added.
+        hyper, max_norm, norm, grad_scale, found_inf: as of `adamw`.
+
+    Raises as `adamw`, and ValueError for memory that parameters of two implementations share.
+    """
+    numbers = _Numbers(norm, grad_scale, found_inf)
+    calls = [
+        _checked(lists, hyper, max_norm, numbers, impl, kept.setdefault(impl, Kept()))
+        for impl, lists in collected.items()
+    ]
+    if len(collected) > 1:
+        each = [lists if impl == "reference" else _read_in_place(lists) for impl, lists in collected.items()]
+        _refuse_overlap_of_plain(Lists(*([t for lists in each for t in lists[i]] for i in range(len(Lists._fields)))))
+    return calls
+
+
+def _read_in_place(lists: Lists) -> Lists:
+    """Without the gradients that kernels read a copy of."""
+    nothing = torch.empty(0)
+    return lists._replace(grads=[g if g.is_contiguous() and not is_odd(g) else nothing for g in lists.grads])
+
+
+def _refuse_overlap_of_plain(lists: Lists) -> None:
+    """`refuse_overlap`, unless there are tensors of which nobody knows where they lie."""
+    if not any(is_odd(t) for tensors in lists[:-1] for t in tensors):
+        refuse_overlap(*lists[:-1])
+
+
+def _checked(
+    lists: Lists, hyper: Tensor, max_norm: float | None, numbers: _Numbers, impl: str, kept: Kept | None
+) -> Callable[[], Tensor | None]:
+    """What `adamw` still has to do when all that it was given is found right."""
+    check_numbers(hyper, numbers._asdict(), max_norm)
+    found = None if kept is None else kept.take(impl, lists, hyper, numbers)
+    table = None if found is None else (found[1], [])
     if found is not None:
-        name, rows = found
-        result = _update(rows, hyper, norm, max_norm, grad_scale, found_inf, name)
+        name = found[0]
     else:
         check(*lists, hyper)
-        if not params:
-            norm = hyper.new_zeros(()) if norm is None else norm
-            return None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
-        name = dispatch.choose(OP, impl, params[0].device, params[0].dtype)
+        if not lists.params:
+            norm = hyper.new_zeros(()) if numbers.norm is None else numbers.norm
+            return lambda: None if max_norm is None else norm.to(torch.float32, copy=True).reshape(())
+        name = dispatch.choose(OP, impl, lists.params[0].device, lists.params[0].dtype)
         if name == "reference":
             if not torch.compiler.is_compiling():
                 refuse_overlap(*lists[:-1])
-            return adamw_reference(*lists, hyper, max_norm=max_norm, **numbers)
-        refuse_what_kernels_cannot(name, params, masters, exp_avgs, exp_avg_sqs)
-        result = _operator(*map(list, lists), hyper, norm, max_norm, grad_scale, found_inf, name)
+            return lambda: adamw_reference(*lists, hyper, max_norm=max_norm, **numbers._asdict())
+        refuse_what_kernels_cannot(name, lists.params, lists.masters, lists.exp_avgs, lists.exp_avg_sqs)
         if kept is not None:
+            if traced([*(t for tensors in lists[:-1] for t in tensors), hyper, *numbers]):
+                _refuse_overlap_of_plain(_read_in_place(lists))  # the operator does it too, after steps are counted
+            else:
+                table = _table(lists)
             kept.note(impl, lists, hyper, name)
+    return lambda: _take_step(lists, table, hyper, max_norm, numbers, name)
+
+
+def _take_step(lists: Lists, table, hyper: Tensor, max_norm: float | None, numbers: _Numbers, name: str):
+    """table: as `_table` gives it; None: the operator makes it."""
+    if table is None:
+        norm, *scaling = numbers
+        result = _operator(*map(list, lists), hyper, norm, max_norm, *scaling, name)
+    else:
+        result = _update(table[0], hyper, numbers.norm, max_norm, numbers.grad_scale, numbers.found_inf, name)
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(params)  # a backward that still needs the old values then says so
+        torch.autograd.graph.increment_version(lists.params)  # a backward that needs the old values then says so
     return None if max_norm is None else result
 
 

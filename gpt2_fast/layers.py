@@ -45,7 +45,7 @@ class Call(NamedTuple):
         return Dropout(p, self.key, 3 * self.layer + site) if module.training and p > 0.0 else NO_DROPOUT
 
     def after(self, block: nn.Module) -> Dropout:
-        """The dropout of what `block` leaves to be added: its MLP's."""
+        """The dropout of what `block` leaves to be added: its MLP's. A block of a user's own may have neither."""
         return self.dropout(getattr(block, "mlp", block), getattr(block, "resid_pdrop", 0.0), 3)
 
 

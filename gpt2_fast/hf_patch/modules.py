@@ -59,7 +59,8 @@ from gpt2_fast.ops.runtime import philox
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
 TANH_GELUS = (type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"]))
-EMBEDDING, ATTENTION, RESIDUAL = 0, 1, 2  # sites of dropout; every block draws a key of its own
+# Sites of dropout; every block draws a key of its own. The embedding has the first, from which `block_op` counts on.
+FIRST, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(4)
 
 
 modules.remember(
@@ -115,8 +116,8 @@ def _attention_rate(attn: nn.Module) -> float:
 def _drop_add(m: Tensor, h: Tensor, p: float, key: Tensor | None, ln: nn.LayerNorm) -> Tensor:
     """h + dropout(m). The normalised rows that the fused pass leaves besides are not used."""
     if p == 0.0 or ln.weight is None:
-        return h + Dropout(p, key, RESIDUAL + 1).rows(m)
-    return add_layernorm(m, h, ln.weight.detach(), bias_of(ln).detach(), dropout=Dropout(p, key, RESIDUAL + 1))[1]
+        return h + Dropout(p, key, AFTER_MLP).rows(m)
+    return add_layernorm(m, h, ln.weight.detach(), bias_of(ln).detach(), dropout=Dropout(p, key, AFTER_MLP))[1]
 
 
 def mlp_fused(block: nn.Module) -> str | None:
@@ -172,7 +173,7 @@ class BlockForward:
             return None
         return block_op(
             h, None, call[OWN], *tensors, n_head=attn.num_heads, scale=attention.scaling(attn), ln_1_eps=ln_1.eps,
-            ln_2_eps=ln_2.eps, attn_pdrop=attn_pdrop, dropout=Dropout(p, key, RESIDUAL - 2) if p else NO_DROPOUT,
+            ln_2_eps=ln_2.eps, attn_pdrop=attn_pdrop, dropout=Dropout(p, key, FIRST) if p else NO_DROPOUT,
         )  # fmt: skip
 
     def _attention(self, y: Tensor, call: dict, key: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
@@ -194,7 +195,7 @@ class BlockForward:
     def _mlp(self, a: Tensor, h: Tensor, p: float, key: Tensor | None) -> Tensor:
         """The block's output, from its attention's a and the stream h that came in."""
         mlp, ln = self.mlp, self.ln_2
-        dropout = Dropout(p, key if p > 0.0 else None, RESIDUAL)
+        dropout = Dropout(p, key if p > 0.0 else None, AFTER_ATTENTION)
         if foreign(ln, nn.LayerNorm):
             h = h + (self.attn.resid_dropout(a) if p > 0.0 else a)
             return h + mlp(ln(h))
@@ -323,7 +324,7 @@ class ModelForward:
             positions = torch.arange(start, start + T, device=self.wpe.weight.device)[None]
         if ids is not None and embedding_taken(self) is None:
             p = _rate(self.drop)
-            dropout = Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, EMBEDDING)
+            dropout = Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, FIRST)
             return embedding(
                 ids, self.wte.weight, self.wpe.weight, position_ids=positions, token_type_ids=types, dropout=dropout
             )

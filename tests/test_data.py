@@ -104,6 +104,31 @@ def test_nanogpt_folder(tmp_path):
     assert isinstance(train.shards[0].tokens, np.memmap)
 
 
+@pytest.mark.parametrize("word", ["val", "valid", "validation"])
+def test_a_file_is_named_for_its_part(tmp_path, word):
+    for i, name in enumerate(["a_train", f"a_{word}_0", "a_test", f"in{word}"]):  # the last one is no such word
+        np.arange(i * 100, i * 100 + 50, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+    train, val = load_data(tmp_path, context=8)
+    assert sorted(int(shard.tokens[0]) for shard in train.shards) == [0, 300]
+    assert [shard.tokens.tolist() for shard in val.shards] == [list(range(100, 150))]
+
+
+def test_every_token_counts_in_a_fingerprint():
+    """All of a small shard; of one above 2^20 tokens what is in a sample. Its length counts as well."""
+    size, small, large = 1000, np.zeros(1000, np.uint16), np.zeros(2**20 + 5000, np.uint16)
+    sample = 100 * (len(large) - 4096) // 255
+    found = set()
+    for tokens, places in ((small, (None, 0, size // 2, size - 1)), (large, (None, 0, sample + 17, len(large) - 1))):
+        for place in places:
+            changed = tokens.copy()
+            if place is not None:
+                changed[place] = 1
+            found.add(TokenDataset([Shard("a.bin", changed)], context=4, vocab_size=9).fingerprint())
+    found.add(TokenDataset([Shard("a.bin", small[:-1])], context=4, vocab_size=9).fingerprint())
+    assert len(found) == 9
+    assert TokenDataset([Shard("b.bin", small)], context=4, vocab_size=9).fingerprint() in found
+
+
 def test_llmc_shards_by_pattern(tmp_path):
     for i, name in enumerate(["fineweb_train_000001", "fineweb_train_000002", "fineweb_val_000000"]):
         header = np.zeros(256, dtype="<i4")

@@ -374,6 +374,11 @@ def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, capsys, options, w
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_perplexity_beyond_float64_is_infinite():
+    assert losses.exp(800.0) == math.inf
+    assert losses.exp(2.0) == math.exp(2.0)
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=16, n_layer=1, n_head=1, vocab_size=61))
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a b"}])

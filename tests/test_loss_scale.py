@@ -17,7 +17,7 @@ from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
 from gpt2_fast.ops.adamw import adamw, adamw_reference, samples
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel import Group
-from gpt2_fast.train import resume_run, start_run
+from gpt2_fast.train import loss_scale, resume_run, start_run
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.log import MetricsLog
 from gpt2_fast.train.loss_scale import LossScale
@@ -143,6 +143,13 @@ def test_grad_scaler_drives_it_as_it_drives_torchs(clip, impl):
         assert ours["step"].item() == theirs["step"].item() == 5.0
         for key in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-9)
+
+
+def test_the_rules_numbers_are_grad_scalers():
+    theirs, ours = torch.amp.GradScaler("cpu"), LossScale("cpu")
+    assert ours.scale.item() == theirs._init_scale
+    assert (theirs._growth_factor, theirs._backoff_factor) == (loss_scale.GROWTH, loss_scale.BACKOFF)
+    assert (loss_scale.INTERVAL, ours._interval) == (theirs._growth_interval, theirs._growth_interval)
 
 
 def test_the_host_reads_nothing_of_a_scaled_step(monkeypatch):

@@ -65,6 +65,22 @@ def test_without_clipping_and_after_torchs_clip_grad_norm():
         assert optimizer.last_grad_norm is None
 
 
+def test_a_group_that_lacks_an_option_gets_the_optimizers():
+    """As of a state of torch's AdamW from before it had the option."""
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        model = _model()
+        optimizer = kind(model.parameters(), **OPTIONS)
+        _run(model, optimizer, 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        del state["param_groups"][0]["maximize"]
+        other = kind(model.parameters(), **OPTIONS)
+        other.load_state_dict(state)
+        assert other.param_groups[0]["maximize"] is False
+        results.append(_run(model, other, 3))
+    _close(*results)
+
+
 def test_last_grad_norm():
     model = _model()
     optimizer = AdamW(model.parameters(), **OPTIONS, clip_grad_norm=float("inf"))

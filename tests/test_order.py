@@ -51,11 +51,12 @@ def by_hand(index, size, keys):
 def test_a_shuffle_is_fixed_for_good():
     """A run that is resumed on another NumPy, or another version of this package, goes on in the same epoch."""
     assert order.shuffled(np.arange(10), 10, 1337, 2).tolist() == [2, 6, 5, 9, 3, 4, 1, 8, 0, 7]
-    for size, seed, epoch in ((10, 1337, 2), (1000, 0, 0), (10**10, -1, 7), (2**62, 3, 1)):
+    # Below 16 windows the network is wider than they need.
+    for size, seed, epoch in ((3, 5, 1), (7, 0, 4), (10, 1337, 2), (1000, 0, 0), (10**10, -1, 7), (2**62, 3, 1)):
         key, counter = (np.array(words, np.uint64) for words in ([seed % 2**64, epoch], [0, 0, 0, 2**64 - 1]))
         stream = np.random.Philox(key=key, counter=counter)
         keys = [int(word) >> 32 for word in stream.random_raw(8)]
-        index = np.array([0, 1, 5, size - 1])
+        index = np.arange(size) if size < 16 else np.array([0, 1, 5, size - 1])
         assert order.shuffled(index, size, seed, epoch).tolist() == [by_hand(int(i), size, keys) for i in index]
 
 

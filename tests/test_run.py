@@ -546,6 +546,7 @@ def test_verified_steps_change_no_bit(corpus, tmp_path, more, tiny):  # noqa: F8
 
 
 TRIALS = int(os.environ.get("GPT2_FAST_TEST_FLIPS", "6"))
+WHERE = ["weights", "averages", "gradients", "outputs"]  # a flip is; its place is a seed, the same in every process
 
 
 def flip(t: torch.Tensor, generator: torch.Generator, lowest: int) -> None:
@@ -558,12 +559,12 @@ def flip(t: torch.Tensor, generator: torch.Generator, lowest: int) -> None:
     raw[element * t.element_size() + bit // 8] ^= 1 << (bit % 8) if bit % 8 < 7 else 128
 
 
-@pytest.mark.parametrize("where", ["weights", "averages", "gradients", "outputs"])
+@pytest.mark.parametrize("where", WHERE)
 def test_a_flipped_bit_is_found(corpus, tmp_path, where, tiny):  # noqa: F811
     """In the first or in the second computation; and what is kept is the checkpoint before it."""
     out = tmp_path / "run"
     run = start_run(tiny_options(tiny, corpus, out, steps=50, verify_every=1, save_every=1))
-    generator, found = torch.Generator().manual_seed(hash(where) % 1000), 0
+    generator = torch.Generator().manual_seed(WHERE.index(where))
     parameters = [p for name, p in run.model.named_parameters() if p.ndim > 1 and "wpe" not in name]
     compute, calls = run.run_step._compute, [0]
     pick = lambda: parameters[int(torch.randint(len(parameters), (1,), generator=generator))]
@@ -596,12 +597,11 @@ def test_a_flipped_bit_is_found(corpus, tmp_path, where, tiny):  # noqa: F811
         before = {name: t.clone() for name, t in run._state().items()}
         with pytest.raises(FaultyMachine, match=f"step 1 is not repeatable: .*go on with --resume {out}"):
             run._take(batch)
-        found += 1
+        assert calls[0] >= broken.at  # the flip was made
         with torch.no_grad():
             for name, t in run._state().items():
                 t.copy_(before[name]) if name in before else t.zero_()
     run.lock.release()
-    assert found == TRIALS
 
 
 def test_weights_that_change_between_steps_are_found(corpus, tmp_path, tiny):  # noqa: F811

@@ -514,6 +514,16 @@ def test_interrupted_training_state_leaves_the_old_one(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_views_in_a_training_state(tmp_path):
+    """A part of a larger memory alone, and two parts of one memory."""
+    flat, other = torch.arange(40.0), torch.arange(7.0)
+    views = {"rows": flat[8:20].view(3, 4), "columns": flat.view(10, 4)[:, 1:3], "end": flat[16:], "alone": other[2:5]}
+    save_training_state(tmp_path, step=1, config=CONFIG, model_state={}, optimizer_state={}, extra=views)
+    found = load_training_state(tmp_path).extra
+    assert found.keys() == views.keys()
+    assert all(torch.equal(found[name], view) for name, view in views.items())
+
+
 def test_dtensors_are_refused_by_name(tmp_path):
     """A file of one process would have a rank's part, if anything."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -73,11 +73,11 @@ def of_their_own(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             same[name] = first
             continue
         kept[name] = t.to("cpu").contiguous()
-    # Views of one memory that are not the same tensor: each its own copy.
+    # Views of one memory that are not the same tensor: each but the first its own copy, as safetensors wants it.
     seen: set[int] = set()
     for name, t in kept.items():
         at = t.untyped_storage().data_ptr()
-        if at in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
+        if at in seen:
             kept[name] = t.clone(memory_format=torch.contiguous_format)
         seen.add(at)
     return kept, same

@@ -77,7 +77,7 @@ class _Transformer(GPT2Model):
 class LazyLogits:
     """The logits [B, T, V] that belong to a loss, computed when first used and then kept.
 
-    Attributes, methods, indexing, arithmetic and torch's functions take it for that tensor, which is `.tensor`; only
+    Attributes, methods, indexing, operators and torch's functions take it for that tensor, which is `.tensor`; only
     isinstance(logits, torch.Tensor) tells them apart. Use it before the optimizer's step: the head is read then.
     """
 
@@ -100,12 +100,17 @@ class LazyLogits:
 
 
 def _of_the_tensor(name: str):
-    return lambda self, *args: getattr(self.tensor, name)(*args)
+    plain = lambda value: value.tensor if isinstance(value, LazyLogits) else value
+    return lambda self, *args: getattr(self.tensor, name)(*map(plain, args))
 
 
-# Python looks for operators on the type, not through __getattr__.
-for _operator in ("getitem", "setitem", "len", "iter", "array", "neg", "add", "radd", "sub", "rsub", "mul", "rmul",
-                  "truediv", "rtruediv", "pow", "matmul", "lt", "le", "gt", "ge", "repr"):  # fmt: skip
+# Python looks for operators on the type, not through __getattr__. Set after the class, __eq__ leaves its __hash__.
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+for _operator in (
+    "getitem", "setitem", "delitem", "len", "iter", "reversed", "contains", "array", "repr", "format",
+    "bool", "int", "float", "complex", "neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge",
+    *_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for name in _BINARY if name != "matmul"),
+):  # fmt: skip
     setattr(LazyLogits, f"__{_operator}__", _of_the_tensor(f"__{_operator}__"))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel, nanogpt
 from gpt2_fast.checkpoint import convert
 from gpt2_fast.nanogpt import GPT, GPTConfig, LazyLogits
+from gpt2_fast.outputs import CausalLMOutput
 from gpt2_fast.report import machine
 
 SMALL = {"block_size": 32, "vocab_size": 65, "n_layer": 3, "n_head": 3, "n_embd": 48}
@@ -325,6 +328,51 @@ def test_logits_beside_a_loss_wait_until_they_are_used(monkeypatch):
         logits.nothing  # noqa: B018
     copied = pickle.loads(pickle.dumps(ours(idx, targets)[0].detach()))
     torch.testing.assert_close(copied, expected, **close)
+
+
+def _result(function, *arguments):
+    """What it gives, with the arguments as it leaves them; or the kind of error."""
+    try:
+        return [function(*arguments), *arguments]
+    except Exception as error:
+        return [type(error)]
+
+
+IN_PLACE = [operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+            operator.ipow, operator.iand, operator.ilshift]  # fmt: skip
+BINARY = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.add, operator.sub,
+          operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow, operator.matmul, operator.and_,
+          operator.or_, operator.xor, operator.lshift, operator.rshift, operator.contains]  # fmt: skip
+UNARY = [bool, int, float, complex, abs, operator.neg, operator.pos, operator.invert, operator.index, len, round,
+         lambda x: torch.stack(list(x)), reversed, repr, str, "{:.3f}".format, np.asarray]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__", "ignore:invalid value")  # torch's, and of a negative number's root
+def test_every_operator_takes_lazy_logits_for_their_tensor():
+    """With a number, a tensor, an array and itself on either side; of one element, where it becomes a number.
+
+    A tensor alone is asked whether it contains one: it knows no other class.
+    """
+    output = lambda tensor: CausalLMOutput(None, tensor, None, tensor)
+    for shape in ((2, 3, 3), (1, 1, 1), (0, 1, 3)):
+        generator = torch.Generator().manual_seed(0)
+        tensor, other = (torch.randn(shape, generator=generator) for _ in range(2))
+        others = (0.0, 2, other, float(tensor.flatten()[0]) if tensor.numel() else 1.0, other.numpy(), "text")
+        calls = [(function, lambda x: (x,)) for function in UNARY]
+        calls += [(function, lambda x: (x, x)) for function in BINARY]
+        for value in others:
+            calls += [(function, lambda x, value=value: (x, value)) for function in BINARY + IN_PLACE]
+            calls += [(function, lambda x, value=value: (value, x)) for function in BINARY[:-1]]
+        for function, arguments in calls:
+            plain, lazy = tensor.clone(), LazyLogits(output(tensor.clone()))
+            expected, found = _result(function, *arguments(plain)), _result(function, *arguments(lazy))
+            taken = [t.tensor if isinstance(t, LazyLogits) else t for t in found]
+            name = getattr(function, "__name__", function)
+            assert [type(t) for t in taken] == [type(t) for t in expected], (name, shape, arguments(plain)[-1])
+            for t, value in zip(taken, expected, strict=True):
+                arrays = isinstance(value, (torch.Tensor, np.ndarray))
+                assert np.array_equal(t, value, equal_nan=True) if arrays else t == value, (name, shape)
+            assert {lazy: 1}[lazy] == 1
 
 
 @pytest.mark.parametrize("bias", [True, False])

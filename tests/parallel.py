@@ -222,10 +222,10 @@ def serve() -> None:
     """Runs jobs, a line of JSON each, in ranks that are forked from this process: it has imported everything already.
 
     A job: {"world", "program": a module whose `main` takes the list of "arguments", "cwd", "patience" seconds,
-    "imports": what the program imports as it runs}, and where something is to happen in front of a step of training
-    {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". A job of "world" 0 is a process that
-    nothing launched. The answer: the ranks' "codes" (None: killed, as it hung), "stderr", "stdout", and "seconds"
-    from the first end to the last.
+    "imports": what the program imports as it runs, "streams": see `_redirect`}, and where something is to happen in
+    front of a step of training {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". A job of
+    "world" 0 is a process that nothing launched. The answer: the ranks' "codes" (None: killed, as it hung), "stderr",
+    "stdout", and "seconds" from the first end to the last.
     """
     import torch.distributed  # noqa: F401
 
@@ -249,7 +249,9 @@ def _job(job: dict) -> dict:
             try:
                 for number, file in enumerate(files, start=1):
                     os.dup2(file.fileno(), number)
+                _redirect(job.get("streams"))
                 code = _rank(job, rank, store.port)
+                sys.stdout.flush()
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
@@ -277,6 +279,22 @@ def _job(job: dict) -> dict:
         "codes": list(codes.values()), "stdout": [out for out, _ in texts], "stderr": [err for _, err in texts],
         "seconds": ends[-1] - ends[0] if ends else None,
     }  # fmt: skip
+
+
+def _redirect(streams: str | None) -> None:
+    """Standard streams of a process that cannot be written: "full" a disk without room, "closed" descriptors, "pipe" a
+    stdout that nobody reads."""
+    if streams == "full":
+        for number in (1, 2):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    elif streams == "closed":
+        os.close(1)
+        os.close(2)
+        sys.stdout = sys.stderr = None  # as Python has them then
+    elif streams == "pipe":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
 
 
 def _rank(job: dict, rank: int, port: int) -> int:

@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Where what it prints is no longer read, as by `head`, it ends without a word, with the status of SIGPIPE in a shell.
     """
+    _open_closed()
     try:
         # Of several processes the first says what is wrong with their options.
         with contextlib.redirect_stderr(sys.stderr if _is_first() else io.StringIO()):
@@ -109,6 +110,19 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, getattr(arguments, "offline", None))
     except KeyboardInterrupt:
         return 130
+
+
+def _open_closed() -> None:
+    """Standard streams that are closed (2>&-) go nowhere: the next file that is opened would get their number, and
+    what a library says there."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def _nobody_reads() -> bool:
@@ -139,8 +153,10 @@ def _fail(error: Exception, offline: str | None = None) -> int:
     speaks = _is_first() if group is None else group.speaks()
     if speaks:
         more = f"; {offline}" if offline and getattr(error, "not_reached", False) else ""
-        print(f"gpt2-fast: {error}{more}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a stderr that cannot be written
+            print(f"gpt2-fast: {error}{more}", file=sys.stderr, flush=True)
     if group is not None and group.world > 1:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(2)  # the interpreter's own end would wait for what the processes send each other
     return 2

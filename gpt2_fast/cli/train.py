@@ -122,6 +122,7 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.parallel import leave
     from gpt2_fast.train import estimate_run, evaluate_run, resume_run, start_run
+    from gpt2_fast.train.say import let_go
 
     given = given_options(arguments)
     if arguments.eval_only:
@@ -132,7 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--dry-run and --resume exclude each other; drop one")
         estimate_run(TrainConfig(**given))
         return 0
-    run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)
-    run.train()
-    leave()
+    try:
+        run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)
+        run.train()
+        leave()
+    finally:
+        let_go()
     return 130 if run.interrupted else 0

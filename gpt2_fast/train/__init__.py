@@ -15,6 +15,7 @@ saving      checkpoints written beside the steps
 log         metrics.jsonl
 sample      the text that a run shows of its model
 trackers    the same numbers in TensorBoard and Weights & Biases
+say         printing that never ends a run
 progress    a bar on a terminal, lines elsewhere
 stop        signals that ask a run to save and leave
 verify      a step computed twice and compared to the bit

@@ -10,6 +10,7 @@ from gpt2_fast.parallel.group import Lost
 from gpt2_fast.train import folder as folders
 from gpt2_fast.train.place import Taken
 from gpt2_fast.train.sample import sample_text
+from gpt2_fast.train.say import say
 
 if TYPE_CHECKING:
     from gpt2_fast.train.loop import Run
@@ -43,7 +44,7 @@ def settle(run: Run) -> None:
         run.saver.wait()
     except OSError as error:
         run.saved = None
-        print(error, file=sys.stderr)
+        say(error, "stderr")
     except Taken:
         run.saved = None
     if run.group.first:
@@ -74,13 +75,13 @@ def conclude(run: Run) -> None:
         save_loss_plot(run.out / folders.METRICS, run.out / folders.PLOT)
     if run.interrupted:
         again = f"gpt2-fast train --resume {run.out}"
-        print(f"{run.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
+        say(f"{run.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
     elif not run.config.quiet:
-        print(f"sample:\n{run.sample()}\n")
+        say(f"sample:\n{run.sample()}\n")
     _show_files(run)
 
 
 def _show_files(run: Run) -> None:
     for path in (run.out / name for name in (folders.METRICS, folders.PLOT, NEWEST)):
         if path.exists() and run.group.first:
-            print(path)
+            say(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gpt2_fast.checkpoint.run_folder import (
 from gpt2_fast.checkpoint.training import EARLIER, TRAINING, TrainingState
 from gpt2_fast.train.config import SIZES, TrainConfig
 from gpt2_fast.train.options import read_options, write_options
+from gpt2_fast.train.say import say
 
 METRICS, OPTIONS, LOCK, PLOT = "metrics.jsonl", "config.yaml", ".lock", "loss.png"
 EARLIER_OPTIONS = "run.json"  # what config.yaml was
@@ -112,7 +112,7 @@ def take_over(out: Path, state: TrainingState | None) -> None:
     """Makes a locked folder one in which `state` is the newest, and nothing is half done."""
     if state is not None and state.path is not None:
         for moved in set_aside(out, state.path.parent):
-            print(f"the run goes on from {state.path.parent}; the newer checkpoint is kept as {moved}", file=sys.stderr)
+            say(f"the run goes on from {state.path.parent}; the newer checkpoint is kept as {moved}", "stderr")
     mend(out, None if state is None else state.extra.get("best_step"))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from gpt2_fast.files import atomic_write
+from gpt2_fast.train.say import say
 
 
 class MetricsLog:
@@ -55,10 +55,10 @@ class MetricsLog:
             self._append()
         except OSError as error:
             if not self._failed:
-                print(
+                say(
                     f"cannot write {self.path} ({error.strerror or error}): its lines wait in memory; "
                     "training goes on, make room",
-                    file=sys.stderr,
+                    "stderr",
                 )
             self._failed = True
         else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +40,7 @@ from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.progress import Progress
 from gpt2_fast.train.readout import Readout
 from gpt2_fast.train.saving import Saver
+from gpt2_fast.train.say import say
 from gpt2_fast.train.step import Step, build_model, build_optimizer, micro_batches
 from gpt2_fast.train.stop import Stop, Stopped
 from gpt2_fast.train.trackers import Trackers, check_installed
@@ -127,10 +127,10 @@ class Run:
         self.trackers = Trackers(self.config, self.out, self.step, records)
         return [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
-    def say(self, text: str, bar: Progress | None = None, file: Any = None) -> None:
+    def say(self, text: str, bar: Progress | None = None, to: str = "stdout") -> None:
         """In the first process. With --quiet, what goes to stderr alone."""
-        if self.group.first and (file is not None or not self.config.quiet):
-            print(text, file=file) if bar is None else bar.write(text, file=file)
+        if self.group.first and (to == "stderr" or not self.config.quiet):
+            say(text, to) if bar is None else bar.write(text, to)
 
     def _record(self, **record: Any) -> None:
         """The numbers of a step, or of a validation, to wherever they are kept."""
@@ -158,7 +158,7 @@ class Run:
     def _begin_again(self) -> None:
         """In a folder that was gone."""
         folders.record_options(self.out, self.config)
-        self.say(f"{self.out} was moved away or removed: it is made again, and the run saves there", file=sys.stderr)
+        self.say(f"{self.out} was moved away or removed: it is made again, and the run saves there", to="stderr")
 
     @property
     def ending(self) -> bool:
@@ -249,7 +249,7 @@ class Run:
         self.saved = None
         if isinstance(error, Taken):
             return self.stay_at_home()
-        self.say(f"{error}; the checkpoints before it are kept, and training goes on", bar, sys.stderr)
+        self.say(f"{error}; the checkpoints before it are kept, and training goes on", bar, "stderr")
 
     def validate(self) -> float:
         """The validation loss of this step, logged once. Raises Stopped when a signal comes meanwhile."""
@@ -315,7 +315,7 @@ class Run:
         try:
             self.saver.wait()
         except (OSError, Taken) as error:
-            print(error, file=sys.stderr)
+            say(error, "stderr")
         finally:
             if self.trackers is not None:
                 self.trackers.close()

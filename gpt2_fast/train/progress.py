@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from tqdm import tqdm
+
+from gpt2_fast.train.say import Unfailing, attempt, say
 
 
 class Progress:
@@ -19,9 +20,14 @@ class Progress:
     """
 
     def __init__(self, total: int, initial: int, every: int, silent: bool = False):
-        terminal = not silent and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True) if terminal else None
-        self._total, self._initial, self._every, self._lines = total, initial, every, not silent and not terminal
+        terminal = not silent and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+        flushes = [stream.flush for stream in (sys.stderr, sys.stdout) if stream is not None]
+        if terminal and all(map(attempt, flushes)):  # tqdm calls them too, as it begins, and unguarded
+            stream = Unfailing(sys.stderr)
+            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, file=stream)
+        else:
+            self._bar = None
+        self._total, self._initial, self._every, self._lines = total, initial, every, not silent and self._bar is None
         self._started = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -43,14 +49,11 @@ class Progress:
         elif self._lines and (step % self._every == 0 or step in (self._initial + 1, self._total)):
             each = (time.perf_counter() - self._started) / (step - self._initial)
             left = tqdm.format_interval(each * (self._total - step))
-            print(
-                f"step {step}/{self._total}, loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s, {left} left",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            say(f"step {step}/{self._total}, loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s, {left} left", "stderr")
 
-    def write(self, text: str, file: Any = None) -> None:
-        """A line, above the bar where there is one. file: stdout unless given."""
+    def write(self, text: str, to: str = "stdout") -> None:
+        """A line, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.write(text, file=file)
+            attempt(lambda: self._bar.write(text, file=getattr(sys, to)))
         else:
-            print(text, file=file, flush=True)
+            say(text, to)

@@ -13,6 +13,7 @@ from gpt2_fast.train import folder as folders
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.loop import Run
 from gpt2_fast.train.place import Place
+from gpt2_fast.train.say import say
 
 
 def start_run(options: dict) -> Run:
@@ -40,7 +41,7 @@ def resume_run(folder: str, options: dict) -> Run:
         lock, state = Place(out), folders.find_state(path)
         if state is None:
             config = folders.options_to_resume(folders.recorded_options(out), options, out)
-            print(f"{out} has no checkpoint yet: the run starts again with its recorded options")
+            say(f"{out} has no checkpoint yet: the run starts again with its recorded options")
         elif not isinstance(saved := state.extra.get("train_config"), dict):
             raise ValueError(f"{state.path} has no options of a run; give a folder that gpt2-fast train made")
         else:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.say import say
 
 Record = dict[str, Any]
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id"  # in the run's folder
@@ -116,7 +116,7 @@ class Trackers:
             do()
         except Exception as error:  # of a library that is not this one's, and no reason to lose a run
             self._open.pop(name, None)
-            print(f"--log {name} failed ({_reason(error)}); training goes on without it", file=sys.stderr)
+            say(f"--log {name} failed ({_reason(error)}); training goes on without it", "stderr")
 
     def write(self, record: Record) -> None:
         for name, tracker in list(self._open.items()):

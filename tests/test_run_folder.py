@@ -9,10 +9,10 @@ import os
 import shutil
 
 import pytest
-from small_run import data, names, out, small
+from small_run import data, names, numbers, out, small
 
 from gpt2_fast.cli import main
-from gpt2_fast.train import resume_run, start_run
+from gpt2_fast.train import loop, resume_run, start_run, trackers
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -55,7 +55,6 @@ def test_a_copy_that_followed_the_links_is_a_runs_still(small, out):
 
 def test_a_run_that_came_and_went_meanwhile_is_not_written_over(small, out, monkeypatch):
     """Between the first look at the folder and the lock, as another reads long data."""
-    from gpt2_fast.train import loop
 
     load = loop.load_data
 
@@ -135,3 +134,28 @@ def test_a_lock_that_was_removed_is_taken_again(small, out, capsys):
     assert logged(out) == [0, 1, 2, 3, 3]
     assert (out / ".lock").exists()
     assert "made again" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["data", "device", "log", "tracker"])
+def test_a_resume_that_is_refused_changes_nothing(small, data, out, capsys, monkeypatch, why):
+    start_run(small(steps=4, save_every=2)).train()
+    given = ["train", "--resume", str(out / "checkpoint-000002")]
+    if why == "data":
+        numbers(data / "train.bin", seed=2)
+    elif why == "device":
+        given.append("--compile-graph")
+    elif why == "log":
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        (out / "metrics.jsonl").write_text("\n".join(["{", *lines]) + "\n")
+    else:
+        (out / "tensorboard").write_text("a file")
+        monkeypatch.setitem(trackers.KINDS, "tensorboard", lambda *_: (out / "tensorboard").mkdir())
+        monkeypatch.setattr(trackers, "check_installed", lambda config: None)
+        monkeypatch.setattr(loop, "check_installed", lambda config: None)
+        given += ["--log", "tensorboard"]
+    before = contents(out)
+    assert main(given) == 2
+    said = {"data": "holds other tokens", "device": "needs a CUDA device", "log": "damaged at line 1",
+            "tracker": "--log tensorboard cannot be opened"}  # fmt: skip
+    assert said[why] in capsys.readouterr().err
+    assert contents(out) == before

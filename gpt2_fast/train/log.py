@@ -38,15 +38,18 @@ class MetricsLog:
             records.append(record)
         return records
 
-    def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Takes from the file what is of later steps, which run again, and what stands twice. Returns the rest."""
+    def up_to(self, step: int) -> list[dict[str, Any]]:
+        """The records without those of later steps, which run again, and without what stands twice."""
         records = {}
         for record in self.read():
             if record["step"] <= step:
                 records.setdefault((record["step"], "loss" in record), record)
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
         return list(records.values())
+
+    def keep(self, records: list[dict[str, Any]]) -> None:
+        """Takes all other records from the file."""
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, **record: Any) -> None:
         """Adds a line. Where the disk has no room for it, says so once and tries again at the next."""

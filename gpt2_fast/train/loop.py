@@ -100,18 +100,17 @@ class Run:
         self.lock = lock
         if group.first:
             self.lock = lock or Place(self.out, new)
-            folders.take_over(self.out, state)
         self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
         self.step, self.saved = 0, None
         self.best, self.best_step = math.inf, None  # of the first process, which writes checkpoints
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             take_up(self, state)
-        self.validated = dict(group.decide(self._recorded))
         self.run_step = Step(self.model, self.optimizer, config, self.context, group)
         self.loss_scale = self.run_step.loss_scale
         if self.loss_scale is not None and state is not None and "loss_scale" in state.extra:
             self.loss_scale.load_state_dict(state.extra["loss_scale"])
+        self.validated = dict(group.decide(lambda: self._begin(state)))  # from here on nothing is refused
         self.readout, self.pending = Readout(self.device), None
         self.verifier = Verifier(self._state)
         self.saver, self.stop = Saver(self._write), Stop()
@@ -120,11 +119,13 @@ class Run:
         self.failing = False  # whether a process has one, as far as all of them know
         self._save_soon = False
 
-    def _recorded(self) -> list[tuple[int, float]]:
-        """Makes the log that of the steps so far. Returns the steps and validation losses in it."""
-        records = self.log.forget_after(self.step)
-        folders.record_options(self.out, self.config)
+    def _begin(self, state: checkpoint.TrainingState | None) -> list[tuple[int, float]]:
+        """Makes folder and log those of the steps so far. Returns the steps and validation losses in it."""
+        records = self.log.up_to(self.step)
         self.trackers = Trackers(self.config, self.out, self.step, records)
+        folders.take_over(self.out, state)
+        self.log.keep(records)
+        folders.record_options(self.out, self.config)
         return [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
 
     def say(self, text: str, bar: Progress | None = None, to: str = "stdout") -> None:

@@ -363,7 +363,7 @@ class AdamW(Optimizer):
         for call in calls:
             taken = call()
         self.last_grad_norm = None if self.clip_grad_norm is None else taken
-        self.last_found_inf = room.found_inf(taken, **scaling)
+        self.last_found_inf = room.left_out(taken, **scaling)
         if self.last_found_inf is not None:
             torch._foreach_sub_(steps, self.last_found_inf)
         return loss

@@ -35,7 +35,7 @@ from .interpreter import cast
 from .launch import launch
 
 COLUMNS = tl.constexpr(10)
-CHUNK = 8192  # elements a program
+CHUNK = 8192  # elements a program, of what is compiled ahead; ops/adamw_table.py passes the same
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def update_kernel(
         )  # fmt: skip
 
 
-def chunk_rows(numels: list[int], device: torch.device, chunk: int = CHUNK) -> torch.Tensor:
+def chunk_rows(numels: list[int], device: torch.device, chunk: int) -> torch.Tensor:
     """int32 [chunks]: the table row of every chunk, for tensors of `numels` elements laid end to end."""
     counts = torch.tensor([triton.cdiv(numel, chunk) for numel in numels])
     return torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts).to(device)
@@ -231,18 +231,18 @@ def grad_norm(
     rows: torch.Tensor,
     norm: torch.Tensor,
     aligned: bool,
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> None:
     """Writes the 2-norm of all gradients of the table into norm, float32 [1]. Two launches.
 
-    rows: `chunk_rows`. aligned: whether every address of the table is a multiple of 16 (wider loads).
+    rows: `chunk_rows` of the same chunk. aligned: whether every address of the table is a multiple of 16 (wider loads).
     """
     partial = partial_norms(table, rows, aligned, chunk)
     total = tuning.config("adamw", "total", config_arch(table.device))
     launch(norm_total_kernel, (1,), partial, norm, rows.numel(), **total)
 
 
-def partial_norms(table: torch.Tensor, rows: torch.Tensor, aligned: bool, chunk: int = CHUNK) -> torch.Tensor:
+def partial_norms(table: torch.Tensor, rows: torch.Tensor, aligned: bool, chunk: int) -> torch.Tensor:
     """The sum of squares of the gradients of each chunk, float32 [chunks]. One launch. Arguments: see `grad_norm`."""
     chunks, config = rows.numel(), _block("norm", table.device, chunk)
     partial = torch.empty(chunks, dtype=torch.float32, device=table.device)
@@ -257,7 +257,7 @@ def step(
     norm: torch.Tensor | None,
     max_norm: float,
     aligned: bool,
-    chunk: int = CHUNK,
+    chunk: int,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
 ) -> None:

@@ -13,12 +13,14 @@ import warnings
 import torch
 
 from gpt2_fast.cli import main
+from gpt2_fast.ops import rooms
 from gpt2_fast.ops.runtime import dispatch
 
 warnings.simplefilter("error", RuntimeWarning)  # the package's own: without its extension, or one of other sources
 extension = pathlib.Path(dispatch.extension().__file__)
 assert extension.name == "_C.abi3.so", extension
 assert extension.with_name("cuda_src").is_dir(), "the CUDA source is not installed"
+rooms()  # each fills its row of the table
 chosen = {op: dispatch.explain(op, torch.device("cpu"), torch.float32)[0] for op in dispatch.TABLE}
 assert "reference" not in chosen.values(), chosen
 

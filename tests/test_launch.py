@@ -104,8 +104,8 @@ def _every_launcher(device: str) -> None:
     linear_cross_entropy.softmax_xent_(logits, labels, float32(N), -100, float32(1), True)
     linear_cross_entropy.scale_(rows, float32(1))
     table, chunks, norm = empty(3, 10, dtype=torch.int64), empty(7, dtype=torch.int32), float32(1)
-    adamw.grad_norm(table, chunks, norm, True)
-    adamw.step(table, chunks, empty(1, 6, dtype=torch.float64), norm, 1.0, True)
+    adamw.grad_norm(table, chunks, norm, True, adamw.CHUNK)
+    adamw.step(table, chunks, empty(1, 6, dtype=torch.float64), norm, 1.0, True, adamw.CHUNK)
 
 
 def test_every_launcher_launches_on_its_tensors_device_with_the_options_that_were_compiled(launches):

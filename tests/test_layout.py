@@ -14,7 +14,10 @@ import pytest
 
 import gpt2_fast
 from gpt2_fast import moved
+from gpt2_fast.ops import rooms
 from gpt2_fast.ops.runtime.dispatch import TABLE, names
+
+rooms()  # each fills its row of TABLE
 
 ROOT = Path(__file__).parent.parent
 ROOM = {"attention_decode": "attention"}  # two kernels that share one room

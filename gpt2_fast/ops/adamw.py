@@ -65,6 +65,9 @@ class Lists(NamedTuple):
         self.groups.append(group)
 
 
+dispatch.TABLE[OP] = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")}
+
+
 def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, float32 (float64 if one of them is)."""
     if not grads:
@@ -141,7 +144,7 @@ def _skipped(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor |
     return functools.reduce(torch.logical_or, found) if found else None
 
 
-def found_inf(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+def left_out(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
     """Whether a step with these changed nothing, 1 or 0, a float32 scalar on the device; None where no loss was scaled.
 
     norm: what `adamw` returned.
@@ -201,7 +204,8 @@ def _chunk_squares_triton(rows, device):
     from gpt2_fast.kernels import adamw as kernel
 
     aligned = rows[0].grad % ALIGNMENT == 0
-    return kernel.partial_norms(device_table(rows, device), chunk_rows((rows[0].numel,), device), aligned).double()
+    table, chunks = device_table(rows, device), chunk_rows((rows[0].numel,), device)
+    return kernel.partial_norms(table, chunks, aligned, CHUNK).double()
 
 
 _CHUNK_SQUARES = {"cpp": _chunk_squares_cpp, "triton": _chunk_squares_triton}

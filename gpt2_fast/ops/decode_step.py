@@ -30,6 +30,7 @@ from gpt2_fast.ops.runtime.gelu import ACTIVATIONS
 from gpt2_fast.ops.runtime.memory import round_up
 
 OP = "decode_step"
+dispatch.TABLE[OP] = {"cuda": ("reference",), "cpu": ("cpp", "reference")}
 CHUNK = 256  # rows at a time in a prefill; of 96 to 384 the fastest in float32, and as fast as any in int8
 SPARE = 16  # rows that a tile may go beyond them
 TILE_ROWS = 12  # the most rows of a tile, in csrc/decode_panels.h

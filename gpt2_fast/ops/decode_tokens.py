@@ -17,9 +17,10 @@ from torch import Tensor
 from gpt2_fast.ops import decode_step, draw
 from gpt2_fast.ops.decode_step import PackedCache, PackedModel, check_out, check_tokens
 from gpt2_fast.ops.draw import Scratch, check_options, check_uniforms, draw_reference, options_of
-from gpt2_fast.ops.runtime import cpp
+from gpt2_fast.ops.runtime import cpp, dispatch
 
 OP = "decode_tokens"
+dispatch.TABLE[OP] = {"cuda": ("reference",), "cpu": ("cpp", "reference")}
 
 
 def decode_tokens_reference(

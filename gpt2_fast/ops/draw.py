@@ -23,6 +23,7 @@ from gpt2_fast.ops.runtime import cpp, dispatch
 from gpt2_fast.ops.runtime.contract import check_dense
 
 OP = "draw"
+dispatch.TABLE[OP] = {"cuda": ("reference",), "cpu": ("cpp", "reference")}
 
 
 def draw_reference(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, found_inf, take_written
+from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, left_out, take_written
 from gpt2_fast.ops.adamw_contract import check_shape, unsupported
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
@@ -139,7 +139,7 @@ class Shards:
             step, group = self.states[index]["step"], self._groups[index]
             lists.append(wide[part], self._gradient[part], m, v, None, step, group)
         adamw(*lists, hyper, max_norm=max_norm, norm=norm, grad_scale=grad_scale, impl=impl, kept=self._kept)
-        if (skipped := found_inf(norm, grad_scale, None)) is not None:
+        if (skipped := left_out(norm, grad_scale, None)) is not None:
             torch._foreach_sub_(steps, skipped)
         if self._low:
             self._own.copy_(wide)

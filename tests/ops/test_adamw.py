@@ -380,3 +380,8 @@ def test_bad_input_is_named():
     double = [[t.double() for t in tensors] for tensors in lists[:4]]
     with pytest.raises(ImplementationUnavailable, match=r"not torch.float64; use impl='reference'"):
         adamw(*double, masters, steps, groups, hyper, impl="cpp")
+
+
+def test_what_is_compiled_ahead_has_the_chunk_that_runs():
+    kernel = pytest.importorskip("gpt2_fast.kernels.adamw")
+    assert kernel.CHUNK == adamw_table.CHUNK

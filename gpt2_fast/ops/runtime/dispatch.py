@@ -30,13 +30,9 @@ from gpt2_fast import sources
 from gpt2_fast.ops.runtime.cpu_policy import cpu_policy
 from gpt2_fast.uncompiled import assume_constant_result
 
-# Filled by the declarations (`declare.Op`): operation -> device type -> implementations, best first.
-TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "decode_step": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
-    "draw": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
-    "decode_tokens": {"cuda": ("reference",), "cpu": ("cpp", "reference")},
-    "adamw": {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")},
-}
+# Operation -> device type -> implementations, best first. Each operation's file fills its row when it is imported, most
+# by `declare.Op`.
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {}
 
 # Triton is in no row of a CPU: its interpreter is a test instrument, so it runs there only when asked for by name.
 ON_REQUEST = {"cpu": ("triton",)}

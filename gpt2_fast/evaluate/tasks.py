@@ -101,7 +101,7 @@ def load_model(
 ) -> GPT2LMHeadModel:
     """A model in eval mode from a Hugging Face folder or hub name, a nanoGPT ckpt.pt or an llm.c .bin.
 
-    dtype: of the weights; None keeps what is stored. Raises what `convert.load` does.
+    dtype: of the weights; None keeps what is stored. Raises what `checkpoint.load` does.
     """
     if source_format(source) == "hf":
         return GPT2LMHeadModel.from_pretrained(source, dtype=dtype, device=device, impl=impl)

@@ -35,7 +35,7 @@ class Lost(RuntimeError):
 
 
 class Group:
-    """The processes of a run. Without a `store` this one is alone.
+    """The processes of a run, as `join` makes it; `Group()` is one that is alone.
 
     Attributes:
         rank, world: which process this is, of how many.

@@ -33,7 +33,6 @@ from gpt2_fast.lazy import exports
 _NAMES = {
     "start": ("resume_run", "start_run"),
     "loop": ("Run",),
-    "processes": ("resolve_device",),
     "step": ("Step", "build_model", "build_optimizer"),
     "memory": ("Memory", "check_fits"),
     "dry_run": ("estimate_run",),

@@ -84,9 +84,6 @@ class Saver:
         except Exception as error:
             self._error = error
 
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def settle(self) -> None:
         """Waits for the save that is at work, whatever becomes of it."""
         if self._thread is not None:

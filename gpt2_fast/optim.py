@@ -378,7 +378,7 @@ class AdamW(Optimizer):
         params = (p for group in self.param_groups for p in group["params"])
         if found_inf is not None and any(map(is_dtensor, params)):
             # It may be of this rank's gradients alone. The norm is of all ranks', and they have to decide alike.
-            scale, found_inf = torch.ones((), device=found_inf.device) if scale is None else scale, None
+            scale, found_inf = found_inf.new_ones(()) if scale is None else scale, None
         return (scale, found_inf) if grad_scale is None else (grad_scale, None)
 
     def _max_norm(self, grad_scale: Tensor | None) -> float | None:

@@ -98,7 +98,7 @@ class GraphDecoder(ModelDecoder):
         super().__init__(model, batch_size, n_positions, StaticCache)
         device = model.transformer.wte.weight.device
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(batch_size, model.lm_head.weight.shape[0], device=device)
+        self.logits = torch.zeros(batch_size, model.lm_head.weight.shape[0], dtype=torch.float32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._to_capture = device.type == "cuda"
 
@@ -148,7 +148,8 @@ class PackedDecoder:
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
         self.packed, self.batch_size, self.n_positions = packed, batch_size, n_positions
         self.cache: PackedCache | None = None
-        self.logits, self.scratch = torch.empty(batch_size, packed.config.vocab_size), Scratch()
+        self.logits = torch.empty(batch_size, packed.config.vocab_size, dtype=torch.float32)
+        self.scratch = Scratch()
 
     @property
     def length(self) -> int:

@@ -71,7 +71,7 @@ dispatch.TABLE[OP] = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference
 def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, float32 (float64 if one of them is)."""
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.contiguous(), dtype=wide) for g in grads]))
 
@@ -117,7 +117,8 @@ def adamw_reference(
         weight = next(masters) if p.dtype in LOW_PRECISION else p
         if weight is not p:
             take_written(weight, p)
-        g = grad.to(m.dtype) * torch.where(maximize != 0, -1.0, 1.0)
+        g = grad.to(m.dtype)
+        g = torch.where(maximize != 0, -g, g)
         g = g if coefficient is None else g * coefficient
         m.add_((g - m) * (1.0 - beta1))
         v.mul_(beta2).add_(g * g * (1.0 - beta2))
@@ -157,7 +158,7 @@ def _step_cpp(rows, hyper, norm, max_norm, grad_scale, found_inf):
     table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": len(rows), "chunk": CHUNK}
     table["chunks"] = rows[-1].first_chunk + rows[-1].chunks
     if max_norm is not None and norm is None:
-        norm = torch.empty(())
+        norm = torch.empty((), dtype=torch.float32)
         cpp.adamw_grad_norm(**table, partial=torch.empty(table["chunks"], dtype=torch.float64), norm=norm)
         norm = _unscaled(norm, grad_scale)
     limit = -1.0 if max_norm is None else max_norm
@@ -196,7 +197,7 @@ def chunk_squares_reference(flat: Tensor) -> Tensor:
 def _chunk_squares_cpp(rows, device):
     partial = torch.empty(rows[0].chunks, dtype=torch.float64)
     table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": 1, "chunk": CHUNK, "chunks": rows[0].chunks}
-    cpp.adamw_grad_norm(**table, partial=partial, norm=torch.empty(()))
+    cpp.adamw_grad_norm(**table, partial=partial, norm=torch.empty((), dtype=torch.float32))
     return partial
 
 
@@ -423,10 +424,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32):
     for shapes, max_norm in [([(1,)], None), ([(3, 5), (96,), (0,), (33, 96)], 0.5), ([(70, 130), (20,)], 1e9)]:
         params = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
         grads = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-        exp_avgs = [torch.randn(s, generator=generator).to(device) * 0.1 for s in shapes]
-        exp_avg_sqs = [torch.rand(s, generator=generator).to(device) for s in shapes]
+        exp_avgs = [torch.randn(s, generator=generator, dtype=torch.float32).to(device) * 0.1 for s in shapes]
+        exp_avg_sqs = [torch.rand(s, generator=generator, dtype=torch.float32).to(device) for s in shapes]
         masters = [p.float() for p in params] if dtype in LOW_PRECISION else []
-        steps = [torch.tensor(float(i + 1), device=device) for i in range(len(shapes))]
+        steps = [torch.tensor(float(i + 1), dtype=torch.float32, device=device) for i in range(len(shapes))]
         hyper = torch.tensor([[1e-2, 0.9, 0.95, 1e-8, 0.1, 0], [3e-3, 0.8, 0.999, 1e-6, 0, 1]], dtype=torch.float64)
         groups = [i % 2 for i in range(len(shapes))]
         lists = (params, grads, exp_avgs, exp_avg_sqs, masters, steps, groups)

@@ -14,6 +14,7 @@ values are indexed by its own positions, so it decodes to the same bits alone an
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -134,7 +135,8 @@ class PackedModel:
         self.lm_head = self.wte if tied else PackedMatrix(model.lm_head, weights, **where)
         self.wpe = model.wpe.detach().to(torch.float32, copy=True).contiguous()
         self.ln_f = _padded(*model.ln_f)
-        self._constants = torch.tensor([*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon])
+        constants = [*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon]
+        self._constants = torch.tensor(constants, dtype=torch.float32)
         self._table = None if self.impl == "reference" else torch.tensor(self._entries())
 
     def _entries(self) -> list[int]:
@@ -245,15 +247,16 @@ class PackedCache:
     def _allocate(self, config, S: int) -> None:
         """The scratch of a call, and all of it as csrc's DecodeCache."""
         rows, C16, F16 = CHUNK + SPARE, round_up(config.n_embd, PANEL), round_up(config.n_inner_, PANEL)
+        floats = functools.partial(torch.empty, dtype=torch.float32)
         self._scratch = {
-            "h": torch.empty(rows, C16), "y": torch.empty(rows, C16), "f": torch.empty(rows, F16),
-            "qkv": torch.empty(rows, round_up(3 * config.n_embd, PANEL)),
-            "newest": torch.empty(self.batch_size, C16),
+            "h": floats(rows, C16), "y": floats(rows, C16), "f": floats(rows, F16),
+            "qkv": floats(rows, round_up(3 * config.n_embd, PANEL)),
+            "newest": floats(self.batch_size, C16),
             "starts": self.starts, "positions": torch.empty(self.batch_size, dtype=torch.int32),
-            "scores": torch.empty(self.threads, TILE_ROWS, S),
+            "scores": floats(self.threads, TILE_ROWS, S),
             "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8),
             "split_offsets": torch.empty(rows * max(2, round_up(max(C16, F16), GROUP) // GROUP), dtype=torch.int32),
-            "split_scales": torch.empty(rows),
+            "split_scales": floats(rows),
         }  # fmt: skip
         sizes = {"B": self.batch_size, "S": self.n_positions, "chunk": CHUNK}
         held = {"keys": self.keys, "values": self.values}
@@ -344,7 +347,7 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
         logits = decode_step_reference(packed, tokens, cache)
         out = logits if out is None else out.copy_(logits)
     else:
-        out = torch.empty(cache.batch_size, packed.config.vocab_size) if out is None else out
+        out = torch.empty(cache.batch_size, packed.config.vocab_size, dtype=torch.float32) if out is None else out
         _decode_step_cpp(packed, tokens, cache, out)
         torch.autograd.graph.increment_version(out)  # who keeps it for a backward is told that it changed
     cache.length += 1 if tokens.ndim == 1 else tokens.shape[1]

@@ -78,7 +78,7 @@ class Scratch:
         if self.held is None or self.held.shape[0] < threads or self.vocab_size != vocab_size:
             units = torch.empty(1, dtype=torch.int64)
             cpp.draw_scratch(V=vocab_size, units=units)
-            self.held, self.vocab_size = torch.empty(threads, units.item()), vocab_size
+            self.held, self.vocab_size = torch.empty(threads, units.item(), dtype=torch.float32), vocab_size
         return self.held, threads
 
 
@@ -94,7 +94,7 @@ def _draw_cpp(logits, uniform, temperature, top_k, top_p, scratch: Scratch) -> t
     (B, V), logits = logits.shape, logits.detach().resolve_neg().contiguous()
     uniform = None if uniform is None else uniform.detach().resolve_neg().contiguous()
     memory, threads = scratch.of(B, V)
-    tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B)
+    tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.float32)
     cpp.draw(
         options_of(V, temperature, top_k, top_p), logits=logits, uniforms=uniform, B=B, V=V, tokens=tokens,
         highest=highest, scratch=memory, threads=threads,

@@ -150,7 +150,7 @@ def _by_chunks(a, row_scale, need_dx, need_dweight) -> tuple[Tensor, Tensor | No
 def _scale(a) -> Tensor:
     """What the sum of the losses is multiplied by, float32 [1], without a host sync."""
     if a.reduction == "sum":
-        return torch.ones(1, device=a.x.device)
+        return torch.ones(1, dtype=torch.float32, device=a.x.device)
     kept = (a.labels != a.ignore_index).sum(dtype=torch.float32) if a.num_items is None else a.num_items
     return 1.0 / kept.reshape(1)
 
@@ -190,7 +190,7 @@ def _gradients(a):
 def _forward(a, out):
     _check_labels(a.labels.view(-1), a.ignore_index, a.V)
     if a.reduction == "none":
-        losses, _, _ = _by_chunks(a, torch.ones(1, device=a.x.device), False, False)
+        losses, _, _ = _by_chunks(a, torch.ones(1, dtype=torch.float32, device=a.x.device), False, False)
         out.loss = losses.view(a.labels.shape)
         return
     scale = out.scale = _scale(a)
@@ -272,7 +272,7 @@ def _one_number(num_items: float | Tensor | None, x: Tensor) -> Tensor | None:
     if not isinstance(num_items, (float, int, Tensor)):
         raise TypeError(f"linear_cross_entropy: num_items is a {type(num_items).__name__}; it must be one number")
     if not isinstance(num_items, Tensor):
-        return torch.full((), float(num_items), device=device)
+        return torch.full((), float(num_items), dtype=torch.float32, device=device)
     if num_items.numel() != 1 or num_items.layout is not torch.strided:
         raise ValueError(f"linear_cross_entropy: num_items is {tuple(num_items.shape)}; it must be one number")
     one = num_items.detach().to(torch.float32).reshape(())

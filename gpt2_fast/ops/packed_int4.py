@@ -25,7 +25,7 @@ CHUNK = 1 << 11  # groups at a time: their temporaries stay in the cache
 
 # The code of every half from -128 to 127.5 and of what lies up to the next: where two levels meet is a whole or a half.
 _MEETINGS = (LEVELS[1:].float() + LEVELS[:-1].float()) / 2
-CODE_OF_HALF = torch.bucketize(torch.arange(-256, 256) / 2, _MEETINGS, right=True).to(torch.uint8)
+CODE_OF_HALF = torch.bucketize(torch.arange(-256, 256, dtype=torch.float32) / 2, _MEETINGS, right=True).to(torch.uint8)
 LEVEL_OF_HALF = LEVELS[CODE_OF_HALF.long()].float()
 
 

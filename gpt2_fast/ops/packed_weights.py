@@ -89,7 +89,7 @@ class PackedMatrix:
         else:
             shape, dtype = (panels, -(-K // GROUPS[weights]), PANEL, GROUPS[weights]), DTYPES[weights]
         self.panels = memory.zeros(shape, dtype)
-        self.scale = torch.zeros(panels * PANEL) if weights == "int8" else None
+        self.scale = torch.zeros(panels * PANEL, dtype=torch.float32) if weights == "int8" else None
         (_pack_cpp if impl == "cpp" else _pack_reference)(matrix, weights, self.panels, self.scale)
 
     def table(self) -> list[int]:

@@ -32,7 +32,7 @@ class Readout:
 
     def __init__(self, device: torch.device):
         self.device, self._cuda = device, device.type == "cuda"
-        self._values = [torch.zeros(4, pin_memory=self._cuda) for _ in range(self.PLACES)]
+        self._values = [torch.zeros(4, dtype=torch.float32, pin_memory=self._cuda) for _ in range(self.PLACES)]
         self._faults = [torch.zeros(embedding.FAULT_WORDS, dtype=torch.int64, pin_memory=self._cuda)
                         for _ in range(self.PLACES)]  # fmt: skip
         self._events = [torch.cuda.Event() if self._cuda else None for _ in range(self.PLACES)]

@@ -148,7 +148,7 @@ class Step:
         c = model.config
         drops = max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
         self.keys = torch.zeros(shape[0], dtype=torch.int64, device=device) if drops else None
-        self.losses = torch.zeros(shape[0], device=device)
+        self.losses = torch.zeros(shape[0], dtype=torch.float32, device=device)
         self.loss_scale = LossScale(device) if config.dtype == "float16" else None
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._runs = 0

@@ -222,10 +222,10 @@ def serve() -> None:
     """Runs jobs, a line of JSON each, in ranks that are forked from this process: it has imported everything already.
 
     A job: {"world", "program": a module whose `main` takes the list of "arguments", "cwd", "patience" seconds,
-    "imports": what the program imports as it runs, "streams": see `_redirect`}, and where something is to happen in
-    front of a step of training {"do", "rank", "step"}, do: the name of a signal to itself, "error" or "hang". A job of
-    "world" 0 is a process that nothing launched. The answer: the ranks' "codes" (None: killed, as it hung), "stderr",
-    "stdout", and "seconds" from the first end to the last.
+    "imports": what the program imports as it runs, "streams": see `_redirect`, "folders": in cwd, of
+    each rank}, and where something is to happen in front of a step of training {"do", "rank", "step"}, do: the name of
+    a signal to itself, "error" or "hang". A job of "world" 0 is a process that nothing launched. The answer: the ranks'
+    "codes" (None: killed, as it hung), "stderr", "stdout", and "seconds" from the first end to the last.
     """
     import torch.distributed  # noqa: F401
 
@@ -304,7 +304,7 @@ def _rank(job: dict, rank: int, port: int) -> int:
             RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world,
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
         )  # fmt: skip
-    os.chdir(job["cwd"])
+    os.chdir(os.path.join(job["cwd"], job["folders"][rank] if "folders" in job else "."))
     if "do" in job:
         _disturb(job, rank)
     return sys.modules[job["program"]].main(job["arguments"]) or 0

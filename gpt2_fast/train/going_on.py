@@ -36,13 +36,23 @@ def take_up(run: Run, state: checkpoint.TrainingState) -> None:
             run.say(f"the run goes on with another {name} ({value} before, {here} now): other bits from here")
     if given.get("dtype", run.config.dtype) != run.config.dtype:
         run.say(f"the run goes on in {run.config.dtype} ({given['dtype']} before), from its float32 weights")
-    before = state.extra.get("data")
+    before, validation = state.extra.get("data"), state.extra.get("validation")
+    same = given.get("data") == run.config.data and given.get("context") == run.config.context
     if before not in (None, run.fingerprint):
-        if given.get("data") == run.config.data and given.get("context") == run.config.context:
-            raise ValueError(
-                f"--data {run.config.data or '(none)'} holds other tokens than when the run was saved; put the "
-                "old data back, or name the new with --data and another path"
-            )
+        if same:
+            raise _other_data(run, "tokens")
         run.say("the run goes on with other data")
+    if validation not in (None, run.validation):
+        if same and validation["data"] != run.validation["data"]:
+            raise _other_data(run, "validation tokens")
+        run.best, run.best_step, run.best_from = math.inf, None, run.step + 1
+        run.say("the run validates on other data than before: its best checkpoint is found anew")
     if moved := folders.moved_order(given, run.config):
         run.say(moved)
+
+
+def _other_data(run: Run, what: str) -> ValueError:
+    return ValueError(
+        f"--data {run.config.data or '(none)'} holds other {what} than when the run was saved; put the old data "
+        "back, or name the new with --data and another path"
+    )

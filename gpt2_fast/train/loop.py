@@ -97,12 +97,17 @@ class Run:
         self.fingerprint = self.train_data.fingerprint()
         group.same(self.environment, "the processes run on other devices, threads or versions; their bits would differ")
         group.same(self.fingerprint, f"the processes read other data; is --data {config.data} the same everywhere?")
+        self.validation = self._validation()
+        group.same(
+            self.validation, f"the processes read other validation data; is --data {config.data} the same everywhere?"
+        )
         self.lock = lock
         if group.first:
             self.lock = lock or Place(self.out, new)
         self.log, self.trackers = MetricsLog(self.out / folders.METRICS), None
         self.step, self.saved = 0, None
         self.best, self.best_step = math.inf, None  # of the first process, which writes checkpoints
+        self.best_from = 0  # validations of earlier steps are of other data
         self.tokens_per_step = config.grad_accum * config.batch_size * self.context
         if state is not None:
             take_up(self, state)
@@ -118,6 +123,11 @@ class Run:
         self.fault: Exception | None = None  # what ends the run, in this process
         self.failing = False  # whether a process has one, as far as all of them know
         self._save_soon = False
+
+    def _validation(self) -> dict[str, Any]:
+        """What a validation is computed on: losses are compared where it is the same."""
+        count = min(self.config.eval_batches * self.config.batch_size, self.val_data.n_windows)
+        return {"data": self.val_data.fingerprint(), "context": self.context, "windows": count}
 
     def _begin(self, state: checkpoint.TrainingState | None) -> list[tuple[int, float]]:
         """Makes folder and log those of the steps so far. Returns the steps and validation losses in it."""
@@ -216,7 +226,7 @@ class Run:
                 "rng": {"cpu": torch.get_rng_state(), "cuda": []},  # a step draws nothing: for readers of this version
                 "extra": {
                     "train_config": dataclasses.asdict(self.config), "environment": self.environment,
-                    "data": self.fingerprint,
+                    "data": self.fingerprint, "validation": self.validation,
                     "best": self.best if best is None else best,
                     "best_step": self.best_step if best is None else self.step,
                     **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}),
@@ -304,7 +314,7 @@ class Run:
 
     def save_last(self) -> None:
         """The checkpoint of the last step, where it is not there."""
-        best = self._best(self.validated.get(self.step, math.inf))
+        best = self._best(self.validated.get(self.step, math.inf) if self.step >= self.best_from else math.inf)
         (needed,) = self.group.agree(int(self.group.first and self._unsaved(best)))
         if needed:
             self.save(best)

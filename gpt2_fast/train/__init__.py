@@ -10,6 +10,7 @@ step        the model and optimizer of a run, and one step of it
 loss_scale  what a float16 loss is multiplied by, and how that moves
 processes   the device of each process of a run, and what all must have alike
 ahead       batches made ahead by a thread
+finite      what is not finite ends a run and is not saved
 readout     losses and norms read without waiting for a device
 saving      checkpoints written beside the steps
 log         metrics.jsonl

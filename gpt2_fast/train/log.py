@@ -53,7 +53,7 @@ class MetricsLog:
 
     def write(self, **record: Any) -> None:
         """Adds a line. Where the disk has no room for it, says so once and tries again at the next."""
-        self._waiting += json.dumps(record).encode() + b"\n"
+        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._append()
         except OSError as error:

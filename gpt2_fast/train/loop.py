@@ -32,9 +32,9 @@ from gpt2_fast.train import folder as folders
 from gpt2_fast.train.ahead import Ahead
 from gpt2_fast.train.conclusion import conclude, fail, finished, sample, settle
 from gpt2_fast.train.config import TrainConfig
+from gpt2_fast.train.finite import check_step, check_validation, check_weights
 from gpt2_fast.train.going_on import take_up
 from gpt2_fast.train.log import MetricsLog
-from gpt2_fast.train.loss_scale import LEAST
 from gpt2_fast.train.place import Place, Taken
 from gpt2_fast.train.processes import check_dtype, local_device, open_group
 from gpt2_fast.train.progress import Progress
@@ -143,6 +143,11 @@ class Run:
         if self.group.first and (to == "stderr" or not self.config.quiet):
             say(text, to) if bar is None else bar.write(text, to)
 
+    @property
+    def _last_lr(self) -> float:
+        """Of the step that was taken last."""
+        return self.config.learning_rate(max(self.step - 1, 0))
+
     def _record(self, **record: Any) -> None:
         """The numbers of a step, or of a validation, to wherever they are kept."""
         if self.group.first:
@@ -211,8 +216,10 @@ class Run:
 
         Every process calls it, and sends its part of the state to the first, which writes.
 
-        Raises OSError, one line, where the disk has no room; the checkpoints that were there are there still.
+        Raises OSError, one line, where the disk has no room, and FloatingPointError where a weight is not finite; the
+        checkpoints that were there are there still.
         """
+        check_weights(self.model, self.step, self._last_lr)
         self.saved = self.step
         self.saver.settle()  # before another state is gathered
         optimizer_state = self.optimizer.state_dict()
@@ -275,6 +282,7 @@ class Run:
 
         options = {"batch_size": size, "limit": batches * size, "between": between, "group": self.group}
         loss = dataset_loss(self.model, self.val_data, **options)["loss"]
+        check_validation(loss, self.step, self._last_lr)
         self._record(step=self.step, val_loss=loss)
         self.validated[self.step] = loss
         return loss
@@ -387,17 +395,9 @@ class Run:
         if self.pending is None:
             return
         (step, place, seconds), self.pending = self.pending, None
-        loss, grad_norm, loss_scale, skipped = self.readout.read(place)
-        lr = self.config.learning_rate(step - 1)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step}; lower --lr (it was {lr:.2e}) or use --dtype float32"
-            )
-        if loss_scale is not None and loss_scale < LEAST:
-            raise FloatingPointError(
-                f"gradients are beyond float16 at every loss scale (down to {loss_scale:g} at step {step}); lower --lr "
-                f"(it was {lr:.2e}) or use --dtype float32"
-            )
+        reading, lr = self.readout.read(place), self.config.learning_rate(step - 1)
+        check_step(reading, step, lr)
+        loss, grad_norm, loss_scale, skipped = reading
         rate = self.tokens_per_step / seconds
         bar.report(step, loss, lr, rate)
         extra = {} if grad_norm is None or skipped else {"grad_norm": round(grad_norm, 5)}

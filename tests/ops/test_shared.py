@@ -380,6 +380,24 @@ def test_transforms_of_torch_func(room):
 
 
 @of_each_derived
+def test_several_gradients_at_once(room):
+    """As is_grads_batched, jacobian(vectorize=True) and vmap over autograd.grad make them: those of a loop."""
+    for arguments in list(room.calls())[:2]:
+        names = room.differentiable(arguments)
+        leaves = [arguments[name].clone().requires_grad_() for name in names]
+        outputs = room.of(arguments, names, "cpp")(*leaves)
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        several = torch.stack([torch.ones_like(output), torch.randn_like(output), torch.zeros_like(output)])
+
+        def of(upstream, output=output, leaves=leaves, **options):
+            return torch.autograd.grad(output, leaves, upstream, retain_graph=True, materialize_grads=True, **options)
+
+        expected = tuple(map(torch.stack, zip(*map(of, several), strict=True)))
+        torch.testing.assert_close(of(several, is_grads_batched=True), expected)
+        torch.testing.assert_close(torch.func.vmap(of)(several), expected)
+
+
+@of_each_derived
 def test_each_gradient_alone(room, own_products):
     """Whichever inputs want one: the bits that they get beside all others."""
     for arguments in room.calls():

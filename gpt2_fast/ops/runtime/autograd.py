@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime.philox import Dropout
-from gpt2_fast.ops.runtime.tracing import refuse_tangents, traced
+from gpt2_fast.ops.runtime.tracing import refuse_tangents, several_at_once, traced
 
 if TYPE_CHECKING:
     from gpt2_fast.ops.runtime.declare import Op
@@ -81,7 +81,8 @@ def _dispatched(op: Op, what, tensors, options, needs, ahead, in_place: bool) ->
     """The gradients by name, by way of the dispatcher; or those that forward made `ahead`, scaled."""
     refuse_tangents(op.name, tensors)
     flat = (*tensors, *options, *what.carried, list(needs), what.impl)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # this backward is recorded itself
+    # This backward is recorded itself, or it is several at once, which go one by one there, each from what was saved.
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or several_at_once(tensors)):
         return by_name(op.made, op.underivable.apply(*flat))
     if any(g is not None for g in ahead):
         return op.rescale(ahead, flat, in_place)
@@ -137,7 +138,7 @@ def function_of(op: Op) -> Callable[..., tuple[Tensor, ...]]:
             tensors, ahead = (*grads, *saved), ()
             if op.ahead:
                 ahead, ctx.ahead = ctx.ahead, ()
-            if ahead or torch.is_grad_enabled() or traced(tensors):
+            if ahead or torch.is_grad_enabled() or traced(tensors) or several_at_once(grads):
                 made = _dispatched(op, kind, tensors, kind.flat_options(dropout), needs, ahead, True)
             else:
                 made = kind.backward(tensors, dropout, needs)

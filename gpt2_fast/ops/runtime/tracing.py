@@ -32,6 +32,16 @@ def traced(tensors: Sequence[Tensor | None]) -> bool:
     return under_a_tracer() or any(t is not None and is_odd(t) for t in tensors)
 
 
+def several_at_once(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one of these stands for many, without memory of its own: within torch.func.vmap, or for autograd.
+
+    autograd makes such upstream gradients by itself, by is_grads_batched=True and jacobian(..., vectorize=True).
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any([t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors])  # noqa: C419
+
+
 def refuse_tangents(name: str, tensors: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where forward-mode autograd follows one of `tensors`: no kernel does, and it is lost."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():

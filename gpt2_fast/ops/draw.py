@@ -45,9 +45,12 @@ def draw_reference(
     return token, highest.float()
 
 
+COLD = 0.01  # a temperature below which a logit over it may be infinite; in csrc/draw.cpp too
+
+
 def cooled(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature; near 0, where that is infinite, less their largest, which leaves the same probabilities."""
-    if temperature >= 0.01:
+    if temperature >= COLD:
         return logits / temperature
     below = logits - logits.amax(-1, keepdim=True)
     return torch.where(below == 0, below, below / temperature)

@@ -65,3 +65,107 @@ def test_processes_with_other_validation_data_are_refused(forks, small, data, tm
     done = forks(2, "training_ranks", "train", *flags, cwd=tmp_path, folders=["rank0", "rank1"])
     assert done["codes"] == [2, 2]
     assert "the processes read other validation data; is --data data the same everywhere?" in "".join(done["stderr"])
+
+
+def rewritten(path):
+    """The same size at least, other numbers, a later time."""
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size - 64)
+        file.write(bytes(64))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+
+
+def cut_short(path):
+    os.truncate(path, 64)
+
+
+def after(steps, happens):
+    """A run whose step `steps` is taken before `happens()`."""
+
+    def start(given):
+        run = start_run(given)
+        take = run._take
+
+        def take_and(batch):
+            loss = take(batch)
+            if run.step + 1 == steps:
+                happens()
+            return loss
+
+        run._take = take_and
+        return run
+
+    return start
+
+
+@pytest.mark.parametrize("change", [rewritten, cut_short])
+def test_data_that_changes_under_a_run_ends_it_and_costs_no_step(small, data, out, change):
+    """Batches are made ahead: those of a few steps are there already."""
+    run = after(3, lambda: change(data / "train.bin"))(small(steps=40, save_every=0))
+    with pytest.raises(
+        ValueError, match=r"train.bin has changed while it was read; .*; step (\d+) is saved, go on"
+    ) as end:
+        run.train()
+    (saved,) = names(out)
+    assert 3 <= run.step < 40
+    assert saved == f"checkpoint-{run.step:06d}"
+    assert f"step {run.step} is saved" in str(end.value)
+
+
+def test_another_file_under_the_name_changes_nothing(small, data, out):
+    """As where two runs write the tokens of one text to the cache."""
+
+    def replaced():
+        numbers(data / "new.bin", seed=5)
+        os.replace(data / "new.bin", data / "train.bin")
+
+    after(3, replaced)(small(steps=9)).train()
+    assert names(out) == ["checkpoint-000009"]
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_batch_that_cannot_be_read_costs_no_step(small, out, at):
+    run = start_run(small(steps=9, save_every=0))
+    read = run.train_data.batch
+
+    def batch(step, *args, **options):
+        if step == at:
+            raise OSError("the disk is on fire")
+        return read(step, *args, **options)
+
+    run.train_data.batch = batch
+    with pytest.raises(OSError, match="^the disk is on fire" + (f"; step {at} is saved, go on with" if at else "$")):
+        run.train()
+    assert names(out) == ([f"checkpoint-{at:06d}"] if at else [])
+
+
+def test_validation_data_that_changes_costs_no_step(small, data, out):
+    run = after(2, lambda: rewritten(data / "val.bin"))(small(steps=9, eval_every=4))
+    with pytest.raises(ValueError, match=r"val.bin has changed while it was read; .*; step 4 is saved"):
+        run.train()
+    assert names(out) == ["checkpoint-000004"]
+
+
+def test_a_batch_that_one_process_cannot_read_ends_all(forks, small, tmp_path, out):
+    """And all have the step before it: the first writes it."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in small(grad_accum=2, steps=9).items()]
+    flags = [flag for flag in flags if not flag.startswith("--quiet")]
+    done = forks(2, "unreadable_ranks", "train", *flags, cwd=tmp_path)
+    assert all(done["codes"])
+    said = "".join(done["stderr"])
+    assert "the disk is on fire; step 4 is saved, go on with --resume" in said
+    assert names(out) == ["checkpoint-000004"]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(small, out, monkeypatch, capsys):
+    from gpt2_fast.report import figures
+
+    def fails(*_):
+        raise RuntimeError("no such backend\nat all")
+
+    monkeypatch.setattr(figures, "save_loss_plot", fails)
+    start_run(small(quiet=False)).train()
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "no loss.png: no such backend"
+    assert said.out.splitlines()[-1] == str(out / "checkpoint")

@@ -121,12 +121,17 @@ class TokenDataset:
         return shard, int(pick) - (int(ends[shard - 1]) if shard else 0)
 
     def _gather(self, places: Iterable[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = []
+        rows, read = [], {}
         for index, start in places:
             shard = self.shards[index]
+            if index not in read:
+                shard.check_unchanged()
+            read[index] = shard
             rows.append(shard.tokens[start : start + self.context + 1])
             self._check_ids(shard, start, rows[-1])
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        for shard in read.values():
+            shard.check_unchanged()  # nor meanwhile
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _check_ids(self, shard: Shard, start: int, tokens: np.ndarray) -> None:

@@ -29,11 +29,35 @@ LOOKED_AT = 1 << 16  # 16-bit words of a bare .bin, for numbers of more bits
 
 
 class Shard(NamedTuple):
-    """A token file's path and uint16 ids mapped from it. source: the user's file, where path is a cache's."""
+    """A token file's path and uint16 ids mapped from it.
+
+    source: the user's file, where path is a cache's. opened: `_identity` of the file that is mapped.
+    """
 
     path: Path
     tokens: np.ndarray
     source: Path | None = None
+    opened: tuple[int, ...] | None = None
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where the mapped file was written: its numbers are others, or, cut short, kill who reads.
+
+        Another file that took its name changes nothing: the one that is mapped stays until it is closed.
+        """
+        try:
+            now = _identity(self.path)
+        except OSError:
+            return
+        if self.opened is not None and now != self.opened and now[:2] == self.opened[:2]:
+            raise ValueError(
+                f"{self.source or self.path} has changed while it was read; put back what it held, and write new "
+                "data under another name"
+            )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_bin(path: str | os.PathLike[str], parts: Iterable[np.ndarray]) -> int:
@@ -69,7 +93,8 @@ def _is_wide(words: np.ndarray) -> bool:
 def read_bin(path: str | os.PathLike[str]) -> Shard:
     """Map a nanoGPT or llm.c .bin file. Raises ValueError, one line, where it is not whole or not token data."""
     path = Path(path)
-    size = path.stat().st_size
+    opened = _identity(path)
+    size = opened[2]
     if size == 0:
         raise ValueError(f"{path} is empty")
     if size % 2:
@@ -87,7 +112,7 @@ def read_bin(path: str | os.PathLike[str]) -> Shard:
                 f"{path} holds numbers of 32 or 64 bits and is read as 16-bit tokens; write the ids as uint16, "
                 "in numpy ids.astype('uint16').tofile(...)"
             )
-        return Shard(path, tokens)
+        return Shard(path, tokens, opened=opened)
     if len(header) < HEADER_BYTES // 4:
         raise ValueError(f"{path} has {size:,} bytes; llm.c's header alone has {HEADER_BYTES:,}: it is truncated")
     version, count, held = int(header[1]), int(header[2]), (size - HEADER_BYTES) // 2
@@ -97,4 +122,4 @@ def read_bin(path: str | os.PathLike[str]) -> Shard:
         raise ValueError(f"{path} holds {held:,} tokens where its header says {count:,}; it is truncated")
     if count == 0:
         raise ValueError(f"{path} is empty: its header says 0 tokens")
-    return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
+    return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES), opened=opened)

@@ -70,15 +70,23 @@ def fail(run: Run) -> None:
 def conclude(run: Run) -> None:
     """The plot, a sample, and where everything is. For the first process."""
     if run.step:
-        from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
-
-        save_loss_plot(run.out / folders.METRICS, run.out / folders.PLOT)
+        _plot(run)
     if run.interrupted:
         again = f"gpt2-fast train --resume {run.out}"
         say(f"{run.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
     elif not run.config.quiet:
         say(f"sample:\n{run.sample()}\n")
     _show_files(run)
+
+
+def _plot(run: Run) -> None:
+    """The losses as a picture. All that counts is saved by now, so nothing that goes wrong here ends the run."""
+    try:
+        from gpt2_fast.report.figures import save_loss_plot  # matplotlib, which a run should not wait for
+
+        save_loss_plot(run.out / folders.METRICS, run.out / folders.PLOT)
+    except Exception as error:  # matplotlib raises what it likes, as for a backend that is not installed
+        say(f"no {folders.PLOT}: {(str(error).splitlines() or [repr(error)])[0]}", "stderr")
 
 
 def _show_files(run: Run) -> None:

@@ -281,7 +281,12 @@ class Run:
                 raise Stopped
 
         options = {"batch_size": size, "limit": batches * size, "between": between, "group": self.group}
-        loss = dataset_loss(self.model, self.val_data, **options)["loss"]
+        try:
+            loss = dataset_loss(self.model, self.val_data, **options)["loss"]
+        except (ValueError, OSError) as error:
+            self.fault = error
+            self.agree()
+            raise Stopped from None
         check_validation(loss, self.step, self._last_lr)
         self._record(step=self.step, val_loss=loss)
         self.validated[self.step] = loss
@@ -348,19 +353,29 @@ class Run:
             silent = config.quiet or not self.group.first
             with Progress(config.steps, self.step, config.log_every, silent) as bar:
                 self._catch_up(bar)
+                batch = self._next(batches)
+                self.agree()
                 while self.step < config.steps and not self.ending:
                     started = time.perf_counter()
-                    loss = self._take(next(batches))
+                    loss = self._take(batch)
                     self._report(bar)  # of the step before: its loss is there by now, so nothing waits
                     self.step += 1
                     scaling = () if self.loss_scale is None else (self.loss_scale.scale, self.optimizer.last_found_inf)
                     place = self.readout.queue(loss, self.optimizer.last_grad_norm, *scaling)
+                    batch = self._next(batches)  # here: `_periodically` tells all processes where there is none
                     self.pending = Pending(self.step, place, time.perf_counter() - started)
                     bar.advance()
                     self._periodically(bar)
                 self._report(bar)
         finally:
             batches.close()
+
+    def _next(self, batches: Ahead) -> tuple[Tensor, Tensor] | None:
+        """The batch of the next step; None after the last, and where it cannot be read, which ends the run."""
+        try:
+            return next(batches, None)
+        except (ValueError, OSError) as error:
+            self.fault = error
 
     def _catch_up(self, bar: Progress) -> None:
         """The validation of the step that a run goes on from, where a signal came before it or in the middle of it."""

@@ -13,6 +13,7 @@ from gpt2_fast import AdamW
 from gpt2_fast.generate import generate
 from gpt2_fast.ops.adamw import adamw, samples
 from gpt2_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt2_fast.parallel.group import Group
 
 WEIGHTS = ["float32", "bfloat16", "int8", "int4"]
 
@@ -51,6 +52,21 @@ def steps(model):
     return found
 
 
+def shared_steps(model):
+    """After `shard`, whose buffers are made once."""
+    found, ids = [], tokens(2, 9).cpu()
+    for dtype in (torch.float32, torch.bfloat16):
+        trained = copy.deepcopy(model).to(dtype)
+        optimizer = AdamW(trained.parameters(), lr=1e-2, clip_grad_norm=0.5)
+        optimizer.shard(Group(), 2)
+        for row in (ids[:1], ids[1:]):
+            trained(row, labels=row).loss.backward()
+            optimizer.accumulate()
+        optimizer.step()
+        found += [optimizer.last_grad_norm, *(p.detach() for p in trained.parameters())]
+    return found
+
+
 def texts(model):
     """Token by token and several at once, greedy and drawn, by weights in every packed form and by the model."""
     prompts, found = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9)], []
@@ -83,5 +99,7 @@ def test_a_float32_model_computes_the_same_under_any_default(default):
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)
         fresh = copy.deepcopy(model)  # packs anew
-        found.append([*losses("auto"), *losses("reference"), *steps(fresh), *texts(fresh), *references()])
+        found.append(
+            [*losses("auto"), *losses("reference"), *steps(fresh), *shared_steps(fresh), *texts(fresh), *references()]
+        )
     assert_same_bits(*found)

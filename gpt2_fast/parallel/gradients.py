@@ -38,7 +38,7 @@ class GradientSum:
     def _buffer(self, i: int) -> tuple[Tensor, list[Tensor]]:
         """float32 [layout.length], zeros where no parameter is, and its views with the parameters' shapes."""
         while len(self._buffers) <= i:
-            flat = torch.zeros(self._layout.length, device=self._params[0].device)
+            flat = torch.zeros(self._layout.length, dtype=torch.float32, device=self._params[0].device)
             places = zip(self._params, self._layout.offsets, strict=True)
             self._buffers.append((flat, [flat[at : at + p.numel()].view(p.shape) for p, at in places]))
         return self._buffers[i]

@@ -61,11 +61,12 @@ class Shards:
             view = self.weights[offset : offset + p.numel()].view(p.shape)
             p.data = view.copy_(p)
         self._own = self.weights[begin : begin + self.layout.shard]
+        floats = {"dtype": torch.float32, "device": first.device}
         keys = ("exp_avg", "exp_avg_sq", *(("master",) if self._low else ()))
-        self._held = {key: torch.zeros(self.layout.shard, device=first.device) for key in keys}
+        self._held = {key: torch.zeros(self.layout.shard, **floats) for key in keys}
         if self._low:
             self._held["master"].copy_(self._own)
-        self.states: list[State] = [{"step": s.pop("step", torch.zeros((), device=first.device))} for s in states]
+        self.states: list[State] = [{"step": s.pop("step", torch.zeros((), **floats))} for s in states]
         for key, held in self._held.items():
             for piece in self._pieces:
                 n, p = piece.stop - piece.start, params[piece.index]
@@ -78,7 +79,7 @@ class Shards:
         group.same(_digest(self.weights), "the processes begin with other weights; give all of them the same options")
         self.gradients = GradientSum(params, self.layout, micro_batches // group.world, group)
         self._gradient: Tensor | None = None
-        self.norm = torch.zeros((), device=first.device)
+        self.norm = torch.zeros((), **floats)
 
     def accumulate(self) -> None:
         """Adds the gradients that are there, of one micro-batch, and frees them."""
@@ -163,7 +164,10 @@ class Shards:
         if self._group.first:
             # A copy of the count, too: what is made here is written while the next steps add to the count itself.
             whole = [
-                {"step": state["step"].to("cpu", copy=True), **{key: torch.empty(p.shape) for key in self._held}}
+                {
+                    "step": state["step"].to("cpu", copy=True),
+                    **{key: torch.empty(p.shape, dtype=torch.float32) for key in self._held},
+                }
                 for p, state in zip(self._params, self.states, strict=True)
             ]
         for rank in range(self._group.world):
@@ -201,7 +205,7 @@ class Shards:
                 if self._group.first:
                     flat = states[i][key].detach().to("cpu", torch.float32).contiguous().view(-1)
                 else:
-                    flat = torch.empty(p.numel())
+                    flat = torch.empty(p.numel(), dtype=torch.float32)
                 self._group.broadcast_from_first(flat)
                 if i in mine:
                     _, start, stop, at = mine[i]

@@ -2,7 +2,7 @@
 //
 // table [tensors, 10] int64, one row a parameter tensor, none empty:
 //   param, grad, exp_avg, exp_avg_sq, master (0: none), step: addresses; numel; group; dtype of param and grad;
-//   first_chunk: how many chunks of ADAMW_CHUNK elements the rows before it fill.
+//   first_chunk: how many chunks of CHUNK (gpt2_fast/ops/adamw_table.py) elements the rows before it fill.
 // exp_avg, exp_avg_sq and master are float32, step is one float32; a bfloat16 or float16 param needs a master. A step
 //   begins from the master where param is its rounding, bit for bit, and from param where it is not.
 // hyper [groups, 6] float64: lr, beta1, beta2, eps, weight_decay, maximize (0 or 1).

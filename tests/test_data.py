@@ -342,7 +342,7 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, capsys):
             load_tokens(source, context=2)
     for more in ([], ["--dry-run"]):
         assert main(["train", "--data", "", "--model", "nano", *more]) == 2
-        assert_one_line(capsys.readouterr().err.strip(), ["--data is ''"])
+        assert_one_line(capsys.readouterr().err.strip(), ["--data is empty"])
 
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i8", ">u4", ">i8"])

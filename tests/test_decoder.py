@@ -138,6 +138,7 @@ def test_packed_weights_follow_the_model(monkeypatch):
         optimizer.step()
 
     state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
     writes = (train, lambda: model.load_state_dict(state), lambda: model.transformer.h[1].mlp.c_fc.weight.data.neg_())
     for write in writes:
         write()

@@ -96,11 +96,9 @@ class Run:
         self.environment = environment(self.device)
         self.fingerprint = self.train_data.fingerprint()
         group.same(self.environment, "the processes run on other devices, threads or versions; their bits would differ")
-        group.same(self.fingerprint, f"the processes read other data; is --data {config.data} the same everywhere?")
-        self.validation = self._validation()
-        group.same(
-            self.validation, f"the processes read other validation data; is --data {config.data} the same everywhere?"
-        )
+        self.validation, where = self._validation(), f"is --data {config.data} the same everywhere?"
+        group.same(self.fingerprint, f"the processes read other data; {where}")
+        group.same(self.validation, f"the processes read other validation data; {where}")
         self.lock = lock
         if group.first:
             self.lock = lock or Place(self.out, new)

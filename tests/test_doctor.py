@@ -63,6 +63,13 @@ def test_an_option_without_effect_is_refused(arguments, message, capsys):
     assert not printed.out
 
 
+def test_a_runs_folder_is_told_from_its_checkpoint(tmp_path, capsys):
+    (tmp_path / "checkpoint-000002").mkdir()
+    (tmp_path / "checkpoint-000002" / "config.json").write_text("{}")
+    assert main(["doctor", "--patch", str(tmp_path)]) == 2
+    assert f"{tmp_path}/checkpoint-000002 has one" in capsys.readouterr().err
+
+
 def test_says_why_an_implementation_was_passed_over(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "_extension_missing", lambda: "the C++ extension is not built; run: pip install -e .")
     chosen, passed = dispatch.explain("attention", torch.device("cpu"), torch.float32)

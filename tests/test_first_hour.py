@@ -271,6 +271,8 @@ def test_a_finished_run_says_that_nothing_is_left(train, tmp_path):
     )
     assert (run / "metrics.jsonl").read_text() == log
     assert before == {path: path.stat().st_mtime_ns for path in (run / "checkpoint").iterdir()}
+    out = train("--resume", run, "--steps", 1, small=False)[1]
+    assert out.splitlines()[0] == f"{run} is finished: it is at step 2, past --steps 1; a larger --steps goes on"
     assert train("--resume", run, "--steps", 3, small=False)[0] == 0
     assert len(metrics(run, "loss")) == 3
 

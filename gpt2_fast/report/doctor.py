@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
+from gpt2_fast.config import GPT2Config
 from gpt2_fast.kernels import cards
 from gpt2_fast.ops import rooms
 from gpt2_fast.ops.runtime import dispatch
@@ -86,6 +88,8 @@ def explain_patch_of(name: str) -> str:
     """`explain_patch` of the GPT2LMHeadModel of a checkpoint folder or hub repository, from its config alone."""
     from gpt2_fast.hf_patch import swap
 
+    if Path(name).is_dir():
+        GPT2Config.from_json(Path(name) / "config.json")  # says where a run has one
     try:
         config = importlib.import_module("transformers").AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -30,10 +30,10 @@ def finished(run: Run) -> bool:
     """Whether a run that is resumed had come to its end, and says so."""
     done = run.saved is not None and run.step >= run.config.steps and run.step in run.validated
     if done:
-        run.say(
-            f"{run.out} is finished: {run.step} of {run.config.steps} steps are done and nothing is left to do; "
-            "a larger --steps goes on"
-        )
+        reached = f"{run.step} of {run.config.steps} steps are done and nothing is left to do"
+        if run.step > run.config.steps:
+            reached = f"it is at step {run.step}, past --steps {run.config.steps}"
+        run.say(f"{run.out} is finished: {reached}; a larger --steps goes on")
         _show_files(run)
     return done
 

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 import pytest
 from small_run import data, names, numbers, out, small
 
-from gpt2_fast.checkpoint.run_folder import load_checkpoint
-from gpt2_fast.train import resume_run, start_run
+from gpt2_fast.checkpoint.run_folder import load_checkpoint, save_checkpoint
+from gpt2_fast.train import TrainConfig, loop, resume_run, start_run
+from gpt2_fast.train.loop import Run
+from gpt2_fast.train.place import Place
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -147,15 +151,23 @@ def test_validation_data_that_changes_costs_no_step(small, data, out):
     assert names(out) == ["checkpoint-000004"]
 
 
-def test_a_batch_that_one_process_cannot_read_ends_all(forks, small, tmp_path, out):
-    """And all have the step before it: the first writes it."""
+@pytest.mark.parametrize("full", [False, True])
+def test_a_batch_that_one_process_cannot_read_ends_all(forks, small, tmp_path, out, full):
+    """And all have the step before it: the first writes it, and none says that it is saved before it is."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small(grad_accum=2, steps=9).items()]
     flags = [flag for flag in flags if not flag.startswith("--quiet")]
+    if full:
+        (tmp_path / "full").touch()
     done = forks(2, "unreadable_ranks", "train", *flags, cwd=tmp_path)
     assert all(done["codes"])
     said = "".join(done["stderr"])
-    assert "the disk is on fire; step 4 is saved, go on with --resume" in said
-    assert names(out) == ["checkpoint-000004"]
+    if full:
+        assert "the disk is on fire; step 4 could not be saved" in said
+        assert "no room for a checkpoint" in said
+        assert not names(out)
+    else:
+        assert "the disk is on fire; step 4 is saved, go on with --resume" in said
+        assert names(out) == ["checkpoint-000004"]
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(small, out, monkeypatch, capsys):
@@ -169,3 +181,49 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(small, out, monkeypatch, cap
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == "no loss.png: no such backend"
     assert said.out.splitlines()[-1] == str(out / "checkpoint")
+
+
+def test_a_run_of_before_goes_on_with_the_rates_it_had(small, out):
+    """--min-lr was 1e-4 whatever --lr was, and a rate may rise in such a run. What is given now may not."""
+    Run(TrainConfig(**small(lr=5e-5, min_lr=1e-4))).train()
+    for given in ({"lr": 1e-5}, {"lr": 2e-5, "min_lr": 3e-5}):
+        with pytest.raises(ValueError, match="so the rate would rise"):
+            resume_run(str(out), given)
+    run = resume_run(str(out), {"steps": 3})
+    assert (run.config.lr, run.config.min_lr) == (5e-5, 1e-4)
+    run.train()
+
+
+def test_a_run_of_before_on_other_data_finds_its_best_anew(small, data, out, tmp_path, monkeypatch):
+    """Its checkpoints do not say what they were validated on; that the training data is another one does."""
+
+    def as_before(folder, *, extra, **state):
+        extra.pop("validation")
+        save_checkpoint(folder, extra=extra, **state)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loop, "save_checkpoint", as_before)
+        start_run(small(eval_every=1)).train()
+    run = resume_run(str(out), {"steps": 3})
+    assert run.best < math.inf
+    run._leave()
+    (tmp_path / "other").mkdir()
+    numbers(tmp_path / "other" / "train.bin", seed=8)
+    numbers(tmp_path / "other" / "val.bin", 400, seed=9)
+    assert resume_run(str(out), {"steps": 3, "data": str(tmp_path / "other")}).best == math.inf
+
+
+def test_a_run_that_starts_again_validates_again(small, out):
+    """Killed before its first checkpoint: the loss in its log may be of other weights or data."""
+    run = start_run(small())
+    run.validate()
+    run._leave()
+    assert resume_run(str(out), {"eval_batches": 1}).validated == {}
+
+
+def test_a_folder_without_a_name_has_one_beside_it_too(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    place = Place(Path())
+    assert place.move() == tmp_path / "run-2"
+    place.release()

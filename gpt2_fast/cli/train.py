@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         if arguments.resume is not None:
             raise ValueError("--dry-run and --resume exclude each other; drop one")
-        estimate_run(TrainConfig(**given))
+        estimate_run(TrainConfig(**given).check_rates())
         return 0
     try:
         run = start_run(given) if arguments.resume is None else resume_run(arguments.resume, given)

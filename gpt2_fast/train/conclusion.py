@@ -56,11 +56,18 @@ def fail(run: Run) -> None:
     """Saves the steps that are good, and raises what ended the run, in one line that says where they are."""
     how, fault = "", run.fault
     if run.step:
+        unsaved = None
         try:
             run.save_last()
+        except OSError as error:  # of the first process, which writes
+            unsaved = error
+            if fault is None:
+                say(error, "stderr")
+        # Who ends before the first has written it takes it down.
+        if run.group.agree(int(unsaved is not None))[0]:
+            how = f"; step {run.step} could not be saved" + (f": {unsaved}" if unsaved else "")
+        else:
             how = f"; step {run.step} is saved, go on with --resume {run.out}"
-        except OSError as error:
-            how = f"; step {run.step} could not be saved: {error}"
     if fault is None:  # another process has it, and says it: this one waits until it has ended
         run.group.barrier()
         raise Lost("another process has failed")

@@ -78,10 +78,6 @@ class TrainConfig:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number of at least 0"
                 )
-        if self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(
-                f"--min-lr is {self.min_lr} and --lr {self.lr}, so the rate would rise; give a --min-lr of at most --lr"
-            )
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
         if not 0 < self.timeout_minutes < 1e6:
@@ -103,6 +99,14 @@ class TrainConfig:
         if self.init_from is not None and (sizes := self._sizes()):
             flag = "--" + next(iter(sizes)).replace("_", "-")
             raise ValueError(f"{flag} and --init-from exclude each other: the weights have their size; drop one")
+
+    def check_rates(self) -> TrainConfig:
+        """Raises ValueError, one line, where the rate would rise, as it may in a run that an earlier version began."""
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(
+                f"--min-lr is {self.min_lr} and --lr {self.lr}, so the rate would rise; give a --min-lr of at most --lr"
+            )
+        return self
 
     @property
     def logs(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,14 @@ def take_up(run: Run, state: checkpoint.TrainingState) -> None:
         if same:
             raise _other_data(run, "tokens")
         run.say("the run goes on with other data")
-    if validation not in (None, run.validation):
-        if same and validation["data"] != run.validation["data"]:
+    if validation is None:  # of an earlier version: its training data and its options say
+        options = dataclasses.asdict(run.config)
+        moved = any(given.get(name) != options[name] for name in ("eval_batches", "batch_size", "context"))
+        other = before not in (None, run.fingerprint) or (moved and bool(given))
+    else:
+        other = validation != run.validation
+    if other:
+        if validation is not None and same and validation["data"] != run.validation["data"]:
             raise _other_data(run, "validation tokens")
         run.best, run.best_step, run.best_from = math.inf, None, run.step + 1
         run.say("the run validates on other data than before: its best checkpoint is found anew")

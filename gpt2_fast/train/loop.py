@@ -129,7 +129,7 @@ class Run:
 
     def _begin(self, state: checkpoint.TrainingState | None) -> list[tuple[int, float]]:
         """Makes folder and log those of the steps so far. Returns the steps and validation losses in it."""
-        records = self.log.up_to(self.step)
+        records = [] if state is None else self.log.up_to(self.step)  # a run that starts again validates again
         self.trackers = Trackers(self.config, self.out, self.step, records)
         folders.take_over(self.out, state)
         self.log.keep(records)

@@ -82,7 +82,7 @@ class Place:
     def move(self) -> Path:
         """A new folder beside the one that is another run's, locked. Raises OSError."""
         with self._guard:
-            taken, i = self.out, 2
+            taken, i = self.out if self.out.name.strip(".") else Path(os.path.abspath(self.out)), 2  # "." has no name
             while os.path.lexists(taken.with_name(f"{taken.name}-{i}")):
                 i += 1
             self._lock.release()

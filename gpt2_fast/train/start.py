@@ -18,7 +18,7 @@ from gpt2_fast.train.say import say
 
 def start_run(options: dict) -> Run:
     """A new run with these options (the fields of TrainConfig)."""
-    return Run(TrainConfig(**options))
+    return Run(TrainConfig(**options).check_rates())
 
 
 def resume_run(folder: str, options: dict) -> Run:

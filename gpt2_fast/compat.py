@@ -5,6 +5,7 @@ What is not raises one line that names `gpt2_fast.hf`, whose GPT2LMHeadModel is 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def refuse_others(where: str, neutral: Mapping[str, tuple], given: Mapping[str, 
     for name, value in given.items():
         if name not in neutral:
             raise TypeError(f"{where} has no argument {name!r}")
-        if value is None or (isinstance(value, (bool, int, float)) and value in neutral[name]):
+        if value is None or (isinstance(value, numbers.Number) and value in neutral[name]):
             continue
         shown = "a tensor" if isinstance(value, Tensor) else f"{value!r:.80}"
         raise ValueError(refuse(f"{where}({name}={shown})"))

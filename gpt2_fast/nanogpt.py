@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
-from gpt2_fast.checkpoint.state_dict import check_expressible, check_same_head
+from gpt2_fast.checkpoint.state_dict import EMBEDDING, HEAD, check_expressible, check_same_head
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import GPT2Model
@@ -101,7 +101,19 @@ class LazyLogits:
 
 def _of_the_tensor(name: str):
     plain = lambda value: value.tensor if isinstance(value, LazyLogits) else value
-    return lambda self, *args: getattr(self.tensor, name)(*map(plain, args))
+    return lambda self, *args, **options: getattr(self.tensor, name)(*map(plain, args), **options)
+
+
+def _in_place(name: str):
+    """On the tensor, or where autograd forbids that, a view that a Function made, on a copy, which is the result."""
+    plain = lambda value: value.tensor if isinstance(value, LazyLogits) else value
+
+    def call(self, other):
+        t = self.tensor
+        forbidden = torch.is_grad_enabled() and t.grad_fn is not None and t._is_view()
+        return getattr(t.clone() if forbidden else t, name)(plain(other))
+
+    return call
 
 
 # Python looks for operators on the type, not through __getattr__. Set after the class, __eq__ leaves its __hash__.
@@ -109,9 +121,11 @@ _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "
 for _operator in (
     "getitem", "setitem", "delitem", "len", "iter", "reversed", "contains", "array", "repr", "format",
     "bool", "int", "float", "complex", "neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge",
-    *_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for name in _BINARY if name != "matmul"),
+    *_BINARY, *(f"r{name}" for name in _BINARY), "reduce_ex",
 ):  # fmt: skip
     setattr(LazyLogits, f"__{_operator}__", _of_the_tensor(f"__{_operator}__"))
+for _operator in (f"__i{name}__" for name in _BINARY if name != "matmul"):
+    setattr(LazyLogits, _operator, _in_place(_operator))
 
 
 class GPT(nn.Module):
@@ -135,6 +149,7 @@ class GPT(nn.Module):
             self._drop_biases()
         self._init_weights()
         self.register_load_state_dict_pre_hook(_accept_checkpoint)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     def _drop_biases(self) -> None:
         """LayerNorms without a bias, as the linear layers are. A block makes the zeros that an operation takes.
@@ -261,7 +276,9 @@ class GPT(nn.Module):
         return decoder.prefill(idx, torch.zeros(idx.shape[0], dtype=torch.int32, device=idx.device))
 
 
-def _accept_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_) -> None:
+def _accept_checkpoint(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict, strict: bool, missing: list[str], *_
+) -> None:
     """The names of a compiled model's checkpoint, and the causal masks that old ones hold, are no obstacle.
 
     Raises ValueError for a head and a token embedding that differ, before anything is loaded.
@@ -272,3 +289,14 @@ def _accept_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: st
     for i in range(module.config.n_layer):
         state_dict.pop(f"{prefix}transformer.h.{i}.attn.bias", None)
     check_same_head(state_dict, prefix, "nanoGPT ties them; give both the same tensor")
+    names = [prefix + HEAD, prefix + EMBEDDING]
+    if metadata.get("assign_to_params_buffers") and sum(name in state_dict for name in names) == 1:
+        # Assigned to one of the two alone it would untie them. The other counts as missing still.
+        there, absent = sorted(names, key=lambda name: name not in state_dict)
+        state_dict[absent] = state_dict[there]
+        missing.append(absent)
+
+
+def _tie_again(module: nn.Module, _) -> None:
+    """After a load with assign=True, which gives each name a parameter of its own."""
+    module.transformer.wte.weight = module.lm_head.weight

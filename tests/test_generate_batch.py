@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -257,3 +258,10 @@ def test_mode_is_left_as_it_was(models):
     expected = theirs.eval().generate(ids, max_new_tokens=8, pad_token_id=0)
     assert ours.generate(ids, max_new_tokens=8, pad_token_id=0).tolist() == expected.tolist()
     assert ours.training
+
+
+def test_what_asks_for_nothing_is_any_number(models):
+    ids = tokens(1, 4)
+    expected = models[1].generate(ids, max_new_tokens=2)
+    given = {"num_beams": np.int64(1), "no_repeat_ngram_size": 0.0, "use_cache": True, "typical_p": np.float64(1)}
+    assert torch.equal(models[1].generate(ids, max_new_tokens=2, **given), expected)

@@ -415,3 +415,36 @@ def test_bad_sizes_are_named():
 
 def test_defaults_are_nanogpts():
     assert nanogpt.GPTConfig() == GPTConfig(1024, 50304, 12, 12, 768, 0.0, True)
+
+
+def test_lazy_logits_divided_in_a_training_loop():
+    """They are a view that autograd does not let anybody write: the result is a new tensor, as of an operator."""
+    torch.manual_seed(0)
+    model, ids = GPT(GPTConfig(**SMALL)), torch.randint(65, (2, 8))
+    logits, loss = model(ids, ids)
+    expected = model(ids, ids)[0].tensor / 0.8
+    logits /= 0.8
+    torch.testing.assert_close(logits, expected)
+    (logits.sum() + loss).backward()
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_lazy_logits_are_kept_as_their_tensor():
+    model, ids = GPT(GPTConfig(**SMALL)), torch.randint(65, (2, 8))
+    with torch.no_grad():
+        logits = model(ids, ids)[0]
+        assert np.array_equal(np.array(logits, copy=True), logits.tensor.numpy())
+        for kept in (pickle.loads(pickle.dumps(logits)), copy.copy(logits), copy.deepcopy(logits)):
+            assert torch.equal(torch.as_tensor(kept), logits.tensor)
+
+
+@pytest.mark.parametrize("absent", [None, "lm_head.weight", "transformer.wte.weight"])
+def test_an_assigned_state_stays_tied(absent):
+    torch.manual_seed(1)
+    model, other = GPT(GPTConfig(**SMALL)), GPT(GPTConfig(**SMALL))
+    state = {name: t.clone() for name, t in other.state_dict().items() if name != absent}
+    found = model.load_state_dict(state, strict=False, assign=True)
+    assert found.missing_keys == ([absent] if absent else [])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    ids = torch.randint(65, (2, 8))
+    assert torch.equal(model(ids, ids)[1], other(ids, ids)[1])

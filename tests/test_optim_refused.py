@@ -109,3 +109,19 @@ def test_parameters_of_two_implementations_share_no_memory():
     with pytest.raises(ValueError, match=r"^adamw: param \d shares memory with param \d; pass every parameter once"):
         optimizer.step()
     assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_a_compiled_step_is_one_graph(dtypes):
+    """None of what is checked beforehand breaks it; its numbers are those of the step itself."""
+    runs = []
+    for compiled in (False, True):
+        params = _params(dtypes)
+        optimizer = AdamW(params, lr=1e-2, clip_grad_norm=0.5 if dtypes[0] is dtypes[1] else None)
+        step = torch.compile(optimizer.step, backend="eager", fullgraph=True) if compiled else optimizer.step
+        for i in range(3):
+            _set_gradients(params, i)
+            (step if i else optimizer.step)()  # the first makes state, and says what the reference updates
+        runs.append(params)
+    for plain, compiled in zip(*runs, strict=True):
+        torch.testing.assert_close(compiled, plain)

@@ -359,7 +359,7 @@ def checked(
         _checked(lists, hyper, max_norm, numbers, impl, kept.setdefault(impl, Kept()))
         for impl, lists in collected.items()
     ]
-    if len(collected) > 1:
+    if len(collected) > 1 and not torch.compiler.is_compiling():
         each = [lists if impl == "reference" else _read_in_place(lists) for impl, lists in collected.items()]
         _refuse_overlap_of_plain(Lists(*([t for lists in each for t in lists[i]] for i in range(len(Lists._fields)))))
     return calls
@@ -382,6 +382,8 @@ def _checked(
 ) -> Callable[[], Tensor | None]:
     """What `adamw` still has to do when all that it was given is found right."""
     check_numbers(hyper, numbers._asdict(), max_norm)
+    if torch.compiler.is_compiling():
+        kept = None  # nobody knows where the tensors will lie
     found = None if kept is None else kept.take(impl, lists, hyper, numbers)
     table = None if found is None else (found[1], [])
     if found is not None:

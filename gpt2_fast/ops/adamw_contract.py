@@ -215,7 +215,8 @@ _IN_ZERO = (
 )
 _IN_FSDP1 = (
     "AdamW: a parameter is FullyShardedDataParallel's (FSDP1), of which a rank has its own part, so a norm would be of "
-    "that part alone; use fully_shard (FSDP2), or clip_grad_norm=None, no grad_scale and model.clip_grad_norm_(...)"
+    "that part alone; use fully_shard (FSDP2), or leave out clip_grad_norm and grad_scale, and call "
+    "scaler.unscale_(...) and model.clip_grad_norm_(...) before step()"
 )
 
 

@@ -124,9 +124,7 @@ def options_to_resume(saved: dict[str, Any], given: dict[str, Any], out: Path) -
             raise ValueError(f"--{flag} cannot change when a run is resumed; start a new run for that")
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(saved.keys() - known):
-        raise ValueError(
-            f"{out} was started with {unknown[0]!r}, an option that this version does not have"
-        )
+        raise ValueError(f"{out} was started with {unknown[0]!r}, an option that this version does not have")
     config = TrainConfig(**{**saved, **given, "out": saved.get("out")})
     moved = any(given.get(name, saved.get(name)) != saved.get(name) for name in ("lr", "min_lr"))
     return config.check_rates() if moved else config

@@ -88,8 +88,8 @@ def explain_patch_of(name: str) -> str:
     """`explain_patch` of the GPT2LMHeadModel of a checkpoint folder or hub repository, from its config alone."""
     from gpt2_fast.hf_patch import swap
 
-    if Path(name).is_dir():
-        GPT2Config.from_json(Path(name) / "config.json")  # says where a run has one
+    if Path(name).is_dir() and not (path := Path(name) / "config.json").is_file():
+        GPT2Config.from_json(path)  # raises, and says where a run has one
     try:
         config = importlib.import_module("transformers").AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ def fsdp1():
         model(mine(batches()[0]), labels=mine(batches()[0])).loss.backward()
         refuses(
             optimizer.step,
-            "use fully_shard .FSDP2., or clip_grad_norm=None, no grad_scale and model.clip_grad_norm_",
+            "use fully_shard .FSDP2., or leave out clip_grad_norm and grad_scale, and call scaler.unscale_",
             model,
         )
         assert not any(state["step"] for state in optimizer.state.values())

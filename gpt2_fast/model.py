@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast import compat
-from gpt2_fast.checkpoint.state_dict import EMBEDDING, HEAD, check_same_head
+from gpt2_fast.checkpoint.state_dict import assign_to_both, check_same_head
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.layers import GPT2MLP, Call, Conv1D, GPT2Attention, GPT2Block, add_layernorm
@@ -205,11 +205,7 @@ class GPT2LMHeadModel(compat.Compatible):
         if self.config.tie_word_embeddings:
             fix = "give both the same tensor, or make the model with tie_word_embeddings=False"
             check_same_head(state_dict, prefix, f"config.tie_word_embeddings is true; {fix}")
-            head, wte = prefix + HEAD, prefix + EMBEDDING
-            if local_metadata.get("assign_to_params_buffers") and head in state_dict and wte not in state_dict:
-                # Assigned to the head alone it would be lost: tying keeps the embedding's. It counts as missing still.
-                state_dict[wte] = state_dict[head]
-                missing.append(wte)
+            assign_to_both(state_dict, prefix, local_metadata, missing)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     def _check_tied(self) -> None:

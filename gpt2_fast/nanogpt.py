@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from gpt2_fast import checkpoint as checkpoints
 from gpt2_fast.checkpoint.nanogpt import COMPILED, nanogpt_arguments, nanogpt_config, nanogpt_state
-from gpt2_fast.checkpoint.state_dict import EMBEDDING, HEAD, check_expressible, check_same_head
+from gpt2_fast.checkpoint.state_dict import assign_to_both, check_expressible, check_same_head
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import GPT2Model
@@ -289,12 +289,7 @@ def _accept_checkpoint(
     for i in range(module.config.n_layer):
         state_dict.pop(f"{prefix}transformer.h.{i}.attn.bias", None)
     check_same_head(state_dict, prefix, "nanoGPT ties them; give both the same tensor")
-    names = [prefix + HEAD, prefix + EMBEDDING]
-    if metadata.get("assign_to_params_buffers") and sum(name in state_dict for name in names) == 1:
-        # Assigned to one of the two alone it would untie them. The other counts as missing still.
-        there, absent = sorted(names, key=lambda name: name not in state_dict)
-        state_dict[absent] = state_dict[there]
-        missing.append(absent)
+    assign_to_both(state_dict, prefix, metadata, missing)
 
 
 def _tie_again(module: nn.Module, _) -> None:

@@ -120,6 +120,18 @@ def check_same_head(state_dict: Mapping[str, Any], prefix: str, why: str) -> Non
         raise ValueError(f"{prefix}{HEAD} and {prefix}{EMBEDDING} differ and {why}")
 
 
+def assign_to_both(state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], missing: list[str]) -> None:
+    """Before a load into a tied model: what is assigned to its head or its embedding alone goes to both.
+
+    Otherwise tying the two again would lose it. The other one counts as missing still. metadata: as torch passes it.
+    """
+    names = [prefix + HEAD, prefix + EMBEDDING]
+    if metadata.get("assign_to_params_buffers") and sum(name in state_dict for name in names) == 1:
+        there, absent = sorted(names, key=lambda name: name not in state_dict)
+        state_dict[absent] = state_dict[there]
+        missing.append(absent)
+
+
 def check_layers(tensors: Mapping[str, Tensor], config: GPT2Config) -> None:
     """Raises ValueError where there are fewer tensors than layers: a damaged n_layer may ask for billions of names."""
     if config.n_layer > len(tensors):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gpt2_fast import GPT2LMHeadModel, get_tokenizer
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 PEERS = ("q8_0", "q4_0")

@@ -29,9 +29,9 @@ from benchmarks.programs import SIZES
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import packed_model
 from gpt2_fast.generate.loop import AT_ONCE
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 from gpt2_fast.ops.decode_tokens import decode_tokens
 from gpt2_fast.ops.draw import Scratch
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 LINE = 64  # bytes

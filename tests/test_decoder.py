@@ -15,7 +15,7 @@ from test_model import pair, tokens
 
 from gpt2_fast.generate import decoders, generate
 from gpt2_fast.generate.decoders import GraphDecoder, ModelDecoder, PackedDecoder, make_decoder, packed_model
-from gpt2_fast.ops.decode_step import PackedModel
+from gpt2_fast.ops.packed_model import PackedModel
 from gpt2_fast.optim import AdamW
 
 

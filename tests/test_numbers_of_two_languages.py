@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt2_fast.generate import sampling
-from gpt2_fast.ops import add_layernorm, decode_step, draw
+from gpt2_fast.ops import add_layernorm, draw, packed_model
 from gpt2_fast.ops.packed_weights import CODES
 from gpt2_fast.ops.runtime import gelu, products
 from gpt2_fast.ops.runtime.dispatch import DTYPE_CODES
@@ -40,7 +40,7 @@ def test_python_and_cpp_have_the_same_numbers():
     assert constant("draw.cpp", "FEW") == sampling.FEW
     assert [float(limit) for limit in found("draw.cpp", r"temperature >= ([\d.]+)f")] == [draw.COLD]
     tiles = [int(rows) for row in found("decode_panels.h", r"ROW_TILES\[\] = {(.*?)}") for rows in row.split(",")]
-    assert max(tiles) == decode_step.TILE_ROWS
+    assert max(tiles) == packed_model.TILE_ROWS
     assert enumerators("linear.h", "Finish") == {
         "FINISH_STORE": products.STORE,
         "FINISH_ADD": products.ADD,

@@ -12,7 +12,7 @@ import torch
 from benchmarks import quantisation
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4
 

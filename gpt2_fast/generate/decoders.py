@@ -35,9 +35,9 @@ from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
 from gpt2_fast.modules import foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
-from gpt2_fast.ops.decode_step import LayerParameters, PackedCache, PackedModel, Parameters, misfit
 from gpt2_fast.ops.decode_tokens import decode_tokens
 from gpt2_fast.ops.draw import Scratch
+from gpt2_fast.ops.packed_model import LayerParameters, PackedCache, PackedModel, Parameters, misfit
 from gpt2_fast.ops.runtime import dispatch
 
 WARMUP_STEPS = 3  # eager ones before a capture, so that lazy set-up is not recorded

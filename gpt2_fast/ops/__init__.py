@@ -14,6 +14,7 @@ adamw_contract        what it takes
 adamw_table           the table through which kernels reach its tensors
 adamw_kept            what it keeps of them from step to step
 decode_step           a whole model from token ids to the next token's logits
+packed_model          the model's weights, packed for it, and a batch's keys and values
 packed_weights        weights, keys and values as its products read them
 packed_int4           weights of 4 bits
 draw                  a token from logits

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops import decode_step, draw
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel, check_out, check_tokens
+from gpt2_fast.ops.decode_step import check_out, check_tokens
 from gpt2_fast.ops.draw import Scratch, check_options, check_uniforms, draw_reference, options_of
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 from gpt2_fast.ops.runtime import cpp, dispatch
 
 OP = "decode_tokens"

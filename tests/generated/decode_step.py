@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 from . import build
 from .describe import Description

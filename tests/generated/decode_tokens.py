@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 from gpt2_fast.ops.decode_tokens import decode_tokens
 from gpt2_fast.ops.draw import draw
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 from . import build
 from .decode_step import GROUPED, MODELS, POSITIONS, WEIGHTS, _packed

@@ -11,7 +11,8 @@ from numerics import assert_as_exact, assert_same_bits
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import CHUNK, LayerParameters, PackedCache, PackedModel, cost, samples
+from gpt2_fast.ops.decode_step import cost, samples
+from gpt2_fast.ops.packed_model import CHUNK, LayerParameters, PackedCache, PackedModel
 from gpt2_fast.ops.packed_weights import HugePages, PackedMatrix
 from gpt2_fast.ops.runtime import cpp
 

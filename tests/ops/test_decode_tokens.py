@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 from gpt2_fast.ops.decode_tokens import cost, decode_tokens, samples
 from gpt2_fast.ops.draw import Scratch, draw
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 
 WEIGHTS = ["float32", "bfloat16", "int8", "int4"]
 IMPLS = ["cpp", "reference"]

@@ -8,8 +8,8 @@ import torch
 from gpt2_fast import GPT2Config, GPT2LMHeadModel
 from gpt2_fast.generate.decoders import parameters_of
 from gpt2_fast.ops import packed_int4
-from gpt2_fast.ops.decode_step import PackedCache, PackedModel
 from gpt2_fast.ops.packed_int4 import GROUP, LEVELS, quantised
+from gpt2_fast.ops.packed_model import PackedCache, PackedModel
 from gpt2_fast.ops.packed_weights import PANEL, HugePages, PackedMatrix
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_run import data, names, out, small
 
-from gpt2_fast.train import loop, start_run
+from gpt2_fast.train import start_run, validation
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -49,7 +49,7 @@ def test_a_gradient_norm_and_a_validation_loss(small, out, monkeypatch):
     run.readout.queue = lambda loss, norm, *more: queue(loss, torch.tensor(float("inf")), *more)
     with pytest.raises(FloatingPointError, match="the gradient norm is inf at step 1; lower --lr"):
         run.train()
-    monkeypatch.setattr(loop, "dataset_loss", lambda *_, **more: {"loss": float("nan")})
+    monkeypatch.setattr(validation, "dataset_loss", lambda *_, **more: {"loss": float("nan")})
     with pytest.raises(FloatingPointError, match="the validation loss is nan at step 0; lower --lr"):
         start_run(small(out=str(out) + "2")).train()
     assert (out.with_name("run2") / "metrics.jsonl").read_text() == ""

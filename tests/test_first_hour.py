@@ -23,7 +23,7 @@ from gpt2_fast.cli import main
 from gpt2_fast.cli.command import parse
 from gpt2_fast.cli.train import given_options
 from gpt2_fast.generate import completions, tokenizer_of
-from gpt2_fast.train import conclusion
+from gpt2_fast.train import sample as room
 from gpt2_fast.train.config import TrainConfig
 from gpt2_fast.train.options import merged, read_options, write_options
 from gpt2_fast.train.progress import Progress
@@ -35,7 +35,7 @@ SIZES = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32"]
 def train(corpus, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Runs `gpt2-fast train` on a small model and its data; (status, stdout, stderr). No plots, no samples."""
     monkeypatch.setattr("gpt2_fast.report.figures.save_loss_plot", lambda metrics, path: path.write_bytes(b""))
-    monkeypatch.setattr(conclusion, "sample_text", lambda *_: "a sample")
+    monkeypatch.setattr(room, "sample_text", lambda *_: "a sample")
 
     def run(*arguments, data=str(corpus), small=True):
         given = ["--data", data, *SIZES, "--context", "16", "--batch-size", "2", "--warmup", "2"] if small else []
@@ -507,7 +507,7 @@ def test_a_sample_that_cannot_be_shown_ends_no_run(train, tmp_path, monkeypatch)
         raise ValueError("token id 9 is no character")
 
     for name, sample in (("decode", undecodable), ("show", lambda *_: "a \udc80 b")):
-        monkeypatch.setattr(conclusion, "sample_text", sample)
+        monkeypatch.setattr(room, "sample_text", sample)
         status, out, err = train("--steps", "2", "--sample-every", "1", "--out", tmp_path / name)
         assert status == 0, err
         assert (tmp_path / name / "checkpoint" / "config.json").exists()

@@ -337,7 +337,7 @@ def test_a_run_in_float16_resumes_to_the_bit(corpus, tmp_path, monkeypatch, more
         assert r["loss_scale"] == scale
     for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    states = [{**run._state()} for run in (whole, resume_run(tmp_path / "parts", {}))]
+    states = [{**run.run_step.tensors()} for run in (whole, resume_run(tmp_path / "parts", {}))]
     assert_same_bits(*([t for _, t in sorted(s.items())] for s in states), "resumed")
 
 
@@ -348,7 +348,7 @@ def stop_after(run, step):
     def periodically(bar):
         original(bar)
         if run.step == step:
-            run.stop.asked = "SIGTERM"
+            run.ending.stop.asked = "SIGTERM"
 
     run._periodically = periodically
 

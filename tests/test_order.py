@@ -219,5 +219,5 @@ def test_a_run_that_leaves_its_epoch_says_so(corpus, tmp_path, capsys, tiny):  #
         ({"order": "random"}, True),
     ):
         capsys.readouterr()
-        resume_run(str(out), {"steps": 2, **changes}).lock.release()
+        resume_run(str(out), {"steps": 2, **changes}).home.lock.release()
         assert ("goes on with another order of its data" in capsys.readouterr().out) == said, changes

@@ -84,10 +84,10 @@ def test_time_saves(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
     run = start_run(tiny_options(tiny, corpus, out, steps=6, save_every=0, save_minutes=10, keep=9))
     clock = iter(range(0, 10**6, 250))  # more than four minutes between two looks
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    run.saver.last = 0.0
+    run.checkpoints.saver.last = 0.0
     run._loop()
-    run.saver.wait()
-    run.lock.release()
+    run.checkpoints.saver.wait()
+    run.home.lock.release()
     assert 1 <= len(names(out)) <= 3
 
 
@@ -115,9 +115,9 @@ def test_a_step_waits_for_the_copy_alone(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_training_goes_on(corpus, tmp_path, monkeypatch, capsys, tiny):  # noqa: F811
-    from gpt2_fast.train import loop
+    from gpt2_fast.train import checkpoints as room
 
-    out, save, calls = tmp_path / "run", loop.save_checkpoint, []
+    out, save, calls = tmp_path / "run", room.save_checkpoint, []
 
     def full_once(*arguments, **more):
         calls.append(more["step"])
@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line_and_training_goes_on(corpus, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "checkpoint-000004"))
         return save(*arguments, **more)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full_once)
+    monkeypatch.setattr(room, "save_checkpoint", full_once)
     start_run(tiny_options(tiny, corpus, out, steps=8, save_every=2, keep=9)).train()
     assert names(out) == ["checkpoint-000002", "checkpoint-000006", "checkpoint-000008"]
     printed = capsys.readouterr()
@@ -135,12 +135,12 @@ def test_a_full_disk_is_one_line_and_training_goes_on(corpus, tmp_path, monkeypa
 
 def losses_of(monkeypatch, by_step: dict) -> None:
     """Validation losses by step; 7.5 where none is given."""
-    from gpt2_fast.train import loop
+    from gpt2_fast.train import loop, validation
 
     steps = []
     validate = loop.Run.validate
     monkeypatch.setattr(loop.Run, "validate", lambda run: (steps.append(run.step), validate(run))[1])
-    monkeypatch.setattr(loop, "dataset_loss", lambda *a, **o: {"loss": by_step.get(steps[-1], 7.5)})
+    monkeypatch.setattr(validation, "dataset_loss", lambda *a, **o: {"loss": by_step.get(steps[-1], 7.5)})
 
 
 def best_of(out: Path) -> tuple:
@@ -180,16 +180,16 @@ def test_a_signal_before_a_validation_costs_no_best(corpus, tmp_path, monkeypatc
 
 
 def test_a_best_that_the_disk_refused_is_none(corpus, tmp_path, monkeypatch, tiny):  # noqa: F811
-    from gpt2_fast.train import loop
+    from gpt2_fast.train import checkpoints as room
 
-    out, save = tmp_path / "run", loop.save_checkpoint
+    out, save = tmp_path / "run", room.save_checkpoint
 
     def full(*arguments, **more):
         if more["step"] == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "checkpoint-000003"))
         return save(*arguments, **more)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(room, "save_checkpoint", full)
     losses_of(monkeypatch, {0: 9.0, 3: 6.0, 6: 8.0, 9: 8.5, 10: 8.5})
     start_run(tiny_options(tiny, corpus, out, steps=10, save_every=4, keep=1, eval_every=3)).train()
     assert best_of(out)[:3] == ("checkpoint-000006", 8.0, 6)
@@ -200,8 +200,8 @@ def test_killed_before_the_first_checkpoint(corpus, tmp_path, capsys, tiny):  # 
     whole, out = tmp_path / "whole", tmp_path / "run"
     start_run(tiny_options(tiny, corpus, whole, steps=3)).train()
     run = start_run(tiny_options(tiny, corpus, out, steps=3))
-    run.log.write(step=1, loss=1.0)
-    run.lock.release()
+    run.home.log.write(step=1, loss=1.0)
+    run.home.lock.release()
     assert main(["train", "--data", str(corpus), "--out", str(out)]) == 2
     assert f"continue it with --resume {out}" in capsys.readouterr().err
     assert main(["train", "--resume", str(out)]) == 0
@@ -213,7 +213,7 @@ def test_stopped_before_the_first_step(tiny, corpus, tmp_path):  # noqa: F811
     whole, out = tmp_path / "whole", tmp_path / "run"
     start_run(tiny_options(tiny, corpus, whole, steps=3)).train()
     run = start_run(tiny_options(tiny, corpus, out, steps=3))
-    run.stop.asked = "SIGTERM"
+    run.ending.stop.asked = "SIGTERM"
     run.train()
     assert names(out) == ["checkpoint-000000"]
     assert main(["train", "--resume", str(out)]) == 0
@@ -340,20 +340,20 @@ def test_what_is_given_on_resume_takes_effect(corpus, tmp_path, capsys, tiny):  
     assert run.optimizer.clip_grad_norm == 0.5
     assert run.config.seed == 7
     assert yaml.safe_load((out / "config.yaml").read_text())["beta1"] == 0.8
-    run.lock.release()
+    run.home.lock.release()
     for flag, value in [("--model", "gpt2"), ("--dropout", "0.5"), ("--init-from", "gpt2"), ("--out", "elsewhere")]:
         assert main(["train", "--resume", str(out), flag, value]) == 2
         assert f"{flag} cannot change when a run is resumed" in capsys.readouterr().err
 
 
 def test_another_instruction_set_is_said(corpus, tmp_path, capsys, monkeypatch, tiny):  # noqa: F811
-    from gpt2_fast.train import loop
+    from gpt2_fast.train import setting
 
     out = tmp_path / "run"
     start_run(tiny_options(tiny, corpus, out, steps=1)).train()
-    here = loop.environment(torch.device("cpu"))
-    monkeypatch.setattr(loop, "environment", lambda device: here | {"instruction set": "other"})
-    resume_run(str(out), {"steps": 2}).lock.release()
+    here = setting.environment(torch.device("cpu"))
+    monkeypatch.setattr(setting, "environment", lambda device: here | {"instruction set": "other"})
+    resume_run(str(out), {"steps": 2}).home.lock.release()
     said = f"another instruction set ({here['instruction set']} before, other now): other bits from here"
     assert said in capsys.readouterr().out
 
@@ -368,7 +368,7 @@ def test_another_number_of_threads_is_said_where_it_counts(corpus, tmp_path, cap
     start_run(tiny_options(tiny, corpus, out, steps=1)).train()
     try:
         torch.set_num_threads(threads + 1)
-        resume_run(str(out), {"steps": 2}).lock.release()
+        resume_run(str(out), {"steps": 2}).home.lock.release()
         said = f"another number of threads ({threads} before, {threads + 1} now): other bits from here"
         assert said in capsys.readouterr().out
         monkeypatch.setattr(machine, "cpu_policy", lambda: dataclasses.replace(own, own=True))
@@ -493,7 +493,7 @@ def test_a_step_is_queued_before_the_last_ones_loss_is_read(corpus, tmp_path, mo
     take = run.run_step
     run.run_step = lambda *arguments: (recorder.calls.append("step"), take(*arguments))[1]
     run._loop()
-    run.lock.release()
+    run.home.lock.release()
     assert recorder.calls == ["step", "record", *["step", "wait", "record"] * 3, "wait"]
 
 
@@ -595,14 +595,14 @@ def test_a_flipped_bit_is_found(corpus, tmp_path, where, tiny):  # noqa: F811
     batch = run._batches(0)
     for trial in range(TRIALS):
         calls[0], broken.at = 0, 1 + trial % 2
-        before = {name: t.clone() for name, t in run._state().items()}
+        before = {name: t.clone() for name, t in run.run_step.tensors().items()}
         with pytest.raises(FaultyMachine, match=f"step 1 is not repeatable: .*go on with --resume {out}"):
             run._take(batch)
         assert calls[0] >= broken.at  # the flip was made
         with torch.no_grad():
-            for name, t in run._state().items():
+            for name, t in run.run_step.tensors().items():
                 t.copy_(before[name]) if name in before else t.zero_()
-    run.lock.release()
+    run.home.lock.release()
 
 
 def test_weights_that_change_between_steps_are_found(corpus, tmp_path, tiny):  # noqa: F811
@@ -613,7 +613,7 @@ def test_weights_that_change_between_steps_are_found(corpus, tmp_path, tiny):  #
         flip(run.model.transformer.h[1].attn.c_attn.weight.data, torch.Generator().manual_seed(1), 0)
     with pytest.raises(FaultyMachine, match=r"h\.1\.attn\.c_attn\.weight changed in memory between two steps"):
         run._take(run._batches(1))
-    run.lock.release()
+    run.home.lock.release()
 
 
 def test_a_digest_changes_with_every_bit():
@@ -654,4 +654,4 @@ def test_random_states_survive(corpus, tmp_path, tiny):  # noqa: F811
     state, _ = load_checkpoint(out)
     run = resume_run(str(out), {"steps": 3})
     assert torch.equal(capture_rng()["cpu"], state.rng["cpu"])
-    run.lock.release()
+    run.home.lock.release()

@@ -12,7 +12,7 @@ import pytest
 from small_run import data, names, numbers, out, small
 
 from gpt2_fast.checkpoint.run_folder import load_checkpoint, save_checkpoint
-from gpt2_fast.train import TrainConfig, loop, resume_run, start_run
+from gpt2_fast.train import TrainConfig, checkpoints, resume_run, start_run
 from gpt2_fast.train.loop import Run
 from gpt2_fast.train.place import Place
 
@@ -34,7 +34,7 @@ def test_validation_data_that_was_replaced_is_refused(small, data, out):
 def test_the_best_is_found_anew_on_other_validation_data(small, data, out, tmp_path, capsys, what):
     """Losses of before are lower than any after: they do not count."""
     run = start_run(small(steps=2, eval_every=1))
-    run.validate = lambda: run.validated.setdefault(run.step, 1.0 if run.step else 2.0)
+    run.validate = lambda: run.validation.losses.setdefault(run.step, 1.0 if run.step else 2.0)
     run.train()
     assert best_of(out) == 1
     more = {"eval_batches": 3}
@@ -202,15 +202,15 @@ def test_a_run_of_before_on_other_data_finds_its_best_anew(small, data, out, tmp
         save_checkpoint(folder, extra=extra, **state)
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(loop, "save_checkpoint", as_before)
+        earlier.setattr(checkpoints, "save_checkpoint", as_before)
         start_run(small(eval_every=1)).train()
     run = resume_run(str(out), {"steps": 3})
-    assert run.best < math.inf
+    assert run.checkpoints.best.loss < math.inf
     run._leave()
     (tmp_path / "other").mkdir()
     numbers(tmp_path / "other" / "train.bin", seed=8)
     numbers(tmp_path / "other" / "val.bin", 400, seed=9)
-    assert resume_run(str(out), {"steps": 3, "data": str(tmp_path / "other")}).best == math.inf
+    assert resume_run(str(out), {"steps": 3, "data": str(tmp_path / "other")}).checkpoints.best.loss == math.inf
 
 
 def test_a_run_that_starts_again_validates_again(small, out):
@@ -218,7 +218,7 @@ def test_a_run_that_starts_again_validates_again(small, out):
     run = start_run(small())
     run.validate()
     run._leave()
-    assert resume_run(str(out), {"eval_batches": 1}).validated == {}
+    assert resume_run(str(out), {"eval_batches": 1}).validation.losses == {}
 
 
 def test_a_folder_without_a_name_has_one_beside_it_too(tmp_path, monkeypatch):

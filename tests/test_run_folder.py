@@ -119,7 +119,7 @@ def test_a_folder_that_is_another_runs_is_left_alone(small, out, running):
     with pytest.raises(ValueError, match=message):
         run.train()
     assert contents(out) == replace.left
-    replace.other.lock.release()
+    replace.other.home.lock.release()
     beside = out.with_name("run-2")
     assert names(beside) == ["checkpoint-000003"]
     assert logged(out.with_name("moved")) == [0, 1]

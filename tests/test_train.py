@@ -74,13 +74,13 @@ def test_resume_repeats_to_the_bit(corpus, tmp_path, more):
     whole, half = tmp_path / "whole", tmp_path / "half"
     start_run(options(corpus, whole, **more)).train()
     stopped = Run(TrainConfig(**options(corpus, half, save_every=3, **more)))
-    original = stopped.save
+    original = stopped.checkpoints.save
 
     def save_then_die(*arguments, **options):
         original(*arguments, **options)
         raise KeyboardInterrupt
 
-    stopped.save = save_then_die  # as if the machine went down right after the checkpoint of step 3
+    stopped.checkpoints.save = save_then_die  # as if the machine went down right after the checkpoint of step 3
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     assert [path.name for path in checkpoints(half)] == ["checkpoint-000003"]

@@ -12,7 +12,7 @@ import training_ranks  # noqa: F401
 
 from gpt2_fast import cli
 from gpt2_fast.data.batches import TokenDataset
-from gpt2_fast.train import loop
+from gpt2_fast.train import checkpoints
 
 read = TokenDataset.batch
 
@@ -30,5 +30,5 @@ def no_room(*_, **state):
 def main(argv: list[str]) -> int:
     TokenDataset.batch = batch
     if Path("full").exists():
-        loop.save_checkpoint = no_room
+        checkpoints.save_checkpoint = no_room
     return cli.main(argv)

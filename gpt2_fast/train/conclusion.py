@@ -1,34 +1,21 @@
-"""How a run ends: what is saved at last, the plot, a sample, and where everything is."""
+"""How a run ends: what it says, the plot, a sample, and where everything is."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from gpt2_fast.checkpoint.run_folder import NEWEST
 from gpt2_fast.parallel.group import Lost
 from gpt2_fast.train import folder as folders
-from gpt2_fast.train.place import Taken
-from gpt2_fast.train.sample import sample_text
 from gpt2_fast.train.say import say
 
 if TYPE_CHECKING:
     from gpt2_fast.train.loop import Run
 
 
-def sample(run: Run, max_new_tokens: int = 60) -> str:
-    """A text from its start, seeded by the run's seed; where it cannot be decoded, why: a run goes on."""
-    try:
-        text = sample_text(run.model, run.tokenizer, max_new_tokens, run.config.seed)
-    except (ValueError, IndexError, FloatingPointError) as error:
-        return f"(no sample: {error})"
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)  # what a terminal cannot show ends no run either
-
-
 def finished(run: Run) -> bool:
     """Whether a run that is resumed had come to its end, and says so."""
-    done = run.saved is not None and run.step >= run.config.steps and run.step in run.validated
+    done = run.checkpoints.saved is not None and run.step >= run.config.steps and run.step in run.validation.losses
     if done:
         reached = f"{run.step} of {run.config.steps} steps are done and nothing is left to do"
         if run.step > run.config.steps:
@@ -38,23 +25,9 @@ def finished(run: Run) -> bool:
     return done
 
 
-def settle(run: Run) -> None:
-    """Waits for the save that is at work; one that failed matters no more. All know then where the run is."""
-    try:
-        run.saver.wait()
-    except OSError as error:
-        run.saved = None
-        say(error, "stderr")
-    except Taken:
-        run.saved = None
-    if run.group.first:
-        run.stay_at_home()
-    run.agree()
-
-
 def fail(run: Run) -> None:
     """Saves the steps that are good, and raises what ended the run, in one line that says where they are."""
-    how, fault = "", run.fault
+    how, fault = "", run.ending.fault
     if run.step:
         unsaved = None
         try:
@@ -80,7 +53,7 @@ def conclude(run: Run) -> None:
         _plot(run)
     if run.interrupted:
         again = f"gpt2-fast train --resume {run.out}"
-        say(f"{run.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
+        say(f"{run.ending.asked}: stopped at step {run.step} of {run.config.steps}; continue with: {again}")
     elif not run.config.quiet:
         say(f"sample:\n{run.sample()}\n")
     _show_files(run)

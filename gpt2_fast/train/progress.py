@@ -57,3 +57,15 @@ class Progress:
             attempt(lambda: self._bar.write(text, file=getattr(sys, to)))
         else:
             say(text, to)
+
+
+class Voice:
+    """`say` of a run: in the first process; with --quiet, what goes to stderr alone."""
+
+    def __init__(self, first: bool, quiet: bool):
+        self._first, self._quiet = first, quiet
+
+    def __call__(self, text: str, bar: Progress | None = None, to: str = "stdout") -> None:
+        """bar: the line goes above it."""
+        if self._first and (to == "stderr" or not self._quiet):
+            say(text, to) if bar is None else bar.write(text, to)

@@ -167,6 +167,13 @@ class Step:
             if shared:
                 self.optimizer.accumulate()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name."""
+        named = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            named |= {f"{name}'s {key}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        return named if self.loss_scale is None else named | self.loss_scale.tensors()
+
     @property
     def _grad_scale(self) -> Tensor | None:
         return None if self.loss_scale is None else self.loss_scale.scale

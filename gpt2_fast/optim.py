@@ -203,9 +203,9 @@ class AdamW(Optimizer):
             )
         return "reference"
 
-    def _collect(self) -> dict[str, room.Lists]:
+    def _collect(self) -> dict[str, contract.Lists]:
         """By implementation, the lists that `adamw` takes, of the parameters that have a gradient."""
-        collected: dict[str, room.Lists] = {}
+        collected: dict[str, contract.Lists] = {}
         implementations: dict[tuple, str] = {}  # of parameters that look alike
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -224,11 +224,11 @@ class AdamW(Optimizer):
                     implementation = implementations[looks] = self._implementation(param)
                 lists = collected.get(implementation)
                 if lists is None:
-                    lists = collected[implementation] = room.Lists.empty()
+                    lists = collected[implementation] = contract.Lists.empty()
                 lists.append(*tensors, state["step"], index)
         return collected
 
-    def _norm(self, collected: dict[str, room.Lists]) -> Tensor | None:
+    def _norm(self, collected: dict[str, contract.Lists]) -> Tensor | None:
         """The norm of the gradients where `adamw` cannot take it: it sees those of one implementation and one rank."""
         params = [p for group in self.param_groups for p in group["params"]]
         contract.check_whole(params, self._in_zero)

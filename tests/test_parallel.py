@@ -21,7 +21,7 @@ from numerics import assert_same_bits
 from gpt2_fast import AdamW, GPT2Config, GPT2LMHeadModel
 from gpt2_fast.checkpoint.run_folder import load_checkpoint
 from gpt2_fast.cli import main
-from gpt2_fast.ops import adamw as room
+from gpt2_fast.ops import adamw_squares as room
 from gpt2_fast.ops.runtime.dispatch import unavailable
 from gpt2_fast.ops.runtime.philox import micro_batch_keys
 from gpt2_fast.parallel import Group, Layout, group, tree

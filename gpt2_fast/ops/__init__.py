@@ -13,6 +13,7 @@ adamw                 one AdamW step over every parameter
 adamw_contract        what it takes
 adamw_table           the table through which kernels reach its tensors
 adamw_kept            what it keeps of them from step to step
+adamw_squares         sums of squares for the norm of gradients that several devices hold
 decode_step           a whole model from token ids to the next token's logits
 packed_model          the model's weights, packed for it, and a batch's keys and values
 packed_weights        weights, keys and values as its products read them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,33 @@ from gpt2_fast.ops.runtime.dispatch import KERNEL_DTYPES, LOW_PRECISION
 OP = "adamw"
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")  # the columns of `hyper`
 STATE_DTYPES = (torch.float32, torch.float64)  # float64: the reference alone
+
+
+class Lists(NamedTuple):
+    """What `adamw` takes of its parameters, see there."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    groups: list[int]
+
+    @classmethod
+    def empty(cls) -> Lists:
+        return cls(*([] for _ in cls._fields))
+
+    def append(self, param, grad, exp_avg, exp_avg_sq, master, step, group) -> None:
+        """Adds one parameter with its state; master: None where it needs none."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.exp_avgs.append(exp_avg)
+        self.exp_avg_sqs.append(exp_avg_sq)
+        if master is not None:
+            self.masters.append(master)
+        self.steps.append(step)
+        self.groups.append(group)
 
 
 def with_masters(params, masters, *others) -> Iterator[tuple]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_fast.ops.adamw import Lists, adamw, chunk_squares, left_out, take_written
-from gpt2_fast.ops.adamw_contract import check_shape, unsupported
+from gpt2_fast.ops.adamw import adamw, left_out, take_written
+from gpt2_fast.ops.adamw_contract import Lists, check_shape, unsupported
 from gpt2_fast.ops.adamw_kept import Kept
+from gpt2_fast.ops.adamw_squares import chunk_squares
 from gpt2_fast.ops.runtime.dispatch import LOW_PRECISION
 from gpt2_fast.parallel import tree
 from gpt2_fast.parallel.flat import Layout

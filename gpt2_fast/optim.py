@@ -34,6 +34,7 @@ from gpt2_fast.ops import adamw as room
 from gpt2_fast.ops import adamw_contract as contract
 from gpt2_fast.ops.adamw_kept import Kept
 from gpt2_fast.ops.runtime import dispatch
+from gpt2_fast.optim_state import complete, dtensors, is_dtensor, master_of, take
 from gpt2_fast.parallel.group import Group, check_world
 from gpt2_fast.parallel.shards import Shards, check_shareable
 from gpt2_fast.uncompiled import Optimizer
@@ -158,35 +159,13 @@ class AdamW(Optimizer):
         known = set(map(id, model.parameters()))
         if missing := [tuple(p.shape) for p in params if id(p) not in known]:
             raise ValueError(f"AdamW: a parameter {missing[0]} is not one of the model's; pass its model")
-        wide = [self._master(p) for p in params]
+        wide = [master_of(p, self.state.get(p, {})) for p in params]
         model.to(dtype)
         for p, master in zip(params, wide, strict=True):
             p.copy_(master)  # what was rounded before is rounded twice by `to`, which is no rounding of its master
             self.state[p]["master"] = master
-            self._init_state(p)
+            complete(self.state[p], p)
         return model
-
-    def _master(self, p: Tensor) -> Tensor:
-        """The weight of `p` before it was rounded; what is left of an earlier cast says nothing of a float32 one."""
-        held = self.state.get(p, {}).get("master") if p.dtype in dispatch.LOW_PRECISION else None
-        if held is None:
-            return p.detach().float()
-        param, master = _dtensor().local(p, held) if is_dtensor(p) else (p, held)
-        room.take_written(master, param)
-        return held
-
-    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
-        wide = torch.float32 if p.dtype in dispatch.LOW_PRECISION else p.dtype
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-        if p.dtype not in dispatch.LOW_PRECISION:
-            state.pop("master", None)
-        elif "master" not in state:
-            state["master"] = p.detach().to(wide)
-        return state
 
     def _implementation(self, p: Tensor) -> str:
         """Which implementation updates `p`: the chosen one, or the reference where that cannot."""
@@ -213,10 +192,10 @@ class AdamW(Optimizer):
                     continue
                 if grad.is_sparse:
                     raise ValueError("AdamW: a gradient is sparse; make its Embedding with sparse=False")
-                state = self._init_state(p)
+                state = complete(self.state[p], p)
                 tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
                 if is_dtensor(p):
-                    tensors = _dtensor().local(*tensors)
+                    tensors = dtensors().local(*tensors)
                 param = tensors[0]
                 looks = (param.dtype, param.device, param.is_contiguous())
                 implementation = implementations.get(looks)
@@ -233,7 +212,7 @@ class AdamW(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         contract.check_whole(params, self._in_zero)
         if any(map(is_dtensor, params)):
-            return _dtensor().grad_norm(params)
+            return dtensors().grad_norm(params)
         if len(collected) > 1:
             return room.grad_norm_reference([g for lists in collected.values() for g in lists.grads])
         return None
@@ -424,27 +403,5 @@ class AdamW(Optimizer):
         # The base class casts state to the parameter's dtype: what is wider is taken again from the source.
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params, strict=True):
-            if (source := state_dict["state"].get(i)) is None:
-                continue
-            state = self.state[p]
-            state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())
-            wide = torch.float32 if p.dtype in dispatch.LOW_PRECISION else p.dtype
-            for key in ("exp_avg", "exp_avg_sq", "master"):
-                if key in source:
-                    value = source[key]
-                    contract.check_shape(key, i, value, p)
-                    if is_dtensor(p) or is_dtensor(value):
-                        value = _dtensor().spread(value, p)
-                    state[key] = torch.empty_like(p, dtype=wide).copy_(value)  # with p's strides
-            self._init_state(p)
-
-
-def is_dtensor(t: Tensor) -> bool:
-    """Whether a tensor is spread over ranks; torch.distributed.tensor is not imported for it."""
-    return hasattr(t, "device_mesh")
-
-
-def _dtensor():
-    from gpt2_fast.parallel import dtensor
-
-    return dtensor
+            if (source := state_dict["state"].get(i)) is not None:
+                take(self.state[p], source, p, i)

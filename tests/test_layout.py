@@ -30,7 +30,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"checkpoint", "compat", "data", "hf_patch", "outputs", "parallel"},
-    {"generate", "hf", "report"},
+    {"generate", "hf", "optim_state", "report"},
     {"layers"},
     {"model", "optim"},
     {"nanogpt", "evaluate"},

@@ -403,5 +403,5 @@ class AdamW(Optimizer):
         # The base class casts state to the parameter's dtype: what is wider is taken again from the source.
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, params, strict=True):
-            if (source := state_dict["state"].get(i)) is not None:
+            if source := state_dict["state"].get(i):  # {} of a parameter without a step, whose state was only looked at
                 take(self.state[p], source, p, i)

@@ -509,6 +509,21 @@ def test_a_saved_state_with_other_strides_goes_on(dtype):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_state_that_was_only_looked_at_is_none(dtype):
+    """`optimizer.state` makes an empty one of a parameter that it is asked for, here and in torch."""
+    results = []
+    for looks in (False, True):
+        model = _model(dtype)
+        saved = torch.optim.AdamW(model.parameters())
+        for p in model.parameters() if looks else ():
+            assert saved.state[p] == {}
+        optimizer = AdamW(model.parameters(), **OPTIONS)
+        optimizer.load_state_dict(saved.state_dict())
+        results.append(_run(model, optimizer, 2))
+    assert_same_bits(*results)
+
+
 def test_a_cast_after_float32_steps_takes_the_float32_weights():
     """Not the masters that an earlier cast left, which those steps did not move."""
     model = _model()

@@ -136,6 +136,29 @@ def test_a_lock_that_was_removed_is_taken_again(small, out, capsys):
     assert "made again" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("why", ["options", "data", "device"])
+def test_a_refused_run_lets_its_folder_go(small, data, out, why):
+    """Also where the error is kept, as a notebook keeps the last one, and all that it came through."""
+    start_run(small()).train()
+    given = {"options": {"model": "gpt2-medium"}, "data": {"steps": 3}, "device": {"compile_graph": True}}[why]
+    if why == "data":
+        numbers(data / "train.bin", seed=2)
+    with pytest.raises(ValueError, match="cannot change|holds other tokens|needs a CUDA device") as kept:
+        resume_run(str(out), given)
+    numbers(data / "train.bin")
+    resume_run(str(out), {"steps": 3}).train()
+    assert names(out)[-1] == "checkpoint-000003"
+    assert kept.value.__traceback__ is not None
+
+
+def test_a_refused_new_run_lets_its_folder_go(small, out):
+    with pytest.raises(ValueError, match="needs a CUDA device") as kept:
+        start_run(small(compile_graph=True))
+    start_run(small()).train()
+    assert names(out) == ["checkpoint-000002"]
+    assert kept.value.__traceback__ is not None
+
+
 @pytest.mark.parametrize("why", ["data", "device", "log", "tracker"])
 def test_a_resume_that_is_refused_changes_nothing(small, data, out, capsys, monkeypatch, why):
     start_run(small(steps=4, save_every=2)).train()

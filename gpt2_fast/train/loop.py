@@ -95,6 +95,15 @@ class Run:
         setting.check_same(group, config)
         self.ending, self.say = Ending(group), Voice(group.first, config.quiet)
         self.home = Home(out, (lock or Place(out, new)) if group.first else None, config, self.ending, self.say)
+        try:
+            self._begin(state, setting)
+        except BaseException:
+            self.home.leave()  # who keeps the error, as a notebook does, keeps this run with it
+            raise
+
+    def _begin(self, state: checkpoint.TrainingState | None, setting: Setting) -> None:
+        """Goes on from `state`, or begins, in a folder that is the run's."""
+        config, group = self.config, self.group
         best, self.step = Best(), 0
         if state is not None:
             take_up(state, self.model, self.optimizer, group)

@@ -48,15 +48,20 @@ def resume_run(folder: str, options: dict) -> Run:
             config = folders.options_to_resume(saved, options, out)
         return {"out": str(out), "config": dataclasses.asdict(config), "state": state and _without_tensors(state)}
 
-    found = group.decide(find)
-    if found is None:
-        return start_run(options)
-    config = TrainConfig(**found["config"])
-    check_world(group.world, config.grad_accum)
-    group.set_limit(config.timeout_minutes)
-    if state is None and found["state"] is not None:  # another process has read it
-        state = _of_another(**found["state"])
-    return Run(config, Path(found["out"]), state, lock, group)
+    try:
+        found = group.decide(find)
+        if found is None:
+            return start_run(options)
+        config = TrainConfig(**found["config"])
+        check_world(group.world, config.grad_accum)
+        group.set_limit(config.timeout_minutes)
+        if state is None and found["state"] is not None:  # another process has read it
+            state = _of_another(**found["state"])
+        return Run(config, Path(found["out"]), state, lock, group)
+    except BaseException:
+        if lock is not None:
+            lock.release()  # who keeps the error keeps the lock with it
+        raise
 
 
 def _without_tensors(state: checkpoint.TrainingState) -> dict[str, Any]:

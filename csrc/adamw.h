@@ -9,7 +9,8 @@
 // norm: one float32, the 2-norm of all gradients; partial [chunks] float64 is scratch.
 // max_norm < 0: no clipping, and norm may be 0.
 // grad_scale: one float32 that every gradient is divided by, and norm is divided by already; 0: none.
-// found_inf: one float32; unless it is 0, nothing changes. 0: only a norm that is not finite says so, beside a grad_scale.
+// found_inf: one float32; unless it is 0, nothing changes. 0: only a norm that is not finite says so, beside a
+// grad_scale.
 #pragma once
 
 #define GPT2_ADAMW_KERNELS(KERNEL) \

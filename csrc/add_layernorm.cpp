@@ -160,8 +160,7 @@ static void backward(const TY* dy, const TH* dh, const TH* h, const float* weigh
 
 void add_layernorm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr h, addr mean, addr rstd,
                            int64_t N, int64_t C, double eps, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype,
-                           addr dropout_key, int64_t dropout_threshold,
-                        double dropout_scale, int64_t dropout_site) {
+                           addr dropout_key, int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
   Dropout d = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
     forward<TX, TH, TY>((const TX*)x, (const TH*)residual, (const float*)weight, (const float*)bias, (TY*)y, (TH*)h,
@@ -172,15 +171,15 @@ void add_layernorm_forward(addr x, addr residual, addr weight, addr bias, addr y
 void add_layernorm_normalize(addr h, addr weight, addr bias, addr mean, addr rstd, addr y, int64_t N, int64_t C,
                              int64_t h_dtype, int64_t y_dtype) {
   GPT2_LAYERNORM_DISPATCH(h_dtype, h_dtype, y_dtype, {
-    normalize((const TH*)(const TX*)h, (const float*)weight, (const float*)bias, (const float*)mean, (const float*)rstd, (TY*)y,
-              N, C);
+    normalize((const TH*)(const TX*)h, (const float*)weight, (const float*)bias, (const float*)mean, (const float*)rstd,
+              (TY*)y, N, C);
   });
 }
 
 void add_layernorm_backward(addr dy, addr dh, addr h, addr weight, addr mean, addr rstd, addr dx,
                             addr dresidual, addr partial, int64_t chunks, addr dweight, addr dbias, int64_t N,
-                            int64_t C, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, addr dropout_key, int64_t dropout_threshold,
-                        double dropout_scale, int64_t dropout_site) {
+                            int64_t C, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, addr dropout_key,
+                            int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
   Dropout d = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
     backward<TX, TH, TY>((const TY*)dy, (const TH*)dh, (const TH*)h, (const float*)weight, (const float*)mean,

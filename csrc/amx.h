@@ -1,5 +1,5 @@
-// Intel's tile registers: 8 of 16 rows of 64 bytes. One instruction adds the products of 16 x 32 bfloat16, rows of A, and
-// 16 x 16 pairs, steps of B, to 16 x 16 float32. Where a source is compiled for other sets, there are none.
+// Intel's tile registers: 8 of 16 rows of 64 bytes. One instruction adds the products of 16 x 32 bfloat16, rows of A,
+// and 16 x 16 pairs, steps of B, to 16 x 16 float32. Where a source is compiled for other sets, there are none.
 //
 // Not the compiler's intrinsics: g++ 12's do not say that they read memory.
 #pragma once

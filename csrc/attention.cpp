@@ -7,8 +7,8 @@
 // Scores exist one BLOCK x BLOCK tile at a time, float32 and transposed ([key][query], see attention_tile.h). Where the
 // processor multiplies pairs of bfloat16, probabilities and dS of bfloat16 inputs are rounded to pairs for the products
 // that take them (G = 2 throughout; see gemm_micro.h).
-// Scores of any finite size are right: those in the thousands and beyond take a longer way, shift_scores and in backward
-// softmax_again, as float32 holds their lse too coarsely.
+// Scores of any finite size are right: those in the thousands and beyond take a longer way, shift_scores and in
+// backward softmax_again, as float32 holds their lse too coarsely.
 // Forward: a task is up to four blocks of queries of one head, which share each packed tile of K and V.
 #include "attention_backward.h"
 #include "attention_tile.h"
@@ -176,8 +176,8 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
-                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
-                        double dropout_scale, int64_t dropout_site) {
+                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr dropout_key,
+                        int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
   GPT2_OTHER_DTYPES(attention_backward, dout, qkv, out, lse, segments, dqkv, partial, B, T, H, D, scale, dtype,
                     dropout_key, dropout_threshold, dropout_scale, dropout_site);
   const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);

@@ -15,8 +15,8 @@ constexpr int64_t GROUP = ATTENTION_KEY_GROUP;  // keys of a task
 
 thread_local Scratch scratch;
 
-// s: scores, becomes dropout(P) without its 1 / (1 - p); d: dO . V, becomes dS. With G = 2 both become bfloat16, a row in
-// the first half of its place, and pairs, [BLOCK / 2][BLOCK], dS by pairs of keys.
+// s: scores, becomes dropout(P) without its 1 / (1 - p); d: dO . V, becomes dS. With G = 2 both become bfloat16, a row
+// in the first half of its place, and pairs, [BLOCK / 2][BLOCK], dS by pairs of keys.
 template <Visibility VISIBILITY, bool DROP, int G>
 __attribute__((noinline)) void gradient_tile(const Tile& t, float* s, float* d, float* pairs, const float* lse,
                                              const float* delta) {

@@ -62,8 +62,6 @@ GPT2_INLINE vf vexp2(vf t) {
 #endif
 }
 
-// ---- visibility ----
-
 // FULL: every key of the tile is visible to every query. DIAGONAL: key <= query is all there is to check.
 // MASKED: documents and padding too. HIDDEN: nothing is visible.
 enum Visibility { FULL, DIAGONAL, MASKED, HIDDEN };
@@ -121,8 +119,6 @@ GPT2_INLINE int64_t tile_rows(bool diagonal, int64_t c, int64_t keys) {
   return diagonal ? smaller(keys, (c / CHUNK + 1) * CHUNK) : keys;
 }
 
-// ---- one tile ----
-
 struct Shape {
   int64_t B, T, H, D;
   int64_t row() const { return 3 * H * D; }         // elements from one token to the next in qkv
@@ -130,8 +126,8 @@ struct Shape {
   int64_t width() const { return round_up(D, W); }    // of a packed row that gemm works on
 };
 
-// Operands of products whose steps are columns of rows, [n][D / G], or rows, [n / G][D]: float32, or with G = 2 bfloat16 as
-// they are, two steps an element.
+// Operands of products whose steps are columns of rows, [n][D / G], or rows, [n / G][D]: float32, or with G = 2
+// bfloat16 as they are, two steps an element.
 template <int G>
 GPT2_INLINE void pack_columns(float* dst, Elements src, int64_t lds, int64_t rows, const Shape& shape) {
   G == 2 ? pack_pairs(dst, shape.stride(), src, lds, rows, shape.D)
@@ -194,7 +190,8 @@ static inline Tile make_tile(int64_t T, double scale, const Dropout& dropout) {
   } while (0)
 #endif
 
-// out[key][query] = rows(A) . columns of packed Q or dO, all of pack_columns; above the diagonal only where a chunk needs it.
+// out[key][query] = rows(A) . columns of packed Q or dO, all of pack_columns; above the diagonal only where a chunk
+// needs it.
 template <int G>
 GPT2_INLINE void scores(const Tile& t, const Shape& shape, const float* rows, const float* packed, float* out) {
   const int64_t ld = shape.stride(), depth = steps<G>(shape.D), columns = t.columns();
@@ -224,8 +221,6 @@ GPT2_INLINE void clear_missing_pairs(float* column, int64_t keys) {
     for (int64_t r = ceil_div(keys, 2); r % 16; ++r) store(column + r * BLOCK, vf{});
 }
 
-// ---- softmax ----
-
 // A maximum of scores in units of log 2. NOTHING stays finite.
 GPT2_INLINE vf in_log2(vf high, float log2_scale) { return max2(high * log2_scale, splat(NOTHING)); }
 
@@ -238,10 +233,12 @@ GPT2_INLINE bool any(vi mask) {
   return found != 0;
 }
 
-// Exponents in place of the scores of one column of vectors: (x - high) * log2_scale - log2_total in lanes that are far, in
-// the others x * log2_scale - shift, as everywhere else. That one is wrong by half a unit in the last place of shift,
-// which is nothing for a small score, 2^8 for one of 4e9: the probability of the maximum itself would overflow or vanish.
-GPT2_OUT_OF_LINE void shift_scores(float* column, int64_t rows, vi far, vf high, vf log2_total, vf shift, float log2_scale) {
+// Exponents in place of the scores of one column of vectors: (x - high) * log2_scale - log2_total in lanes that are
+// far, in the others x * log2_scale - shift, as everywhere else. That one is wrong by half a unit in the last place of
+// shift, which is nothing for a small score, 2^8 for one of 4e9: the probability of the maximum itself would overflow
+// or vanish.
+GPT2_OUT_OF_LINE void shift_scores(float* column, int64_t rows, vi far, vf high, vf log2_total, vf shift,
+                                   float log2_scale) {
   for (int64_t r = 0; r < rows; ++r) {
     const vf x = load(column + r * BLOCK);
     const vf near = multiply_add(x, splat(log2_scale), -shift);
@@ -249,8 +246,8 @@ GPT2_OUT_OF_LINE void shift_scores(float* column, int64_t rows, vi far, vf high,
   }
 }
 
-// Scores to probabilities in place, with the running maximum `high` of the scores, not scaled, and sum `total` of each query.
-// With G = 2 row n of s becomes the pairs of keys 2 n and 2 n + 1.
+// Scores to probabilities in place, with the running maximum `high` of the scores, not scaled, and sum `total` of each
+// query. With G = 2 row n of s becomes the pairs of keys 2 n and 2 n + 1.
 // shrink[query] is the factor that what was summed before must be multiplied by; returns whether any is not 1.
 template <Visibility VISIBILITY, bool DROP, int G>
 __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high, float* total, float* shrink) {
@@ -301,8 +298,6 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
   }
   return shrunk;
 }
-
-// ---- scratch ----
 
 // Memory of this thread, kept between calls and grown when needed.
 struct Scratch {

@@ -1,11 +1,11 @@
 // The Python face of the extension: each kernel of kernels.h under its own name, the interpreter lock released.
 //
 // A kernel is called with dicts, and takes from them what its parameters in kernels.h name: the first dict that has a
-// name counts. So no argument can stand in another's place, and what a parameter says of its tensor is held here, at the
-// one door to memory: on the CPU, contiguous, of the dtype.
+// name counts. So no argument can stand in another's place, and what a parameter says of its tensor is held here, at
+// the one door to memory: on the CPU, contiguous, of the dtype.
 //
-// It is written on Python's stable ABI, so one build serves every Python from 3.10 on; a binding library would compile for
-// longer, and cost a call more.
+// It is written on Python's stable ABI, so one build serves every Python from 3.10 on; a binding library would compile
+// for longer, and cost a call more.
 #include "python_api.h"
 
 #include <type_traits>
@@ -24,8 +24,8 @@ struct Sources {
   Py_ssize_t count;
 };
 
-// One argument. Python's numbers are read by one function for all kernels: code of its own for each signature would take
-// longer to compile than the kernels.
+// One argument. Python's numbers are read by one function for all kernels: code of its own for each signature would
+// take longer to compile than the kernels.
 union Value {
   int64_t integer;
   double real;

@@ -1,7 +1,7 @@
 // A block of GPT-2 from the kernels that there are (gpt2_fast/ops/block.py has the equations).
 //
-// Nothing is computed here but widened vectors. What it is for: between two kernels there is no Python, which in a small
-// model takes longer than they do.
+// Nothing is computed here but widened vectors. What it is for: between two kernels there is no Python, which in a
+// small model takes longer than they do.
 #include "isa.h"
 #include "kernels.h"
 
@@ -55,7 +55,9 @@ struct Vectors {
   addr wide(addr v, int64_t n) const {
     if (dtype == F32 || v == 0) return v;
     float* to = (float*)arena->take(n * (int64_t)sizeof(float));
-    GPT2_DISPATCH(dtype, T, { for (int64_t i = 0; i < n; i += W) store_n(to + i, load_n((const T*)v + i, n - i), n - i); });
+    GPT2_DISPATCH(dtype, T, {
+      for (int64_t i = 0; i < n; i += W) store_n(to + i, load_n((const T*)v + i, n - i), n - i);
+    });
     return (addr)to;
   }
 
@@ -79,18 +81,19 @@ struct Products {
     return a_dtype == BF16 && b_dtype == BF16 && wide == BF16;
   }
 
-  // out [a.rows, b.columns] = a @ b + bias, by linear_product or by the BLAS. Matrices are contiguous, transposed or not.
-  void operator()(const Sizes& s, Matrix a, Matrix b, addr bias, Matrix out, int64_t finish = FINISH_STORE, addr u = 0) const {
+  // out [a.rows, b.columns] = a @ b + bias, by linear_product or by the BLAS. A matrix or its transpose is contiguous.
+  void operator()(const Sizes& s, Matrix a, Matrix b, addr bias, Matrix out, int64_t finish = FINISH_STORE,
+                  addr u = 0) const {
     if (sgemm) return by_blas(a, b, bias, out);
-    kernels().linear_product(a.data, a.dtype, a.down, a.right, b.data, b.dtype, b.down, b.right, bias, out.data, out.down,
-                             u, out.dtype, finish, a.rows, b.columns, a.columns, pairs(a.dtype, b.dtype, s.wide),
-                             workspace, threads);
+    kernels().linear_product(a.data, a.dtype, a.down, a.right, b.data, b.dtype, b.down, b.right, bias, out.data,
+                             out.down, u, out.dtype, finish, a.rows, b.columns, a.columns,
+                             pairs(a.dtype, b.dtype, s.wide), workspace, threads);
   }
 
   // How far apart the lines of a matrix are; of a single one, whose strides may say anything, as a BLAS wants it.
   static int64_t pitch(Matrix x) { return x.right == 1 ? larger(x.down, x.columns) : larger(x.right, x.rows); }
 
-  // A BLAS counts by columns, so out^T = b^T a^T. Its sizes are 32 or 64 bits wide: of these numbers both read the same.
+  // A BLAS counts by columns, so out^T = b^T a^T. Its sizes are 32 or 64 bits wide: these numbers are the same in both.
   void by_blas(Matrix a, Matrix b, addr bias, Matrix out) const {
     const int64_t m = b.columns, n = a.rows, k = a.columns;
     const int64_t ldb = pitch(b), lda = pitch(a);
@@ -112,7 +115,8 @@ struct Products {
   static void copied(const From* from, To* to, int64_t n) {
     constexpr int64_t STEP = 64 * W;
     GPT2_PARALLEL_FOR(i, ceil_div(n, STEP)) {
-      for (int64_t c = i * STEP; c < smaller(n, (i + 1) * STEP); c += W) store_n(to + c, load_n(from + c, n - c), n - c);
+      for (int64_t c = i * STEP; c < smaller(n, (i + 1) * STEP); c += W)
+        store_n(to + c, load_n(from + c, n - c), n - c);
     }
   }
 
@@ -168,8 +172,8 @@ struct Kept {
   }
 };
 
-// Scratch of forward. What is attended, projected, is gone before f is made; f is u before its GELU where they are of one
-// dtype.
+// Scratch of forward. What is attended, projected, is gone before f is made; f is u before its GELU where they are of
+// one dtype.
 struct ForwardScratch {
   addr n, u, f, a;
   Arena rest;
@@ -238,11 +242,12 @@ struct Backward {
     parameters(rows(scratch.wide_1, s.F, s.dtype), rows(dm, s.C, s.dtype), proj);
     product(s, rows(dm, s.C, s.dtype), weight(proj_weight, s.F, s.C).t(), 0, rows(scratch.wide_1, s.F, s.dtype));
     const addr sums = vectors.sums(fc.bias, s.F);
-    k.bias_gelu_backward(scratch.wide_1, kept.u, scratch.du, scratch.partial, chunks_of(N), sums, N, s.F, s.wide, s.dtype,
-                         erf);
+    k.bias_gelu_backward(scratch.wide_1, kept.u, scratch.du, scratch.partial, chunks_of(N), sums, N, s.F, s.wide,
+                         s.dtype, erf);
     vectors.narrow(sums, fc.bias, s.F);
     if (fc.weight) {
-      k.add_layernorm_normalize(h, ln_weight, ln_bias, kept.mean_2, kept.rstd_2, scratch.wide_2, N, s.C, s.dtype, s.wide);
+      k.add_layernorm_normalize(h, ln_weight, ln_bias, kept.mean_2, kept.rstd_2, scratch.wide_2, N, s.C, s.dtype,
+                                s.wide);
       parameters(rows(scratch.wide_2, s.C, s.wide), rows(scratch.du, s.F, s.wide), {fc.weight, 0});
     }
     product(s, rows(scratch.du, s.F, s.wide), weight(fc_weight, s.C, s.F).t(), 0, rows(scratch.wide_2, s.C, s.wide));
@@ -254,8 +259,8 @@ struct Backward {
     const Matrix a = rows(da, s.C, s.dtype), dout = rows(scratch.wide_2, s.C, s.dtype);
     parameters(rows(kept.attended, s.C, s.dtype), a, proj);
     product(s, a, weight(proj_weight, s.C, s.C).t(), 0, dout);
-    kernels().attention_backward(dout.data, kept.qkv, kept.attended, kept.lse, segments, scratch.wide_1, scratch.dq, s.B,
-                                 s.T, s.H, s.D(), scale, s.dtype, drop.key, drop.threshold, drop.scale, drop.site);
+    kernels().attention_backward(dout.data, kept.qkv, kept.attended, kept.lse, segments, scratch.wide_1, scratch.dq,
+                                 s.B, s.T, s.H, s.D(), scale, s.dtype, drop.key, drop.threshold, drop.scale, drop.site);
     const Matrix dqkv = rows(scratch.wide_1, 3 * s.C, s.dtype);
     parameters(rows(kept.y, s.C, s.dtype), dqkv, attn);
     product(s, dqkv, weight(attn_weight, s.C, 3 * s.C).t(), 0, dout);
@@ -284,12 +289,12 @@ void block_scratch(int64_t B, int64_t T, int64_t C, int64_t H, int64_t F, int64_
   *(int64_t*)bytes = (int64_t)arena.at;
 }
 
-void block_forward(addr m, addr h, addr segments, addr ln_1_weight, addr ln_1_bias, addr c_attn_weight, addr c_attn_bias,
-                   addr attn_proj_weight, addr attn_proj_bias, addr ln_2_weight, addr ln_2_bias, addr c_fc_weight,
-                   addr c_fc_bias, addr mlp_proj_weight, addr mlp_proj_bias, addr m_out, addr h_out, addr h_mid, addr kept_,
-                   addr statistics, addr scratch_, int64_t B, int64_t T, int64_t C, int64_t H, int64_t F, int64_t dtype,
-                   int64_t product_dtype, bool transposed, bool save, bool erf, double scale, double ln_1_eps,
-                   double ln_2_eps, addr dropout_key, int64_t dropout_threshold, double dropout_scale,
+void block_forward(addr m, addr h, addr segments, addr ln_1_weight, addr ln_1_bias, addr c_attn_weight,
+                   addr c_attn_bias, addr attn_proj_weight, addr attn_proj_bias, addr ln_2_weight, addr ln_2_bias,
+                   addr c_fc_weight, addr c_fc_bias, addr mlp_proj_weight, addr mlp_proj_bias, addr m_out, addr h_out,
+                   addr h_mid, addr kept_, addr statistics, addr scratch_, int64_t B, int64_t T, int64_t C, int64_t H,
+                   int64_t F, int64_t dtype, int64_t product_dtype, bool transposed, bool save, bool erf, double scale,
+                   double ln_1_eps, double ln_2_eps, addr dropout_key, int64_t dropout_threshold, double dropout_scale,
                    int64_t dropout_site, int64_t attn_threshold, double attn_scale, int64_t sgemm, int64_t threads) {
   const Sizes s{B, T, C, H, F, dtype, product_dtype};
   const Kept kept(s, kept_, statistics);
@@ -301,10 +306,11 @@ void block_forward(addr m, addr h, addr segments, addr ln_1_weight, addr ln_1_bi
   auto rows = [N](addr data, int64_t columns, int64_t of) { return rows_of(data, of, N, columns); };
   auto weight = [&](addr data, int64_t in, int64_t out) { return weight_of(data, dtype, in, out, transposed); };
 
-  k.add_layernorm_forward(m, h, v.wide(ln_1_weight, C), v.wide(ln_1_bias, C), kept.y, h ? h_mid : 0, kept.mean_1, kept.rstd_1,
-                          N, C, ln_1_eps, dtype, dtype, dtype, h ? dropout_key : 0, dropout_threshold, dropout_scale,
-                          dropout_site);
-  product(s, rows(kept.y, C, dtype), weight(c_attn_weight, C, 3 * C), v.wide(c_attn_bias, 3 * C), rows(kept.qkv, 3 * C, dtype));
+  k.add_layernorm_forward(m, h, v.wide(ln_1_weight, C), v.wide(ln_1_bias, C), kept.y, h ? h_mid : 0, kept.mean_1,
+                          kept.rstd_1, N, C, ln_1_eps, dtype, dtype, dtype, h ? dropout_key : 0, dropout_threshold,
+                          dropout_scale, dropout_site);
+  product(s, rows(kept.y, C, dtype), weight(c_attn_weight, C, 3 * C), v.wide(c_attn_bias, 3 * C),
+          rows(kept.qkv, 3 * C, dtype));
   k.attention_forward(kept.qkv, kept.attended, kept.lse, segments, B, T, H, s.D(), scale, dtype,
                       attn_threshold ? dropout_key : 0, attn_threshold, attn_scale, dropout_site + 1);
   product(s, rows(kept.attended, C, dtype), weight(attn_proj_weight, C, C), v.wide(attn_proj_bias, C),
@@ -343,8 +349,8 @@ void block_backward(addr dm_out, addr dh_out, addr h_mid, addr h_out, addr kept_
   const Backward backward{s, kept, scratch, product, vectors, transposed};
 
   const addr ln_2 = vectors.wide(ln_2_weight, C), da = scratch.da ? scratch.da : dh;
-  backward.mlp(dm_out, h_out, ln_2, vectors.wide(ln_2_bias, C), c_fc_weight, mlp_proj_weight, {dc_fc_weight, dc_fc_bias},
-               {dmlp_proj_weight, dmlp_proj_bias}, erf);
+  backward.mlp(dm_out, h_out, ln_2, vectors.wide(ln_2_bias, C), c_fc_weight, mlp_proj_weight,
+               {dc_fc_weight, dc_fc_bias}, {dmlp_proj_weight, dmlp_proj_bias}, erf);
   // From here on dh holds the gradient of the stream between the halves.
   backward.layernorm(scratch.wide_2, product_dtype, dh_out, h_out, ln_2, kept.mean_2, kept.rstd_2,
                      scratch.da, dh, dln_2_weight, dln_2_bias, second);

@@ -1,20 +1,21 @@
 // Kernels of block.cpp, for kernels.h: one block of GPT-2, forward and backward, each as one call.
 //
-// m, h and every gradient of them [B, T, C], and all parameters, in m_dtype; product_dtype is what mlp.h has by that name. h 0:
-// the stream is m. Weights are [in, out], or, where `transposed`, [out, in], and so are their gradients; a gradient or bias
-// that is 0 is not made or not there. kept, in m_dtype: y [N, C], qkv [N, 3 C], attended [N, C] and, where `save`, u [N, F];
-// statistics, float32: lse [B, H, T], then mean and rstd of both LayerNorms, [N] each. h_mid [B, T, C] is h + dropout(m), or,
-// where h is 0, m itself, which forward does not write. Dropout as in add_layernorm.h, at `dropout_site` and two sites on;
-// attention's, with the same key, between them; attn_threshold 0: none there.
+// m, h and every gradient of them [B, T, C], and all parameters, in m_dtype; product_dtype is what mlp.h has by that
+// name. h 0: the stream is m. Weights are [in, out], or, where `transposed`, [out, in], and so are their gradients; a
+// gradient or bias that is 0 is not made or not there. kept, in m_dtype: y [N, C], qkv [N, 3 C], attended [N, C] and,
+// where `save`, u [N, F]; statistics, float32: lse [B, H, T], then mean and rstd of both LayerNorms, [N] each. h_mid
+// [B, T, C] is h + dropout(m), or, where h is 0, m itself, which forward does not write. Dropout as in add_layernorm.h,
+// at `dropout_site` and two sites on; attention's, with the same key, between them; attn_threshold 0: none there.
 //
-// sgemm: the address of a BLAS's sgemm_, which then multiplies, in float32 whatever m_dtype is; 0: linear_product does. scratch: as many bytes as block_scratch
-// puts into the int64 at `bytes`, for the same sizes. dm 0 where the caller takes dh for it.
+// sgemm: the address of a BLAS's sgemm_, which then multiplies, in float32 whatever m_dtype is; 0: linear_product does.
+// scratch: as many bytes as block_scratch puts into the int64 at `bytes`, for the same sizes. dm 0 where the caller
+// takes dh for it.
 #pragma once
 
 #define GPT2_BLOCK_KERNELS(KERNEL) \
   KERNEL(block_scratch, \
-         (int64_t B, int64_t T, int64_t C, int64_t H, int64_t F, int64_t m_dtype, int64_t product_dtype, int64_t sgemm, \
-          bool backward, bool drops, int64_t threads, i64 bytes)) \
+         (int64_t B, int64_t T, int64_t C, int64_t H, int64_t F, int64_t m_dtype, int64_t product_dtype, \
+          int64_t sgemm, bool backward, bool drops, int64_t threads, i64 bytes)) \
   KERNEL(block_forward, \
          (addr m, addr h, i32 segments, addr ln_1_weight, addr ln_1_bias, strided c_attn_weight, addr c_attn_bias, \
           strided attn_proj_weight, addr attn_proj_bias, addr ln_2_weight, addr ln_2_bias, strided c_fc_weight, \

@@ -1,7 +1,8 @@
-// Products of a few rows of activations with int4 panels (gpt2_fast/ops/packed_int4.py): codes of 4 bits that choose one
-// of 16 levels, int8, and a bfloat16 scale for 32 inputs of an output. As in decode_panels.h a panel is read from end
-// to end: for two groups a line of scales, [2][16] bfloat16, and four lines of codes for each. A line of codes is eight
-// inputs of 16 outputs; byte i of an output's four holds input i in its low half and input 4 + i in its high half.
+// Products of a few rows of activations with int4 panels (gpt2_fast/ops/packed_int4.py): codes of 4 bits that choose
+// one of 16 levels, int8, and a bfloat16 scale for 32 inputs of an output. As in decode_panels.h a panel is read from
+// end to end: for two groups a line of scales, [2][16] bfloat16, and four lines of codes for each. A line of codes is
+// eight inputs of 16 outputs; byte i of an output's four holds input i in its low half and input 4 + i in its high
+// half.
 #pragma once
 
 #include "decode_integers.h"

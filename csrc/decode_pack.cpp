@@ -133,8 +133,8 @@ GPT2_INLINE vf nearest_level(const Rounding& levels, vf x, vf scale) {
   return level;
 }
 
-// The scale of a group whose weights are finite, rounded to bfloat16. The largest weight is taken for the last level and
-// then for the first, and each time the nearest levels decide the scale of least squared error. The better one stays.
+// The scale of a group whose weights are finite, rounded to bfloat16. The largest weight is taken for the last level
+// and then for the first, and each time the nearest levels decide the scale of least squared error; the better stays.
 GPT2_OUT_OF_LINE vf best_scale(const Rounding& levels, const vf (&x)[BLOCK]) {
   vf high = x[0], low = x[0];
   for (int i = 1; i < BLOCK; ++i) high = vmax(x[i], high), low = vmin(x[i], low);

@@ -166,7 +166,7 @@ GPT2_INLINE int tile_rows(int64_t rows) {
   return ROWS;
 }
 
-// out = a[row .. row + rows) times `count` panels; rows is what tile_rows gave. APART: a panel's lines follow one another.
+// out = a[row .. row + rows) times `count` panels; rows: of tile_rows. APART: a panel's lines follow one another.
 template <bool APART = true, class A>
 __attribute__((noinline)) void panel_rows(const Panels& panels, const Stream& stream, const A& a, int64_t row, int rows,
                                           int64_t count, float* out, int64_t ldo) {

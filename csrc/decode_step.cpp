@@ -1,9 +1,9 @@
 // GPT-2 from token ids to logits in one parallel region (gpt2_fast/ops/decode_step.py has the equations).
 //
 // Threads share each product by its columns, so that every one streams parts of the weights of its own, and everything
-// else by rows or heads; between these the region meets at a barrier. Whoever reads knows what it reads next. An output's
-// sum runs over its inputs in order, in one thread, whatever the number of threads and of rows. Of the last layer, what
-// comes after its keys and values is computed for the newest rows alone.
+// else by rows or heads; between these the region meets at a barrier. Whoever reads knows what it reads next. An
+// output's sum runs over its inputs in order, in one thread, whatever the number of threads and of rows. Of the last
+// layer, what comes after its keys and values is computed for the newest rows alone.
 #include "decode_attention.h"
 #include "decode_int4.h"
 #include "gelu.h"
@@ -94,8 +94,8 @@ struct Worker : Attention {
   bool splits() const { return m.weights == DECODE_INT8 || m.weights == DECODE_INT4; }
   int64_t split_groups() const { return ceil_div(split_stride(), INT4_GROUP); }
 
-  // Row r of `rows` in c.split from x, whose width is a multiple of 16. Its scale is NaN where a number of it is none or
-  // infinite: as whole numbers these would be others, which nobody had.
+  // Row r of `rows` in c.split from x, whose width is a multiple of 16. Its scale is NaN where a number of it is none
+  // or infinite: as whole numbers these would be others, which nobody had.
   void prepare(const float* x, int64_t width, int64_t r, int64_t rows) const {
     if (!splits()) return;
     vf high{}, none{};

@@ -56,8 +56,8 @@ struct DecodeCache {
 }  // namespace gpt2
 
 // tokens int64, sequences and positions int32 [rows]: new tokens, those of a sequence together and in order, and where
-// in the batch and in their sequence they are; positions null: one of each sequence, at `first`. logits float32 [B, V], of
-// the newest token of each sequence; every sequence has at least one. Any number of threads gives the same bits.
+// in the batch and in their sequence they are; positions null: one of each sequence, at `first`. logits float32 [B, V],
+// of the newest token of each sequence; every sequence has at least one. Any number of threads gives the same bits.
 #define GPT2_DECODE_STEP_KERNELS(KERNEL) \
   KERNEL(decode_step, (i64 model, i64 cache, i64 tokens, i32 sequences, i32 positions, int64_t rows, int64_t first, \
                        f32 logits, int64_t threads))

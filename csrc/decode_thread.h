@@ -17,9 +17,9 @@ struct Part {
 
 // What a step's threads share.
 //
-// The first half of a matrix's panels is shared out beforehand, the other taken by whoever is done, ever less at a time,
-// since one thread is as fast as another only where nothing else runs. Every second product has the same counter; nobody
-// looks at the other one meanwhile.
+// The first half of a matrix's panels is shared out beforehand, the other taken by whoever is done, ever less at a
+// time, since one thread is as fast as another only where nothing else runs. Every second product has the same counter;
+// nobody looks at the other one meanwhile.
 struct Team {
   alignas(64) int64_t taken[2] = {};
   int patience;  // looks at `arrived`
@@ -35,8 +35,8 @@ struct Thread {
   mutable int64_t products = 0, meetings = 0;  // so far
 
   // Returns when all threads are here. libgomp's barrier would ask the system at every meeting to wake whoever sleeps.
-  // Here nobody does: a meeting is over in microseconds. Who waits much longer, or soon where there are more threads than
-  // processors, lets others run.
+  // Here nobody does: a meeting is over in microseconds. Who waits much longer, or soon where there are more threads
+  // than processors, lets others run.
   void meet() const {
     const int64_t all = ++meetings * threads;
     __atomic_add_fetch(&team.arrived, 1, __ATOMIC_ACQ_REL);

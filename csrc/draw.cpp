@@ -1,9 +1,9 @@
-// A token of each row of logits: the most likely one, or the one at a place in the cumulated probabilities of the tokens
-// that top_k and top_p keep (gpt2_fast/ops/draw.py has the definition).
+// A token of each row of logits: the most likely one, or the one at a place in the cumulated probabilities of the
+// tokens that top_k and top_p keep (gpt2_fast/ops/draw.py has the definition).
 //
 // A row is read once for the largest logit of each block of DRAW_BLOCK. The n largest of all lie at or above the n-th
-// largest of those, so few are left to be put in order: n and what else is as large. Sums are float64: what the width of
-// a vector and exp's last bits change of them can move a token's boundary by as much.
+// largest of those, so few are left to be put in order: n and what else is as large. Sums are float64: what the width
+// of a vector and exp's last bits change of them can move a token's boundary by as much.
 #include "kernels.h"
 
 #include "isa.h"
@@ -134,7 +134,7 @@ struct Row {
     return last;
   }
 
-  // The `n` most likely tokens and all that are as likely as the last of them, the most likely first; how many these are.
+  // The `n` most likely tokens and all that are as likely as the last of them, the most likely first; how many.
   int64_t take(int64_t n) const {
     float bound = -INFINITY;
     if (n <= blocks) {  // the n-th largest of the maxima, on top of a heap of n of them
@@ -212,16 +212,16 @@ struct Row {
 
 void draw_scratch(int64_t V, addr units) { *(int64_t*)units = draw_scratch_size(V); }
 
-void draw(addr logits, addr uniforms, int64_t B, int64_t V, double temperature, int64_t top_k, double top_p, addr tokens,
-          addr highest, addr scratch, int64_t threads) {
+void draw(addr logits, addr uniforms, int64_t B, int64_t V, double temperature, int64_t top_k, double top_p,
+          addr tokens, addr highest, addr scratch, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (B > 1)
   for (int64_t b = 0; b < B; ++b) {
     const int64_t blocks = ceil_div(V, DRAW_BLOCK);
     float* own = (float*)scratch + this_thread() * draw_scratch_size(V);
     double* sums = (double*)(((addr)own + 63) / 64 * 64);
     Entry* entries = (Entry*)(sums + blocks);
-    Row row{(const float*)logits + b * V, V, blocks, (float*)(entries + V), (float)temperature, (float)(1 / temperature), 0,
-            sums, entries};
+    Row row{(const float*)logits + b * V, V, blocks, (float*)(entries + V), (float)temperature,
+            (float)(1 / temperature), 0, sums, entries};
     row.find_maxima();
     ((float*)highest)[b] = row.high;
     const bool finite = row.high - row.high == 0;

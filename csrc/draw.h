@@ -1,8 +1,8 @@
 // Kernels of draw.cpp, for kernels.h.
 //
 // logits float32 [B, V]; uniforms float64 [B] in [0, 1), null: the most likely token. temperature > 0 where there are
-// uniforms. top_k 0 and top_p 1: all tokens are kept. tokens int64 [B], highest float32 [B]: NaN where a logit of the row is.
-// scratch float32 [threads, what draw_scratch says]; one thread is enough for one row.
+// uniforms. top_k 0 and top_p 1: all tokens are kept. tokens int64 [B], highest float32 [B]: NaN where a logit of the
+// row is. scratch float32 [threads, what draw_scratch says]; one thread is enough for one row.
 #pragma once
 
 #include <stdint.h>

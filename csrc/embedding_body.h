@@ -4,10 +4,10 @@
 //   out[r] = dropout(wte[ids[r]] + wpe[position(r)] (+ wte[types[r]]))
 // Backward of a table (wte or wpe): dtable[k] += sum of dropout'(grad[row]) over the entries whose key is k. The
 // entries are sorted by key, so that each touched row is one run of entries, summed in float32 in the order of the
-// sort, added to the row and rounded once. For the sum to run in parallel and yet be the same every time, the entries are cut into
-// chunks of fixed size: a chunk writes the runs it holds whole, and leaves the sum of a run that began before it
-// in partial[chunk][0] and of one that it begins and that goes on after it in partial[chunk][1]; the chunk where
-// a run begins then adds up the run's partial sums in order.
+// sort, added to the row and rounded once. For the sum to run in parallel and yet be the same every time, the entries
+// are cut into chunks of fixed size: a chunk writes the runs it holds whole, and leaves the sum of a run that began
+// before it in partial[chunk][0] and of one that it begins and that goes on after it in partial[chunk][1]; the chunk
+// where a run begins then adds up the run's partial sums in order.
 //
 // A Tile is a few neighbouring columns of one row in float32: Tile::COLS, zero(), load(p, n), store(p, n),
 // add(other), drop(mask, row, col); n is how many columns are left in the row, and col a multiple of COLS.
@@ -17,8 +17,8 @@
 
 namespace gpt2 {
 
-// A CUDA launch passes the arguments of the kernel of the same name in embedding.h, 8 bytes each, as these structs: their
-// fields are in that order, and what follows (dtypes) is not read.
+// A CUDA launch passes the arguments of the kernel of the same name in embedding.h, 8 bytes each, as these structs:
+// their fields are in that order, and what follows (dtypes) is not read.
 struct EmbeddingForward {
   const int64_t* ids;        // [rows]
   const int64_t* positions;  // [position_period], or 0: position t

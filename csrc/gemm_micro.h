@@ -1,5 +1,5 @@
-// Small float32 matrix products on tiles that live in cache: C[m][n] (=, +=) sum over k of A(m, k) * B[k][n]. With G = 2
-// an element of A and B is a pair of bfloat16, two steps of the sum, which the processor must have products of.
+// Small float32 matrix products on tiles that live in cache: C[m][n] (=, +=) sum over k of A(m, k) * B[k][n]. With
+// G = 2 an element of A and B is a pair of bfloat16, two steps of the sum, which the processor must have products of.
 //
 // A 6 x 4 tile of AVX-512 accumulators (6 x 2 with sixteen registers) reads 10 vectors for 24 multiply-adds,
 // so the two load ports stay ahead of the two multiply-add ports. Packing turns rows of any dtype into
@@ -85,8 +85,8 @@ static __attribute__((noinline)) void micro_panel(int64_t m_count, int64_t k_cou
   }
 }
 
-// n_count is a multiple of W; B and C rows are readable and writable up to it. Where there are tile registers, A lies by
-// rows, and gemm_tiles.h says what has to be zero.
+// n_count is a multiple of W; B and C rows are readable and writable up to it. Where there are tile registers, A lies
+// by rows, and gemm_tiles.h says what has to be zero.
 template <ALayout LAYOUT, Update UPDATE, int G = 1>
 GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const float* a, int64_t lda,
                       const float* b, int64_t ldb, float* c, int64_t ldc) {
@@ -111,8 +111,6 @@ GPT2_INLINE void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const f
     v += width;
   }
 }
-
-// ---- packing ----
 
 // Elements whose type is known at run time alone. Only packing touches them, so that what works on packed tiles is
 // compiled once for all types.
@@ -146,8 +144,8 @@ GPT2_OUT_OF_LINE void pack_pairs(float* dst, int64_t ldd, Elements src, int64_t 
   }
 }
 
-// dst[rows / 2][ldd] from src[rows][lds], bfloat16: the same column of two rows is a pair; a row that is missing is 0, and
-// so are columns n..roundup(n, W) and, for tile registers, the pairs up to a multiple of 16.
+// dst[rows / 2][ldd] from src[rows][lds], bfloat16: the same column of two rows is a pair; a row that is missing is 0,
+// and so are columns n..roundup(n, W) and, for tile registers, the pairs up to a multiple of 16.
 GPT2_OUT_OF_LINE void pack_row_pairs(float* dst, int64_t ldd, Elements src, int64_t lds, int64_t rows, int64_t n) {
   const bf16* x = (const bf16*)src.data;
   for (int64_t r = 0; r < rows; r += 2, dst += ldd, x += 2 * lds)
@@ -168,7 +166,9 @@ GPT2_INLINE vf pair_of(vf low, vf high) {
   return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
 #else
-GPT2_INLINE vf pair_of(vf low, vf high) { return as<vf>((as<vu>(rounded<bf16>(low)) >> 16) | as<vu>(rounded<bf16>(high))); }
+GPT2_INLINE vf pair_of(vf low, vf high) {
+  return as<vf>((as<vu>(rounded<bf16>(low)) >> 16) | as<vu>(rounded<bf16>(high)));
+}
 #endif
 
 // The other way: dst[rows][ldd] in its own dtype from scale * src[rows][lds].

@@ -1,7 +1,8 @@
 // The products of gemm_micro.h in Intel's tile registers, of pairs of bfloat16 whose A lies by rows.
 //
-// What does not fill a register is multiplied with it: rows of A and C up to a multiple of 16 are readable and writable, and
-// so are units of A and B; of those past the end A's are finite and B's are 0. A thread has made TileRegisters.
+// What does not fill a register is multiplied with it: rows of A and C up to a multiple of 16 are readable and
+// writable, and so are units of A and B; of those past the end A's are finite and B's are 0. A thread has made
+// TileRegisters.
 #pragma once
 
 #include "amx.h"

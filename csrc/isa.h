@@ -69,8 +69,7 @@ GPT2_INLINE To as(From x) {
 
 GPT2_INLINE vf select(vi mask, vf a, vf b) { return as<vf>((mask & as<vi>(a)) | (~mask & as<vi>(b))); }
 
-// ---- load and store, always unaligned, always to and from float32 ----
-
+// Loads and stores are unaligned, and to and from float32.
 GPT2_INLINE vf load(const float* p) {
   vf r;
   memcpy(&r, p, sizeof(r));

@@ -1,8 +1,9 @@
 // Every kernel of the extension: name and parameters, one entry each. bindings.cpp exposes the whole list to
 // Python and table.cpp fills one table of function pointers per instruction set, so a new kernel is an entry
 // here and its source. Python hands arguments over by these names, and the types are held at the call:
-// f32, f64, i32, i64, i8, u8: a contiguous tensor of that dtype; addr: a contiguous tensor of any; strided: a tensor of any
-// dtype and strides. All of them are on the CPU, and 0 where Python has None. X_dtype is the code (isa.h) of tensor X's.
+// f32, f64, i32, i64, i8, u8: a contiguous tensor of that dtype; addr: a contiguous tensor of any; strided: a tensor of
+// any dtype and strides. All of them are on the CPU, and 0 where Python has None. X_dtype is the code (isa.h) of
+// tensor X's.
 #pragma once
 
 #include <stdint.h>
@@ -58,7 +59,7 @@ struct Kernels {
 // The table of the instruction set in use, and its name.
 const Kernels& kernels();
 const char* isa_name();
-// Chooses by name ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"); false when this processor
-// or build does not have it.
+// Chooses by name ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"); false when this
+// processor or build does not have it.
 bool set_isa(const char* name);
 }  // namespace gpt2

@@ -1,12 +1,12 @@
 // C = A @ B + bias for products of many rows: the training step's and a prefill's.
 //
 // B is copied into panels (linear_pack.h), a block at a time. So is A, unless its inputs lie next to each other in the
-// dtype that the tile multiplies: then it is read where it lies, but for what does not fill a tile or its steps. A tile of C
-// (8 x 48 with AVX-512) stays in registers over CHAIN steps; what follows the sum (bias, GELU, rounding) happens before
-// it is stored. Once in panels, products reach 97% of the processor's multiply-adds: what counts is to move less.
+// dtype that the tile multiplies: then it is read where it lies, but for what does not fill a tile or its steps. A tile
+// of C (8 x 48 with AVX-512) stays in registers over CHAIN steps; what follows the sum (bias, GELU, rounding) happens
+// before it is stored. From panels, products reach 97% of the processor's multiply-adds: what counts is to move less.
 //
-// After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication") and BLIS, with longer panels: one
-// of B comes from the second-level cache as fast as the tile takes it, so it need not fit the first.
+// After Goto and van de Geijn 2008 ("Anatomy of high-performance matrix multiplication") and BLIS, with longer panels:
+// one of B comes from the second-level cache as fast as the tile takes it, so it need not fit the first.
 //
 // An output's sum runs over its inputs in order, CHAIN steps at a time, whatever the number of threads.
 #include "kernels.h"
@@ -31,8 +31,6 @@ GPT2_INLINE int64_t block_of(int64_t n, int64_t most, int64_t step) {
   most = most < step ? step : most;
   return round_up(ceil_div(n, ceil_div(n, most)), step);
 }
-
-// ---- the product ----
 
 // How a product is cut: blocks of `rows` x `columns` x `depth` steps; and what the workspace holds, in units.
 struct Plan {
@@ -78,8 +76,8 @@ struct Product {
            threads_along_columns(M / TILE_M, ceil_div(N, TILE_N)) == threads;
   }
 
-  // Where a block of B is packed: panel after panel, and those of a thread that is alone from its own place on, which is
-  // the same in every block: another may still be multiplying the one before.
+  // Where a block of B is packed: panel after panel, and those of a thread that is alone from its own place on, which
+  // is the same in every block: another may still be multiplying the one before.
   float* packed(const Block& block) const {
     const int64_t panels = ceil_div(smaller(plan.columns, N - block.column), TILE_N);
     if (!alone) return packed_b;
@@ -218,8 +216,8 @@ void linear_product(addr a, int64_t a_dtype, int64_t a_m, int64_t a_k, addr b, i
                     int64_t N, int64_t K, bool pairs, addr workspace, int64_t threads) {
 #if defined(__AMX_BF16__)
   if (!pairs)
-    return GPT2_BASE_ISA::linear_product(a, a_dtype, a_m, a_k, b, b_dtype, b_k, b_n, bias, c, c_m, u, c_dtype, finish, M,
-                                         N, K, pairs, workspace, threads);
+    return GPT2_BASE_ISA::linear_product(a, a_dtype, a_m, a_k, b, b_dtype, b_k, b_n, bias, c, c_m, u, c_dtype, finish,
+                                         M, N, K, pairs, workspace, threads);
 #endif
   const int64_t group = group_of(pairs);
   const Plan plan(M, N, K, group, threads);
@@ -247,12 +245,15 @@ static void sum_chunks(const T* x, float* partial, int64_t chunks, int64_t N, in
   }
 }
 
-void column_sum(addr x, addr partial, int64_t chunks, addr sum, int64_t N, int64_t F, int64_t x_dtype, int64_t sum_dtype) {
+void column_sum(addr x, addr partial, int64_t chunks, addr sum, int64_t N, int64_t F, int64_t x_dtype,
+                int64_t sum_dtype) {
   float* sums = sum_dtype == F32 ? (float*)sum : (float*)partial;  // a block of columns is read before it is written
   GPT2_DISPATCH(x_dtype, T, { sum_chunks((const T*)x, (float*)partial, chunks, N, F); });
   sum_partials((const float*)partial, chunks, F, sums, F);
   if (sum_dtype == F32) return;
-  GPT2_DISPATCH(sum_dtype, T, { for (int64_t c = 0; c < F; c += W) store_n((T*)sum + c, load_n(sums + c, F - c), F - c); });
+  GPT2_DISPATCH(sum_dtype, T, {
+    for (int64_t c = 0; c < F; c += W) store_n((T*)sum + c, load_n(sums + c, F - c), F - c);
+  });
 }
 
 }  // namespace GPT2_ISA

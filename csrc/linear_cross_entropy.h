@@ -1,9 +1,9 @@
 // Kernels of linear_cross_entropy.cpp, for kernels.h.
 //
-// logits [n, V], rows `stride` elements apart, labels [n] int64 (each ignore_index or in [0, V): the caller has checked),
-// losses [n] float32. dlogits 0: losses alone, logits untouched. Otherwise dlogits, laid out as it and of its dtype,
-// receives (softmax - onehot) * row_scale, 0 in ignored rows; it may be `logits`, and float32 logits are overwritten
-// in any case. row_scale float32, row i's at i * scale_stride.
+// logits [n, V], rows `stride` elements apart, labels [n] int64 (each ignore_index or in [0, V): the caller has
+// checked), losses [n] float32. dlogits 0: losses alone, logits untouched. Otherwise dlogits, laid out as it and of its
+// dtype, receives (softmax - onehot) * row_scale, 0 in ignored rows; it may be `logits`, and float32 logits are
+// overwritten in any case. row_scale float32, row i's at i * scale_stride.
 // An ignored row is not read: its loss is 0.
 #pragma once
 

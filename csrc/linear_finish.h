@@ -19,7 +19,8 @@ struct Result {
 
   // Whether C is stored past the cache: where the rows of a tile are lines, each of which would be fetched before it is
   // overwritten, and C is more than what the caches hold.
-  static bool past_cache(addr c, addr u, int64_t dtype, int64_t stride, int64_t finish, int64_t bytes, int64_t threads) {
+  static bool past_cache(addr c, addr u, int64_t dtype, int64_t stride, int64_t finish, int64_t bytes,
+                         int64_t threads) {
     return HAS_TILES && dtype == BF16 && finish != FINISH_ADD && bytes > HELD * threads && stride % TILE_N == 0 &&
            (c | u) % 64 == 0;
   }

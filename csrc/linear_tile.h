@@ -24,8 +24,8 @@ GPT2_INLINE float unit_at(const char* p) {
   return x;
 }
 
-// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, whose units are `next_row` and `next_step` apart, and
-// a panel of B. Every third row has an address of its own: those between are one and two strides on.
+// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, whose units are `next_row` and `next_step` apart,
+// and a panel of B. Every third row has an address of its own: those between are one and two strides on.
 template <int G, bool IN_PLACE>
 __attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int64_t next_row, const float* b, bool add,
                                              float* sums) {

@@ -20,8 +20,9 @@ GPT2_INLINE void fetch(const float* at, int64_t stride) {
   for (int r = 0; r < ROWS; ++r) __builtin_prefetch((const char*)at + r * stride);
 }
 
-// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, which in place are `next_row` bytes apart, and a panel
-// of B. `steps` is a multiple of TILE_STEPS. Of pairs (G = 2): single floats are multiplied by the set this one is based on.
+// sums[r][c] (=, += where `add`) the products of TILE_M rows of A, which in place are `next_row` bytes apart, and a
+// panel of B. `steps` is a multiple of TILE_STEPS. Of pairs (G = 2): single floats are multiplied by the set this one
+// is based on.
 template <int G, bool IN_PLACE>
 __attribute__((noinline)) void multiply_tile(int64_t steps, const float* a, int64_t next_row, const float* b, bool add,
                                              float* sums) {

@@ -1,7 +1,7 @@
 // Philox4x32-7 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), for C++ and CUDA.
 //
-// gpt2_fast/ops/runtime/philox.py is the reference and says which eight elements share a block; kernels/philox.py is the Triton
-// form, philox_simd.h the one in vectors.
+// gpt2_fast/ops/runtime/philox.py is the reference and says which eight elements share a block; kernels/philox.py is
+// the Triton form, philox_simd.h the one in vectors.
 #pragma once
 
 #ifdef __CUDACC_RTC__

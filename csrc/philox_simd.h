@@ -48,9 +48,9 @@ GPT2_INLINE vq high_half(vq p) {
 #endif
 }
 
-// Philox of N vectors of counters. Only low halves count: what the high ones hold changes nothing. Each 64-bit lane runs
-// one block, so a round needs no shuffle, only the products' own high and low halves. A round waits for its products, so
-// N = 2 vectors side by side take little longer than one.
+// Philox of N vectors of counters. Only low halves count: what the high ones hold changes nothing. Each 64-bit lane
+// runs one block, so a round needs no shuffle, only the products' own high and low halves. A round waits for its
+// products, so N = 2 vectors side by side take little longer than one.
 template <int N>
 GPT2_INLINE void philox_rounds(uint64_t key, vq (&c0)[N], vq (&c1)[N], vq (&c2)[N], vq (&c3)[N]) {
   uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -68,8 +68,6 @@ GPT2_INLINE void philox_rounds(uint64_t key, vq (&c0)[N], vq (&c1)[N], vq (&c2)[
     k1 += 0xBB67AE85u;
   }
 }
-
-// ---- rows ----
 
 // keep[i] = -1 where column col + i of `row` is kept, else 0, for N * KEEP_COLS columns; col is a multiple of 8.
 template <int N = 1>
@@ -101,10 +99,8 @@ GPT2_INLINE vf apply_keep(vf x, float scale, const int8_t* keep) {
   return as<vf>(as<vi>(x * scale) & __builtin_convertvector(bytes, vi));
 }
 
-// ---- tiles of attention ----
-
-// Numbers of W queries, from `query` on, and of the two keys that differ in bit 0, one in each half of a lane. `high` is
-// bit 3 of these keys; queries whose bit 3 is set have the second pair of words.
+// Numbers of W queries, from `query` on, and of the two keys that differ in bit 0, one in each half of a lane. `high`
+// is bit 3 of these keys; queries whose bit 3 is set have the second pair of words.
 GPT2_INLINE vu numbers_of(const vq (&word)[4][2], int i, int64_t query, int high) {
 #if defined(__AVX512F__)
   const __m512i low_halves = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);

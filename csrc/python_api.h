@@ -1,5 +1,5 @@
-// The little of Python's C API that bindings.cpp needs, in C++: references that are given back, exceptions both ways, and
-// what a call's arguments are. All of it is in the stable ABI of Python 3.10 (setup.py: LIMITED_API).
+// The little of Python's C API that bindings.cpp needs, in C++: references that are given back, exceptions both ways,
+// and what a call's arguments are. All of it is in the stable ABI of Python 3.10 (setup.py: LIMITED_API).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN

@@ -1,6 +1,6 @@
 // The table of one instruction set's kernels. A set that only some sources are built for (setup.py: PARTIAL) names
-// those sources' kernels in GPT2_OWN_KERNELS; the others are found, by name, in the set it is based on, and that one's in
-// the one before (GPT2_ROOT_ISA, which has them all).
+// those sources' kernels in GPT2_OWN_KERNELS; the others are found, by name, in the set it is based on, and that one's
+// in the one before (GPT2_ROOT_ISA, which has them all).
 #include "kernels.h"
 
 #define GPT2_JOIN(a, b) a##b

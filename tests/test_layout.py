@@ -259,3 +259,12 @@ def test_files_stay_readable():
         if path.suffix in (".py", ".cpp", ".h", ".cu"):
             count = len(path.read_text().splitlines())
             assert count <= 450, f"{path.relative_to(ROOT)} has {count} lines"
+
+
+def test_cpp_is_as_wide_as_python_and_has_no_banners():
+    """ruff reads Python alone: 120 characters, and no comment that draws a line across the file."""
+    for path in sorted((ROOT / "csrc").iterdir()):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            where = f"csrc/{path.name}:{number}"
+            assert len(line) <= 120, f"{where} has {len(line)} characters; 120 are as many as Python has"
+            assert not re.search(r"(//|/\*) *[-=*#~]{3}", line), f"{where} is a banner: {line.strip()}"

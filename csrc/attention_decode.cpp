@@ -106,7 +106,7 @@ void attend_split(const float* q, const E* k, const E* v, int64_t n, int64_t D, 
     const E *keys = k + begin * D, *values = v + begin * D;
     score_keys(q, keys, values, count, D, p);
     vf top = splat(high), sum{};
-    for (int64_t j = 0; j < count; j += W) top = max2(load(p + j), top);
+    for (int64_t j = 0; j < count; j += W) top = vmax(load(p + j), top);
     const float now = hmax(top);
     for (int64_t j = 0; j < count; j += W) {
       vf x = vexp2(load(p + j) - now);

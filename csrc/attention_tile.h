@@ -21,19 +21,6 @@ constexpr float NOTHING = -FLT_MAX;  // the running maximum before any key was s
 // Where the maximum is beyond it, in units of log 2, it is subtracted before scores are scaled: see shift_scores.
 constexpr float FAR = 4096.0f;
 
-// One maximum instruction; where b is NaN the result is NaN.
-GPT2_INLINE vf max2(vf a, vf b) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (vf)_mm_max_ps((__m128)a, (__m128)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // 2^t for t <= 127, to about one unit in the last place (the Cephes exp2f polynomial); 0 below 2^-120,
 // so that products with it stay clear of subnormal numbers. NaN stays NaN.
 GPT2_INLINE vf vexp2(vf t) {
@@ -222,7 +209,7 @@ GPT2_INLINE void clear_missing_pairs(float* column, int64_t keys) {
 }
 
 // A maximum of scores in units of log 2. NOTHING stays finite.
-GPT2_INLINE vf in_log2(vf high, float log2_scale) { return max2(high * log2_scale, splat(NOTHING)); }
+GPT2_INLINE vf in_log2(vf high, float log2_scale) { return vmax(high * log2_scale, splat(NOTHING)); }
 
 // -inf, the lse of a query that sees nothing, is not far.
 GPT2_INLINE vi is_far(vf x) { return (x > FAR) | ((x < -FAR) & (x != -INFINITY)); }
@@ -263,10 +250,10 @@ __attribute__((noinline)) bool softmax_tile(const Tile& t, float* s, float* high
         x = visible<VISIBILITY>(q, t.segments, t.j0 + r) ? x : splat(-INFINITY);
         store(s + r * BLOCK + c, x);
       }
-      top = max2(top, x);
+      top = vmax(top, x);
     }
     const vf before = load(high + c);
-    const vf now = max2(top, before);
+    const vf now = vmax(top, before);
     const vf shift = in_log2(now, t.log2_scale);
     vf factor = vexp2(in_log2(before, t.log2_scale) - shift), less = shift;
     float scale = t.log2_scale;

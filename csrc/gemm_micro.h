@@ -13,10 +13,6 @@
 #include "gemm_tiles.h"
 #endif
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace gpt2 {
 namespace GPT2_ISA {
 

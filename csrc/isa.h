@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -242,6 +242,9 @@ GPT2_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b)
 #elif defined(__AVX2__)
 GPT2_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 GPT2_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+GPT2_INLINE vf vmax(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+GPT2_INLINE vf vmin(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
 #else
 GPT2_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 GPT2_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }

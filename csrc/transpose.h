@@ -3,10 +3,6 @@
 
 #include "isa.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace gpt2 {
 namespace GPT2_ISA {
 

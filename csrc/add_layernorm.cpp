@@ -160,8 +160,8 @@ static void backward(const TY* dy, const TH* dh, const TH* h, const float* weigh
 
 void add_layernorm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr h, addr mean, addr rstd,
                            int64_t N, int64_t C, double eps, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype,
-                           addr dropout_key, int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
-  Dropout d = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                           Drop dropout) {
+  Dropout d = dropout_of(dropout);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
     forward<TX, TH, TY>((const TX*)x, (const TH*)residual, (const float*)weight, (const float*)bias, (TY*)y, (TH*)h,
         (float*)mean, (float*)rstd, N, C, eps, d);
@@ -178,9 +178,8 @@ void add_layernorm_normalize(addr h, addr weight, addr bias, addr mean, addr rst
 
 void add_layernorm_backward(addr dy, addr dh, addr h, addr weight, addr mean, addr rstd, addr dx,
                             addr dresidual, addr partial, int64_t chunks, addr dweight, addr dbias, int64_t N,
-                            int64_t C, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, addr dropout_key,
-                            int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
-  Dropout d = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                            int64_t C, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, Drop dropout) {
+  Dropout d = dropout_of(dropout);
   GPT2_LAYERNORM_DISPATCH(x_dtype, h_dtype, y_dtype, {
     backward<TX, TH, TY>((const TY*)dy, (const TH*)dh, (const TH*)h, (const float*)weight, (const float*)mean,
         (const float*)rstd, (TX*)dx, (TH*)dresidual, (float*)partial, chunks, N, C, d);

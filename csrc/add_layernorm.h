@@ -4,7 +4,6 @@
 // mean and rstd [N] float32. Dtypes: h float32 and each of x, y float32 or the one
 // low-precision type; or x and h that type, and y that type or float32.
 // residual 0: h is x itself (x_dtype == h_dtype), h and dx are not written and nothing is dropped.
-// Dropout is on where dropout_key is not 0: threshold and scale as in philox_simd.h.
 // normalize: y again, from what forward saved, to the bit.
 // Backward: dh 0 for none; dx 0 where the caller reuses dresidual. partial [chunks, 2, C] float32 is scratch:
 // `chunks` is a function of the shape alone, so the sums do not depend on the number of threads.
@@ -13,12 +12,11 @@
 #define GPT2_ADD_LAYERNORM_KERNELS(KERNEL) \
   KERNEL(add_layernorm_forward, \
          (addr x, addr residual, f32 weight, f32 bias, addr y, addr h, f32 mean, f32 rstd, int64_t N, \
-          int64_t C, double eps, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, i64 dropout_key, \
-          int64_t dropout_threshold, double dropout_scale, int64_t dropout_site)) \
+          int64_t C, double eps, int64_t x_dtype, int64_t h_dtype, int64_t y_dtype, Drop dropout)) \
   KERNEL(add_layernorm_backward, \
          (addr dy, addr dh, addr h, f32 weight, f32 mean, f32 rstd, addr dx, addr dresidual, f32 partial, \
           int64_t chunks, f32 dweight, f32 dbias, int64_t N, int64_t C, int64_t x_dtype, int64_t h_dtype, \
-          int64_t dy_dtype, i64 dropout_key, int64_t dropout_threshold, double dropout_scale, int64_t dropout_site)) \
+          int64_t dy_dtype, Drop dropout)) \
   KERNEL(add_layernorm_normalize, \
          (addr h, f32 weight, f32 bias, f32 mean, f32 rstd, addr y, int64_t N, int64_t C, int64_t h_dtype, \
           int64_t y_dtype))

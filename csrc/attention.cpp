@@ -164,11 +164,9 @@ GPT2_ATTENTION_KERNELS(GPT2_DECLARE)
 namespace GPT2_ISA {
 
 void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, int64_t T, int64_t H, int64_t D,
-                       double scale, int64_t dtype, addr dropout_key, int64_t dropout_threshold,
-                       double dropout_scale, int64_t dropout_site) {
-  GPT2_OTHER_DTYPES(attention_forward, qkv, out, lse, segments, B, T, H, D, scale, dtype, dropout_key,
-                    dropout_threshold, dropout_scale, dropout_site);
-  const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                       double scale, int64_t dtype, Drop drop) {
+  GPT2_OTHER_DTYPES(attention_forward, qkv, out, lse, segments, B, T, H, D, scale, dtype, drop);
+  const Dropout dropout = dropout_of(drop);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {
     Forward<G>{{B, T, H, D}, {qkv, dtype}, {out, dtype}, (float*)lse, (const int32_t*)segments, tile}.run();
@@ -176,11 +174,9 @@ void attention_forward(addr qkv, addr out, addr lse, addr segments, int64_t B, i
 }
 
 void attention_backward(addr dout, addr qkv, addr out, addr lse, addr segments, addr dqkv, addr partial, int64_t B,
-                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, addr dropout_key,
-                        int64_t dropout_threshold, double dropout_scale, int64_t dropout_site) {
-  GPT2_OTHER_DTYPES(attention_backward, dout, qkv, out, lse, segments, dqkv, partial, B, T, H, D, scale, dtype,
-                    dropout_key, dropout_threshold, dropout_scale, dropout_site);
-  const Dropout dropout = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                        int64_t T, int64_t H, int64_t D, double scale, int64_t dtype, Drop drop) {
+  GPT2_OTHER_DTYPES(attention_backward, dout, qkv, out, lse, segments, dqkv, partial, B, T, H, D, scale, dtype, drop);
+  const Dropout dropout = dropout_of(drop);
   const Tile tile = make_tile(T, scale, dropout);
   GPT2_GROUP(dtype, G, {
     Backward<G>{{B, T, H, D}, {dout, dtype}, {qkv, dtype}, {out, dtype}, {dqkv, dtype}, (const float*)lse,

@@ -1,15 +1,18 @@
 // The Python face of the extension: each kernel of kernels.h under its own name, the interpreter lock released.
 //
-// A kernel is called with dicts, and takes from them what its parameters in kernels.h name: the first dict that has a
-// name counts. So no argument can stand in another's place, and what a parameter says of its tensor is held here, at
-// the one door to memory: on the CPU, contiguous, of the dtype.
+// A kernel is called with dicts, and takes from them what its parameters in kernels.h name, and the members of structs
+// among them: the first dict that has a name counts. So no argument can stand in another's place, and what a parameter
+// says of its tensor is held here, at the one door to memory: on the CPU, contiguous, of the dtype.
 //
 // It is written on Python's stable ABI, so one build serves every Python from 3.10 on; a binding library would compile
 // for longer, and cost a call more.
 #include "python_api.h"
 
+#include <string.h>
+
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cuda_driver.h"
 #include "kernels.h"
@@ -24,8 +27,8 @@ struct Sources {
   Py_ssize_t count;
 };
 
-// One argument. Python's numbers are read by one function for all kernels: code of its own for each signature would
-// take longer to compile than the kernels.
+// One argument, or one member of a struct that is. Python's numbers are read by one function for all kernels: code of
+// its own for each signature would take longer to compile than the kernels.
 union Value {
   int64_t integer;
   double real;
@@ -34,17 +37,36 @@ union Value {
 template <class T>
 constexpr bool REAL = std::is_same_v<T, double>;
 
+// How many values a parameter takes.
 template <class T>
-T get(const Value& value) {
-  if constexpr (REAL<T>)
-    return value.real;
-  else
-    return (T)value.integer;
+constexpr size_t VALUES = std::is_class_v<T> ? sizeof(T) / sizeof(Value) : 1;
+
+template <class T>
+T get(const Value* values) {
+  if constexpr (std::is_class_v<T>) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    T found;
+    memcpy(&found, values, sizeof found);
+    return found;
+  } else if constexpr (REAL<T>) {
+    return values->real;
+  } else {
+    return (T)values->integer;
+  }
+}
+
+// Where the values of parameter `index` begin.
+template <class... Args>
+constexpr size_t begin_of(size_t index) {
+  constexpr size_t counts[] = {VALUES<Args>...};
+  size_t begin = 0;
+  for (size_t i = 0; i < index; ++i) begin += counts[i];
+  return begin;
 }
 
 template <class... Args, size_t... I>
 void apply(void (*kernel)(Args...), const Value* values, std::index_sequence<I...>) {
-  kernel(get<Args>(values[I])...);
+  kernel(get<Args>(values + begin_of<Args...>(I))...);
 }
 
 constexpr size_t MAX_ARGUMENTS = 64;
@@ -60,15 +82,16 @@ struct Parameter {
 
 struct Kernel {
   const char *name, *text;
-  size_t count;
+  size_t count;  // of values
   void (*call)(const Value*);
   Parameter parameters[MAX_ARGUMENTS];
 };
 
 template <class... Args>
 constexpr size_t arity(void (*gpt2::Kernels::*)(Args...)) {
-  static_assert(sizeof...(Args) <= MAX_ARGUMENTS);
-  return sizeof...(Args);
+  constexpr size_t count = (VALUES<Args> + ...);
+  static_assert(count <= MAX_ARGUMENTS);
+  return count;
 }
 
 template <class... Args>
@@ -94,23 +117,52 @@ int64_t code_of_type(const std::string& type) {
   return -1;
 }
 
-// Reads "(addr x, int64_t N)", which the preprocessor made of the list.
+struct Member {
+  const char *type, *name;
+};
+
+struct Struct {
+  const char* name;
+  std::vector<Member> members;
+};
+
+#define GPT2_NAMED(type, name) {#type, #name},
+#define GPT2_NAMES(name, MEMBERS) {#name, {MEMBERS(GPT2_NAMED)}},
+const Struct GROUPS[] = {GPT2_GROUP_LIST(GPT2_NAMES)}, TABLES[] = {GPT2_DECODE_TABLES(GPT2_NAMES)};
+#undef GPT2_NAMES
+#undef GPT2_NAMED
+
+// Adds a parameter, or each member of one that is a struct, to the `count` before it.
+void add_parameter(Kernel& kernel, size_t& count, const std::string& type, const std::string& name) {
+  for (const Struct& group : GROUPS) {
+    if (type != group.name) continue;
+    for (const Member& m : group.members)
+      add_parameter(kernel, count, m.type, name.empty() ? m.name : name + "_" + m.name);
+    return;
+  }
+  if (count >= kernel.count) throw std::logic_error(std::string(kernel.name) + ": no value is left for " + name);
+  Parameter& p = kernel.parameters[count++];
+  p = {INTEGER, type, name, checked(PyUnicode_InternFromString(name.c_str())), nullptr, -1};
+  if (type == "double") p.kind = REAL_NUMBER;
+  else if (type == "strided") p.kind = STRIDED;
+  else if (type == "addr" || (p.code = code_of_type(type)) >= 0) p.kind = TENSOR;
+  else if (type != "int64_t" && type != "bool")
+    throw std::logic_error(std::string(kernel.name) + ": " + type + " is no type of kernels.h, nor in GPT2_GROUP_LIST");
+  if (p.kind == INTEGER && name.size() > 6 && name.substr(name.size() - 6) == "_dtype")
+    p.of = checked(PyUnicode_InternFromString(name.substr(0, name.size() - 6).c_str()));
+}
+
+// Reads "(addr x, int64_t N, Drop dropout)", which the preprocessor made of the list.
 void parse(Kernel& kernel) {
   const std::string text(kernel.text);
-  size_t begin = 1;
-  for (size_t i = 0; i < kernel.count; ++i) {
-    begin = text.find_first_not_of(' ', begin);
-    const size_t end = text.find_first_of(",)", begin), space = text.find(' ', begin);
-    Parameter& p = kernel.parameters[i];
-    p = {INTEGER, text.substr(begin, space - begin), text.substr(space + 1, end - space - 1), nullptr, nullptr, -1};
-    begin = end + 1;
-    p.key = checked(PyUnicode_InternFromString(p.name.c_str()));
-    if (p.type == "double") p.kind = REAL_NUMBER;
-    else if (p.type == "strided") p.kind = STRIDED;
-    else if (p.type == "addr" || (p.code = code_of_type(p.type)) >= 0) p.kind = TENSOR;
-    if (p.kind == INTEGER && p.name.size() > 6 && p.name.substr(p.name.size() - 6) == "_dtype")
-      p.of = checked(PyUnicode_InternFromString(p.name.substr(0, p.name.size() - 6).c_str()));
+  size_t count = 0;
+  for (size_t begin = 1, end; begin < text.size(); begin = end + 1) {
+    begin = text.find_first_not_of(' ', begin), end = text.find_first_of(",)", begin);
+    const std::string one = text.substr(begin, end - begin);
+    const size_t space = one.find(' ');
+    add_parameter(kernel, count, one.substr(0, space), space == std::string::npos ? "" : one.substr(space + 1));
   }
+  if (count != kernel.count) throw std::logic_error(std::string(kernel.name) + ": a struct is not its list");
 }
 
 [[noreturn]] void refuse(const Kernel& kernel, const Parameter& p, const std::string& why) {
@@ -298,31 +350,17 @@ void add(PyObject* module, const char* name, PyObject* value) {
   if (PyModule_AddObjectRef(module, name, value) != 0) throw Raised();
 }
 
-// Structure name -> [(member, type), ...], in their order.
+// Of each struct that Python writes as a tensor: name -> [(member, type), ...], in their order.
 PyObject* structs() {
   PyObject* found = checked(PyDict_New());
-  auto member = [found](const char* structure, const char* name, const char* type) {
-    Own key(checked(PyUnicode_FromString(structure))), entry(checked(Py_BuildValue("(ss)", name, type)));
-    PyObject* members = PyDict_GetItemWithError(found, key.get());
-    if (!members) {
-      Own fresh(checked(PyList_New(0)));
-      if (PyDict_SetItem(found, key.get(), fresh.get()) != 0) throw Raised();
-      members = fresh.get();  // the dict keeps it
+  for (const Struct& table : TABLES) {
+    Own members(checked(PyList_New(0)));
+    for (const Member& m : table.members) {
+      Own entry(checked(Py_BuildValue("(ss)", m.name, m.type)));
+      if (PyList_Append(members.get(), entry.get()) != 0) throw Raised();
     }
-    if (PyList_Append(members, entry.get()) != 0) throw Raised();
-  };
-#define GPT2_NAMED(type, name) member(structure, #name, #type);
-#define GPT2_STRUCT(name, MEMBERS)  \
-  {                                 \
-    const char* structure = name;  \
-    MEMBERS(GPT2_NAMED)            \
+    if (PyDict_SetItemString(found, table.name, members.get()) != 0) throw Raised();
   }
-  GPT2_STRUCT("DecodeMatrix", GPT2_DECODE_MATRIX)
-  GPT2_STRUCT("DecodeLayer", GPT2_DECODE_LAYER)
-  GPT2_STRUCT("DecodeModel", GPT2_DECODE_MODEL)
-  GPT2_STRUCT("DecodeCache", GPT2_DECODE_CACHE)
-#undef GPT2_STRUCT
-#undef GPT2_NAMED
   return found;
 }
 

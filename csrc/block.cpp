@@ -15,10 +15,10 @@ int64_t chunks_of(int64_t rows) { return smaller(rows, CHUNKS); }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t size_of(int64_t dtype) { return dtype == F32 ? 4 : 2; }
 
-struct Sizes {
-  int64_t B, T, C, H, F, dtype, wide;  // wide: the dtype of products
-  int64_t N() const { return B * T; }
-  int64_t D() const { return C / H; }
+struct Sizes : BlockSizes {
+  int64_t N, D, dtype, wide;  // wide: the dtype of products
+  explicit Sizes(const BlockSizes& s)
+      : BlockSizes(s), N(s.B * s.T), D(s.C / s.H), dtype(s.m_dtype), wide(s.product_dtype) {}
 };
 
 // [rows, columns] by its strides in elements, one of which is 1.
@@ -74,20 +74,17 @@ using Sgemm = void(const char*, const char*, const int64_t*, const int64_t*, con
                    const int64_t*, const float*, const int64_t*, const float*, float*, const int64_t*);
 
 struct Products {
-  int64_t sgemm, threads;
+  const Sizes& s;
   addr workspace, wide_a, wide_b, wide_c;  // the last three for what is no float32, where a BLAS multiplies
 
-  static bool pairs(int64_t a_dtype, int64_t b_dtype, int64_t wide) {
-    return a_dtype == BF16 && b_dtype == BF16 && wide == BF16;
-  }
+  bool pairs(Matrix a, Matrix b) const { return a.dtype == BF16 && b.dtype == BF16 && s.wide == BF16; }
 
   // out [a.rows, b.columns] = a @ b + bias, by linear_product or by the BLAS. A matrix or its transpose is contiguous.
-  void operator()(const Sizes& s, Matrix a, Matrix b, addr bias, Matrix out, int64_t finish = FINISH_STORE,
-                  addr u = 0) const {
-    if (sgemm) return by_blas(a, b, bias, out);
+  void operator()(Matrix a, Matrix b, addr bias, Matrix out, int64_t finish = FINISH_STORE, addr u = 0) const {
+    if (s.sgemm) return by_blas(a, b, bias, out);
     kernels().linear_product(a.data, a.dtype, a.down, a.right, b.data, b.dtype, b.down, b.right, bias, out.data,
-                             out.down, u, out.dtype, finish, a.rows, b.columns, a.columns,
-                             pairs(a.dtype, b.dtype, s.wide), workspace, threads);
+                             out.down, u, out.dtype, finish, a.rows, b.columns, a.columns, pairs(a, b),
+                             workspace, s.threads);
   }
 
   // How far apart the lines of a matrix are; of a single one, whose strides may say anything, as a BLAS wants it.
@@ -100,7 +97,7 @@ struct Products {
     const float one = 1.0f, beta = bias ? 1.0f : 0.0f;
     float* c = out.dtype == F32 ? (float*)out.data : (float*)wide_c;
     if (bias) GPT2_PARALLEL_FOR(i, n) { memcpy(c + i * m, (const void*)bias, m * sizeof(float)); }
-    ((Sgemm*)sgemm)(b.right == 1 ? "n" : "t", a.right == 1 ? "n" : "t", &m, &n, &k, &one, widened(b, wide_b), &ldb,
+    ((Sgemm*)s.sgemm)(b.right == 1 ? "n" : "t", a.right == 1 ? "n" : "t", &m, &n, &k, &one, widened(b, wide_b), &ldb,
                     widened(a, wide_a), &lda, &beta, c, &m);
     if (out.dtype != F32) GPT2_DISPATCH(out.dtype, T, { copied(c, (T*)out.data, m * n); });
   }
@@ -121,13 +118,13 @@ struct Products {
   }
 
   // The floats of the largest matrix that a product of a pass reads or writes.
-  static int64_t largest(const Sizes& s) { return larger(s.N(), s.C) * larger(s.F, 3 * s.C); }
+  static int64_t largest(const Sizes& s) { return larger(s.N, s.C) * larger(s.F, 3 * s.C); }
 
   // Takes what the products of a pass need beside their operands.
-  static Products take(const Sizes& s, int64_t sgemm, bool backward, int64_t threads, Arena& arena) {
-    const int64_t wide = sgemm && s.dtype != F32 ? largest(s) * (int64_t)sizeof(float) : 0;
-    Products p{sgemm, threads, 0, 0, 0, 0};
-    p.workspace = arena.take(sgemm ? 0 : workspace_of(s, backward, threads));
+  static Products take(const Sizes& s, bool backward, Arena& arena) {
+    const int64_t wide = s.sgemm && s.dtype != F32 ? largest(s) * (int64_t)sizeof(float) : 0;
+    Products p{s, 0, 0, 0, 0};
+    p.workspace = arena.take(s.sgemm ? 0 : workspace_of(s, backward));
     p.wide_a = arena.take(wide), p.wide_b = arena.take(wide), p.wide_c = arena.take(wide);
     return p;
   }
@@ -139,33 +136,35 @@ struct Products {
   }
 
   // Of the largest of a pass's products.
-  static int64_t workspace_of(const Sizes& s, bool backward, int64_t threads) {
+  static int64_t workspace_of(const Sizes& s, bool backward) {
     const int64_t shapes[4][2] = {{s.C, 3 * s.C}, {s.C, s.C}, {s.C, s.F}, {s.F, s.C}};
     int64_t most = 0;
     for (int64_t i = 0; i < 8; ++i) {
       const int64_t in = shapes[i / 2][0], out = shapes[i / 2][1];
       const bool pairs = i % 2;
-      most = larger(most, backward ? larger(workspace_bytes(s.N(), in, out, pairs, threads),
-                                            larger(workspace_bytes(in, out, s.N(), pairs, threads),
-                                                   workspace_bytes(out, in, s.N(), pairs, threads)))
-                                   : workspace_bytes(s.N(), out, in, pairs, threads));
+      auto bytes = [&](int64_t M, int64_t N, int64_t K) { return workspace_bytes(M, N, K, pairs, s.threads); };
+      most = larger(most, backward ? larger(bytes(s.N, in, out), larger(bytes(in, out, s.N), bytes(out, in, s.N)))
+                                   : bytes(s.N, out, in));
     }
     return most;
   }
 };
 
-struct Drop {
-  addr key;
-  int64_t threshold;
-  double scale;
-  int64_t site;
+// Dropout of the sum before each LayerNorm, and of attention.
+struct Drops {
+  Drop first, attention, second;
+  explicit Drops(const BlockOptions& o) : first(o.dropout), attention(o.dropout), second(o.dropout) {
+    if (o.attn_threshold == 0) attention.key = 0;
+    attention.threshold = o.attn_threshold, attention.scale = o.attn_scale;
+    attention.site += 1, second.site += 2;
+  }
 };
 
 // What forward keeps, as block.h lays it out.
-struct Kept {
+struct Kept : BlockKept {
   addr y, qkv, attended, u, lse, mean_1, rstd_1, mean_2, rstd_2;
-  Kept(const Sizes& s, addr kept, addr statistics) {
-    const int64_t rows = s.N() * s.C * size_of(s.dtype), column = s.N() * (int64_t)sizeof(float);
+  Kept(const Sizes& s, const BlockKept& memory) : BlockKept(memory) {
+    const int64_t rows = s.N * s.C * size_of(s.dtype), column = s.N * (int64_t)sizeof(float);
     y = kept, qkv = y + rows, attended = qkv + 3 * rows, u = attended + rows;
     lse = statistics, mean_1 = lse + s.H * column;
     rstd_1 = mean_1 + column, mean_2 = rstd_1 + column, rstd_2 = mean_2 + column;
@@ -178,7 +177,7 @@ struct ForwardScratch {
   addr n, u, f, a;
   Arena rest;
   ForwardScratch(const Sizes& s, addr begin) : rest{begin} {
-    const int64_t size = size_of(s.dtype), N = s.N();
+    const int64_t size = size_of(s.dtype), N = s.N;
     n = rest.take(N * s.C * size_of(s.wide));
     a = f = rest.take(N * larger(s.F, s.C) * size);
     u = s.dtype == s.wide ? f : rest.take(N * s.F * size_of(s.wide));
@@ -192,172 +191,154 @@ struct BackwardScratch {
   addr wide_1, du, wide_2, da, partial, dq;
   Arena rest;
   static int64_t groups(const Sizes& s) { return ceil_div(s.T, ATTENTION_KEY_GROUP); }
-  BackwardScratch(const Sizes& s, addr begin, bool drops, int64_t threads) : rest{begin} {
-    const int64_t size = size_of(s.dtype), wide = size_of(s.wide), N = s.N();
+  BackwardScratch(const Sizes& s, addr begin, bool drops) : rest{begin} {
+    const int64_t size = size_of(s.dtype), wide = size_of(s.wide), N = s.N;
     wide_1 = rest.take(N * larger(s.F, 3 * s.C) * size);
     du = s.wide == s.dtype ? wide_1 : rest.take(N * s.F * wide);
     wide_2 = rest.take(N * s.C * larger(size, wide));
     da = drops ? rest.take(N * s.C * size) : 0;
     partial = rest.take(chunks_of(N) * larger(s.F, 3 * s.C) * (int64_t)sizeof(float));
     // Too few heads to keep the threads busy: the keys of a head are shared out, each leaving its own part of dq.
-    const bool shared = groups(s) > 1 && s.B * s.H < 2 * threads;
-    dq = shared ? rest.take(s.B * s.H * groups(s) * s.T * round_up(s.D(), 16) * (int64_t)sizeof(float)) : 0;
+    const bool shared = groups(s) > 1 && s.B * s.H < 2 * s.threads;
+    dq = shared ? rest.take(s.B * s.H * groups(s) * s.T * round_up(s.D, 16) * (int64_t)sizeof(float)) : 0;
   }
   // In float32, each from a line on: three vectors of LayerNorms, and the gradients of four and of all biases.
   static int64_t vectors(const Sizes& s) { return (12 * s.C + s.F) * 4 + 16 * 64; }
 };
 
-// The gradients of one linear layer.
-struct Gradient {
-  addr weight, bias;
-};
-
 struct Backward {
   const Sizes& s;
+  const BlockOptions& options;
+  const BlockWeights& weights;
   const Kept& kept;
   const BackwardScratch& scratch;
   const Products& product;
   const Vectors& vectors;
-  bool transposed;
 
-  Matrix rows(addr data, int64_t columns, int64_t dtype) const { return rows_of(data, dtype, s.N(), columns); }
+  Matrix rows(addr data, int64_t columns, int64_t dtype) const { return rows_of(data, dtype, s.N, columns); }
 
   // x^T dy, laid out as the weight is, and the sum of dy's rows.
-  void parameters(Matrix x, Matrix dy, Gradient to) const {
+  void parameters(Matrix x, Matrix dy, BlockLinear to) const {
     const int64_t in = x.columns, out = dy.columns;
-    if (to.weight && transposed) product(s, dy.t(), x, 0, rows_of(to.weight, s.dtype, out, in));
-    if (to.weight && !transposed) product(s, x.t(), dy, 0, rows_of(to.weight, s.dtype, in, out));
-    if (to.bias)
-      kernels().column_sum(dy.data, scratch.partial, chunks_of(s.N()), to.bias, s.N(), out, dy.dtype, s.dtype);
+    if (to.weight && options.transposed) product(dy.t(), x, 0, rows_of(to.weight, s.dtype, out, in));
+    if (to.weight && !options.transposed) product(x.t(), dy, 0, rows_of(to.weight, s.dtype, in, out));
+    if (to.bias) kernels().column_sum(dy.data, scratch.partial, chunks_of(s.N), to.bias, s.N, out, dy.dtype, s.dtype);
   }
 
-  Matrix weight(addr data, int64_t in, int64_t out) const { return weight_of(data, s.dtype, in, out, transposed); }
+  Matrix weight(addr data, int64_t in, int64_t out) const {
+    return weight_of(data, s.dtype, in, out, options.transposed);
+  }
 
   // dn in scratch.wide_2 from dm.
-  void mlp(addr dm, addr h, addr ln_weight, addr ln_bias, addr fc_weight, addr proj_weight, Gradient fc, Gradient proj,
-           bool erf) const {
+  void mlp(addr dm, addr ln_weight, addr ln_bias, BlockLinear fc, BlockLinear proj) const {
     const auto& k = kernels();
-    const int64_t N = s.N();
-    if (proj.weight) k.gelu(kept.u, scratch.wide_1, N, s.F, s.dtype, erf);
+    const int64_t N = s.N;
+    if (proj.weight) k.gelu(kept.u, scratch.wide_1, N, s.F, s.dtype, options.erf);
     parameters(rows(scratch.wide_1, s.F, s.dtype), rows(dm, s.C, s.dtype), proj);
-    product(s, rows(dm, s.C, s.dtype), weight(proj_weight, s.F, s.C).t(), 0, rows(scratch.wide_1, s.F, s.dtype));
+    product(rows(dm, s.C, s.dtype), weight(weights.mlp_proj_weight, s.F, s.C).t(), 0,
+            rows(scratch.wide_1, s.F, s.dtype));
     const addr sums = vectors.sums(fc.bias, s.F);
     k.bias_gelu_backward(scratch.wide_1, kept.u, scratch.du, scratch.partial, chunks_of(N), sums, N, s.F, s.wide,
-                         s.dtype, erf);
+                         s.dtype, options.erf);
     vectors.narrow(sums, fc.bias, s.F);
     if (fc.weight) {
-      k.add_layernorm_normalize(h, ln_weight, ln_bias, kept.mean_2, kept.rstd_2, scratch.wide_2, N, s.C, s.dtype,
-                                s.wide);
+      k.add_layernorm_normalize(kept.h_out, ln_weight, ln_bias, kept.mean_2, kept.rstd_2, scratch.wide_2, N, s.C,
+                                s.dtype, s.wide);
       parameters(rows(scratch.wide_2, s.C, s.wide), rows(scratch.du, s.F, s.wide), {fc.weight, 0});
     }
-    product(s, rows(scratch.du, s.F, s.wide), weight(fc_weight, s.C, s.F).t(), 0, rows(scratch.wide_2, s.C, s.wide));
+    product(rows(scratch.du, s.F, s.wide), weight(weights.c_fc_weight, s.C, s.F).t(), 0,
+            rows(scratch.wide_2, s.C, s.wide));
   }
 
   // dy in scratch.wide_2 from da.
-  void attention(addr da, addr attn_weight, addr proj_weight, Gradient attn, Gradient proj, addr segments, double scale,
-                 const Drop& drop) const {
+  void attention(addr da, addr segments, BlockLinear attn, BlockLinear proj, const Drop& drop) const {
     const Matrix a = rows(da, s.C, s.dtype), dout = rows(scratch.wide_2, s.C, s.dtype);
     parameters(rows(kept.attended, s.C, s.dtype), a, proj);
-    product(s, a, weight(proj_weight, s.C, s.C).t(), 0, dout);
+    product(a, weight(weights.attn_proj_weight, s.C, s.C).t(), 0, dout);
     kernels().attention_backward(dout.data, kept.qkv, kept.attended, kept.lse, segments, scratch.wide_1, scratch.dq,
-                                 s.B, s.T, s.H, s.D(), scale, s.dtype, drop.key, drop.threshold, drop.scale, drop.site);
+                                 s.B, s.T, s.H, s.D, options.scale, s.dtype, drop);
     const Matrix dqkv = rows(scratch.wide_1, 3 * s.C, s.dtype);
     parameters(rows(kept.y, s.C, s.dtype), dqkv, attn);
-    product(s, dqkv, weight(attn_weight, s.C, 3 * s.C).t(), 0, dout);
+    product(dqkv, weight(weights.c_attn_weight, s.C, 3 * s.C).t(), 0, dout);
   }
 
   // Of a LayerNorm and the sum before it; dx 0 where it is dresidual.
   void layernorm(addr dy, int64_t dy_dtype, addr dh, addr h, addr weight, addr mean, addr rstd, addr dx, addr dresidual,
-                 addr dweight, addr dbias, const Drop& drop) const {
-    const addr of_weight = vectors.sums(dweight, s.C), of_bias = vectors.sums(dbias, s.C);
-    kernels().add_layernorm_backward(dy, dh, h, weight, mean, rstd, dx, dresidual, scratch.partial, chunks_of(s.N()),
-                                     of_weight, of_bias, s.N(), s.C, s.dtype, s.dtype, dy_dtype, dx ? drop.key : 0,
-                                     drop.threshold, drop.scale, drop.site);
-    vectors.narrow(of_weight, dweight, s.C);
-    vectors.narrow(of_bias, dbias, s.C);
+                 BlockVectors to, Drop drop) const {
+    if (!dx) drop.key = 0;
+    const addr of_weight = vectors.sums(to.weight, s.C), of_bias = vectors.sums(to.bias, s.C);
+    kernels().add_layernorm_backward(dy, dh, h, weight, mean, rstd, dx, dresidual, scratch.partial, chunks_of(s.N),
+                                     of_weight, of_bias, s.N, s.C, s.dtype, s.dtype, dy_dtype, drop);
+    vectors.narrow(of_weight, to.weight, s.C);
+    vectors.narrow(of_bias, to.bias, s.C);
   }
 };
 
 }  // namespace
 
-void block_scratch(int64_t B, int64_t T, int64_t C, int64_t H, int64_t F, int64_t dtype, int64_t product_dtype,
-                   int64_t sgemm, bool backward, bool drops, int64_t threads, addr bytes) {
-  const Sizes s{B, T, C, H, F, dtype, product_dtype};
-  Arena arena = backward ? BackwardScratch(s, 0, drops, threads).rest : ForwardScratch(s, 0).rest;
-  Products::take(s, sgemm, backward, threads, arena);
+void block_scratch(BlockSizes sizes, bool backward, bool drops, addr bytes) {
+  const Sizes s(sizes);
+  Arena arena = backward ? BackwardScratch(s, 0, drops).rest : ForwardScratch(s, 0).rest;
+  Products::take(s, backward, arena);
   arena.take(backward ? BackwardScratch::vectors(s) : ForwardScratch::vectors(s));
   *(int64_t*)bytes = (int64_t)arena.at;
 }
 
-void block_forward(addr m, addr h, addr segments, addr ln_1_weight, addr ln_1_bias, addr c_attn_weight,
-                   addr c_attn_bias, addr attn_proj_weight, addr attn_proj_bias, addr ln_2_weight, addr ln_2_bias,
-                   addr c_fc_weight, addr c_fc_bias, addr mlp_proj_weight, addr mlp_proj_bias, addr m_out, addr h_out,
-                   addr h_mid, addr kept_, addr statistics, addr scratch_, int64_t B, int64_t T, int64_t C, int64_t H,
-                   int64_t F, int64_t dtype, int64_t product_dtype, bool transposed, bool save, bool erf, double scale,
-                   double ln_1_eps, double ln_2_eps, addr dropout_key, int64_t dropout_threshold, double dropout_scale,
-                   int64_t dropout_site, int64_t attn_threshold, double attn_scale, int64_t sgemm, int64_t threads) {
-  const Sizes s{B, T, C, H, F, dtype, product_dtype};
-  const Kept kept(s, kept_, statistics);
+void block_forward(addr m, addr h, addr segments, BlockWeights w, BlockBiases b, addr m_out, BlockKept memory,
+                   addr scratch_, BlockSizes sizes, BlockOptions options, bool save, double ln_1_eps, double ln_2_eps) {
+  const Sizes s(sizes);
+  const Kept kept(s, memory);
   ForwardScratch scratch(s, scratch_);
-  const Products product = Products::take(s, sgemm, false, threads, scratch.rest);
-  const Vectors v{dtype, &scratch.rest};
+  const Products product = Products::take(s, false, scratch.rest);
+  const Vectors v{s.dtype, &scratch.rest};
   const auto& k = kernels();
-  const int64_t N = s.N();
+  const int64_t N = s.N, C = s.C, F = s.F, dtype = s.dtype;
   auto rows = [N](addr data, int64_t columns, int64_t of) { return rows_of(data, of, N, columns); };
-  auto weight = [&](addr data, int64_t in, int64_t out) { return weight_of(data, dtype, in, out, transposed); };
+  auto weight = [&](addr data, int64_t in, int64_t out) {
+    return weight_of(data, dtype, in, out, options.transposed);
+  };
+  Drops drops(options);
+  if (!h) drops.first.key = 0;  // the stream is m, and nothing is added to it
 
-  k.add_layernorm_forward(m, h, v.wide(ln_1_weight, C), v.wide(ln_1_bias, C), kept.y, h ? h_mid : 0, kept.mean_1,
-                          kept.rstd_1, N, C, ln_1_eps, dtype, dtype, dtype, h ? dropout_key : 0, dropout_threshold,
-                          dropout_scale, dropout_site);
-  product(s, rows(kept.y, C, dtype), weight(c_attn_weight, C, 3 * C), v.wide(c_attn_bias, 3 * C),
+  k.add_layernorm_forward(m, h, v.wide(w.ln_1_weight, C), v.wide(b.ln_1_bias, C), kept.y, h ? kept.h_mid : 0,
+                          kept.mean_1, kept.rstd_1, N, C, ln_1_eps, dtype, dtype, dtype, drops.first);
+  product(rows(kept.y, C, dtype), weight(w.c_attn_weight, C, 3 * C), v.wide(b.c_attn_bias, 3 * C),
           rows(kept.qkv, 3 * C, dtype));
-  k.attention_forward(kept.qkv, kept.attended, kept.lse, segments, B, T, H, s.D(), scale, dtype,
-                      attn_threshold ? dropout_key : 0, attn_threshold, attn_scale, dropout_site + 1);
-  product(s, rows(kept.attended, C, dtype), weight(attn_proj_weight, C, C), v.wide(attn_proj_bias, C),
+  k.attention_forward(kept.qkv, kept.attended, kept.lse, segments, s.B, s.T, s.H, s.D, options.scale, dtype,
+                      drops.attention);
+  product(rows(kept.attended, C, dtype), weight(w.attn_proj_weight, C, C), v.wide(b.attn_proj_bias, C),
           rows(scratch.a, C, dtype));
-  k.add_layernorm_forward(scratch.a, h ? h_mid : m, v.wide(ln_2_weight, C), v.wide(ln_2_bias, C), scratch.n, h_out,
-                          kept.mean_2, kept.rstd_2, N, C, ln_2_eps, dtype, dtype, product_dtype, dropout_key,
-                          dropout_threshold, dropout_scale, dropout_site + 2);
-  const addr fc_bias = v.wide(c_fc_bias, F);
-  const Matrix n = rows(scratch.n, C, product_dtype), fc = weight(c_fc_weight, C, F), f = rows(scratch.f, F, dtype);
-  if (sgemm) {
-    product(s, n, fc, 0, rows(scratch.u, F, F32));
-    k.bias_gelu_forward(scratch.u, fc_bias, save ? kept.u : 0, f.data, N, F, F32, dtype, erf);
+  k.add_layernorm_forward(scratch.a, h ? kept.h_mid : m, v.wide(w.ln_2_weight, C), v.wide(w.ln_2_bias, C), scratch.n,
+                          kept.h_out, kept.mean_2, kept.rstd_2, N, C, ln_2_eps, dtype, dtype, s.wide, drops.second);
+  const addr fc_bias = v.wide(b.c_fc_bias, F);
+  const Matrix n = rows(scratch.n, C, s.wide), fc = weight(w.c_fc_weight, C, F), f = rows(scratch.f, F, dtype);
+  if (s.sgemm) {
+    product(n, fc, 0, rows(scratch.u, F, F32));
+    k.bias_gelu_forward(scratch.u, fc_bias, save ? kept.u : 0, f.data, N, F, F32, dtype, options.erf);
   } else {
-    product(s, n, fc, fc_bias, f, erf ? FINISH_ERF_GELU : FINISH_TANH_GELU, save ? kept.u : 0);
+    product(n, fc, fc_bias, f, options.erf ? FINISH_ERF_GELU : FINISH_TANH_GELU, save ? kept.u : 0);
   }
-  product(s, f, weight(mlp_proj_weight, F, C), v.wide(mlp_proj_bias, C), rows(m_out, C, dtype));
+  product(f, weight(w.mlp_proj_weight, F, C), v.wide(b.mlp_proj_bias, C), rows(m_out, C, dtype));
 }
 
-void block_backward(addr dm_out, addr dh_out, addr h_mid, addr h_out, addr kept_, addr statistics, addr segments,
-                    addr ln_1_weight, addr c_attn_weight, addr attn_proj_weight, addr ln_2_weight, addr ln_2_bias,
-                    addr c_fc_weight, addr mlp_proj_weight, addr dm, addr dh, addr dln_1_weight, addr dln_1_bias,
-                    addr dc_attn_weight, addr dc_attn_bias, addr dattn_proj_weight, addr dattn_proj_bias,
-                    addr dln_2_weight, addr dln_2_bias, addr dc_fc_weight, addr dc_fc_bias, addr dmlp_proj_weight,
-                    addr dmlp_proj_bias, addr scratch_, int64_t B, int64_t T, int64_t C, int64_t H, int64_t F,
-                    int64_t dtype, int64_t product_dtype, bool transposed, bool erf, double scale, addr dropout_key,
-                    int64_t dropout_threshold, double dropout_scale, int64_t dropout_site, int64_t attn_threshold,
-                    double attn_scale, int64_t sgemm, int64_t threads) {
-  const Sizes s{B, T, C, H, F, dtype, product_dtype};
-  const Kept kept(s, kept_, statistics);
-  BackwardScratch scratch(s, scratch_, dropout_key != 0, threads);
-  const Products product = Products::take(s, sgemm, true, threads, scratch.rest);
-  const Vectors vectors{dtype, &scratch.rest};
-  const Drop first{dropout_key, dropout_threshold, dropout_scale, dropout_site};
-  const Drop second{dropout_key, dropout_threshold, dropout_scale, dropout_site + 2};
-  const Drop attention{attn_threshold ? dropout_key : 0, attn_threshold, attn_scale, dropout_site + 1};
-  const Backward backward{s, kept, scratch, product, vectors, transposed};
+void block_backward(addr dm_out, addr dh_out, addr segments, BlockWeights w, BlockKept memory, addr dm, addr dh,
+                    BlockGradients to, addr scratch_, BlockSizes sizes, BlockOptions options) {
+  const Sizes s(sizes);
+  const Kept kept(s, memory);
+  const Drops drops(options);
+  BackwardScratch scratch(s, scratch_, options.dropout.key != 0);
+  const Products product = Products::take(s, true, scratch.rest);
+  const Vectors vectors{s.dtype, &scratch.rest};
+  const Backward backward{s, options, w, kept, scratch, product, vectors};
 
-  const addr ln_2 = vectors.wide(ln_2_weight, C), da = scratch.da ? scratch.da : dh;
-  backward.mlp(dm_out, h_out, ln_2, vectors.wide(ln_2_bias, C), c_fc_weight, mlp_proj_weight,
-               {dc_fc_weight, dc_fc_bias}, {dmlp_proj_weight, dmlp_proj_bias}, erf);
+  const addr ln_2 = vectors.wide(w.ln_2_weight, s.C), da = scratch.da ? scratch.da : dh;
+  backward.mlp(dm_out, ln_2, vectors.wide(w.ln_2_bias, s.C), to.dc_fc, to.dmlp_proj);
   // From here on dh holds the gradient of the stream between the halves.
-  backward.layernorm(scratch.wide_2, product_dtype, dh_out, h_out, ln_2, kept.mean_2, kept.rstd_2,
-                     scratch.da, dh, dln_2_weight, dln_2_bias, second);
-  backward.attention(da, c_attn_weight, attn_proj_weight, {dc_attn_weight, dc_attn_bias},
-                     {dattn_proj_weight, dattn_proj_bias}, segments, scale, attention);
-  backward.layernorm(scratch.wide_2, dtype, dh, h_mid, vectors.wide(ln_1_weight, C), kept.mean_1, kept.rstd_1,
-                     dm, dh, dln_1_weight, dln_1_bias, first);
+  backward.layernorm(scratch.wide_2, s.wide, dh_out, kept.h_out, ln_2, kept.mean_2, kept.rstd_2, scratch.da, dh,
+                     to.dln_2, drops.second);
+  backward.attention(da, segments, to.dc_attn, to.dattn_proj, drops.attention);
+  backward.layernorm(scratch.wide_2, s.dtype, dh, kept.h_mid, vectors.wide(w.ln_1_weight, s.C), kept.mean_1,
+                     kept.rstd_1, dm, dh, to.dln_1, drops.first);
 }
 
 }  // namespace GPT2_ISA

@@ -1,7 +1,6 @@
 // A matrix as the decode step reads it: panels of 16 outputs in float32, bfloat16, int8 or int4
 // (gpt2_fast/ops/packed_weights.py and packed_int4.py, whose numbers these are). A lane is an output.
 #include "decode_int4.h"
-#include "decode_step.h"
 #include "kernels.h"
 #include "transpose.h"
 

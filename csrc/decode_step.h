@@ -5,9 +5,8 @@
 
 namespace gpt2 {
 
-// The members of each struct stand here once: C++ makes the structs of them, and Python, which writes them as int64
-// tensors by name (gpt2_fast.ops.runtime.cpp.struct), reads their names and types from the extension. Each is 8 bytes.
-#define GPT2_MEMBER(type, name) type name;
+// Python writes these as int64 tensors by the names of their members (gpt2_fast.ops.runtime.cpp.struct), which it reads
+// from the extension, and their types.
 
 // Vectors are float32, zero up to a multiple of 16; scale and bias [N], null where there is none.
 #define GPT2_DECODE_MATRIX(M) M(char*, panels) M(float*, scale) M(float*, bias)
@@ -36,22 +35,21 @@ namespace gpt2 {
 
 enum DecodeWeights : int64_t { DECODE_F32 = 0, DECODE_BF16 = 1, DECODE_INT8 = 2, DECODE_INT4 = 3 };
 
-struct DecodeMatrix {
-  GPT2_DECODE_MATRIX(GPT2_MEMBER)
-};
+#define GPT2_DECODE_TABLES(TABLE) \
+  TABLE(DecodeMatrix, GPT2_DECODE_MATRIX) \
+  TABLE(DecodeLayer, GPT2_DECODE_LAYER) \
+  TABLE(DecodeModel, GPT2_DECODE_MODEL) \
+  TABLE(DecodeCache, GPT2_DECODE_CACHE)
 
-struct DecodeLayer {
-  GPT2_DECODE_LAYER(GPT2_MEMBER)
-};
+GPT2_STRUCT(DecodeMatrix, GPT2_DECODE_MATRIX)
+GPT2_STRUCT(DecodeLayer, GPT2_DECODE_LAYER)
 
 struct DecodeModel {
   GPT2_DECODE_MODEL(GPT2_MEMBER)
   DecodeLayer layers[1];  // [L], which Python writes after the rest
 };
 
-struct DecodeCache {
-  GPT2_DECODE_CACHE(GPT2_MEMBER)
-};
+GPT2_STRUCT(DecodeCache, GPT2_DECODE_CACHE)
 
 }  // namespace gpt2
 

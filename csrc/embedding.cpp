@@ -114,24 +114,22 @@ void embedding_first_outside(addr ids, int64_t n, int64_t limit, addr result) {
 }
 
 void embedding_forward(addr ids, addr positions, addr types, addr wte, addr wpe, addr out, int64_t rows, int64_t C,
-                       int64_t vocab, int64_t n_positions, int64_t position_period, addr dropout_key,
-                       int64_t dropout_threshold, double dropout_scale, int64_t dropout_site, addr fault,
+                       int64_t vocab, int64_t n_positions, int64_t position_period, Drop dropout, addr fault,
                        int64_t dtype, int64_t out_dtype) {
   EmbeddingForward a = {(const int64_t*)ids, (const int64_t*)positions, (const int64_t*)types, (const void*)wte,
                         (const void*)wpe, (void*)out, rows, C, vocab, n_positions, position_period,
-                        (const uint64_t*)dropout_key, dropout_threshold, dropout_scale, dropout_site, (int64_t*)fault};
-  Dropout mask = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                        (const uint64_t*)dropout.key, dropout.threshold, dropout.scale, dropout.site, (int64_t*)fault};
+  Dropout mask = dropout_of(dropout);
   GPT2_DISPATCH_PAIR(dtype, T, out_dtype, O, (forward<T, O>(a, mask)));
 }
 
 void embedding_backward(addr keys, addr order, addr grad, addr partial, addr dtable, int64_t entries, int64_t rows,
-                        int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, addr dropout_key,
-                        int64_t dropout_threshold, double dropout_scale, int64_t dropout_site, int64_t grad_dtype,
-                        int64_t dtype) {
+                        int64_t B, int64_t T, int64_t C, int64_t table_rows, int64_t chunk, Drop dropout,
+                        int64_t grad_dtype, int64_t dtype) {
   EmbeddingBackward a = {(const int64_t*)keys, (const int64_t*)order, (const void*)grad, (float*)partial,
                          (void*)dtable, entries, rows, B, T, C, table_rows, chunk,
-                         (const uint64_t*)dropout_key, dropout_threshold, dropout_scale, dropout_site};
-  Dropout mask = dropout_of(dropout_key, dropout_threshold, dropout_scale, dropout_site);
+                         (const uint64_t*)dropout.key, dropout.threshold, dropout.scale, dropout.site};
+  Dropout mask = dropout_of(dropout);
   GPT2_DISPATCH_PAIR(grad_dtype, G, dtype, D, (backward<G, D>(a, mask)));
 }
 

@@ -3,10 +3,40 @@
 // here and its source. Python hands arguments over by these names, and the types are held at the call:
 // f32, f64, i32, i64, i8, u8: a contiguous tensor of that dtype; addr: a contiguous tensor of any; strided: a tensor of
 // any dtype and strides. All of them are on the CPU, and 0 where Python has None. X_dtype is the code (isa.h) of
-// tensor X's.
+// tensor X's. A struct of GPT2_GROUP_LIST stands for its members: with a name, Drop dropout, for dropout_key and so on;
+// without one, BlockSizes, for B and so on, by their own names.
 #pragma once
 
 #include <stdint.h>
+
+namespace gpt2 {
+using addr = uintptr_t;
+using strided = addr;
+using f32 = addr;
+using f64 = addr;
+using i32 = addr;
+using i64 = addr;
+using i8 = addr;
+using u8 = addr;
+
+// The members of a struct that Python fills in stand once, in a list; each takes 8 bytes, or is such a struct.
+#define GPT2_MEMBER(type, name) \
+  type name; \
+  static_assert(sizeof(type) % 8 == 0, #name " must take 8 bytes");
+#define GPT2_STRUCT(name, MEMBERS) \
+  struct name { \
+    MEMBERS(GPT2_MEMBER) \
+  };
+
+// What is dropped at one site: see gpt2_fast/ops/runtime/philox.py. key: of one int64, 0 where nothing is dropped.
+#define GPT2_DROP(M) M(i64, key) M(int64_t, threshold) M(double, scale) M(int64_t, site)
+GPT2_STRUCT(Drop, GPT2_DROP)
+}  // namespace gpt2
+
+// The structs that parameters may be.
+#define GPT2_GROUP_LIST(GROUP) \
+  GROUP(Drop, GPT2_DROP) \
+  GPT2_BLOCK_GROUPS(GROUP)
 
 #define GPT2_KERNEL_LIST(KERNEL) \
   GPT2_EMBEDDING_KERNELS(KERNEL) \
@@ -38,15 +68,6 @@
 #include "block.h"
 
 namespace gpt2 {
-using addr = uintptr_t;
-using strided = addr;
-using f32 = addr;
-using f64 = addr;
-using i32 = addr;
-using i64 = addr;
-using i8 = addr;
-using u8 = addr;
-
 // A kernel as a declaration, in the namespace of an instruction set.
 #define GPT2_DECLARE(name, params) void name params;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "isa.h"
+#include "kernels.h"
 #include "philox.h"
 
 namespace gpt2 {
@@ -20,9 +21,9 @@ struct Dropout {
   bool on;
 };
 
-GPT2_INLINE Dropout dropout_of(addr rng, int64_t threshold, double scale, int64_t site) {
-  uint64_t key = rng ? *(const uint64_t*)rng : 0;
-  return {key, (uint32_t)threshold, (uint32_t)site, (float)scale, rng != 0};
+GPT2_INLINE Dropout dropout_of(const Drop& d) {
+  uint64_t key = d.key ? *(const uint64_t*)d.key : 0;
+  return {key, (uint32_t)d.threshold, (uint32_t)d.site, (float)d.scale, d.key != 0};
 }
 
 // 64-bit products of the low halves; whatever the high halves hold is ignored.

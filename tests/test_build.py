@@ -208,6 +208,48 @@ def test_kernels_check_their_arguments():
             kernel(*passed)
 
 
+def test_kernels_check_the_members_of_structs():
+    """Of a struct among the parameters each member is read, and held to its type, as a parameter of its own."""
+    kernel, last = dispatch.extension().block_backward, "attn_scale"
+    tensor = torch.zeros(4, 4)
+    given = {last: "1"}  # refused, so that no kernel runs
+
+    def said(**changed: object) -> str:
+        with pytest.raises(TypeError, match="^block_backward: ") as error:
+            kernel(changed, given)
+        return str(error.value).removeprefix("block_backward: ")
+
+    while not (why := said()).startswith(last):
+        name = why.partition(" ")[0]
+        assert name not in given or given[name] is None, why
+        given[name] = None if name not in given else 1  # None does for tensors
+    assert why == "attn_scale is a str; it must be a float"
+    own = {"dm_out", "dh_out", "segments", "dm", "dh", "scratch"}
+    sizes = {"B", "T", "C", "H", "F", "m_dtype", "product_dtype", "sgemm", "threads"}
+    options = {"transposed", "erf", "scale", "attn_threshold", "attn_scale"}
+    dropout = {"dropout_key", "dropout_threshold", "dropout_scale", "dropout_site"}
+    weights = {f"{name}_weight" for name in ("ln_1", "c_attn", "attn_proj", "ln_2", "c_fc", "mlp_proj")}
+    gradients = {f"d{name}" for name in weights} | {f"d{name}".replace("weight", "bias") for name in weights}
+    kept = {"h_mid", "h_out", "kept", "statistics"}
+    assert given.keys() == own | sizes | options | dropout | weights | {"ln_2_bias"} | gradients | kept
+    assert said(c_attn_weight=tensor.t(), dc_attn_weight=tensor.t()) == why, "of any strides"
+    for name, value, wrong in (
+        ("dc_attn_bias", tensor.t(), "must be a contiguous tensor"),
+        ("dln_1_weight", tensor.t(), "must be a contiguous tensor"),
+        ("c_attn_weight", tensor.to("meta"), "must be on the CPU"),
+        ("dc_attn_weight", tensor.to("meta"), "must be on the CPU"),
+        ("statistics", tensor.bfloat16(), "must be of dtype f32"),
+        ("segments", tensor, "must be of dtype i32"),
+        ("scratch", tensor, "must be of dtype u8"),
+        ("dropout_key", tensor, "must be of dtype i64"),
+        ("dropout_scale", "1", "is a str; it must be a float"),
+        ("dropout_site", 1.0, "is a float; it must be an int"),
+        ("m_dtype", torch.complex64, "is of a dtype that no kernel takes"),
+        ("erf", None, "is a NoneType; it must be an int"),
+    ):
+        assert said(**{name: value}) == f"{name} {wrong}"
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", [100])
 def test_nvrtc_compiles_with_no_spills(arch, tmp_path, monkeypatch):

@@ -134,17 +134,15 @@ def _laid_out(weight: Tensor, transposed: bool) -> Tensor:
 
 def _run(kernel, a, out, dtype: torch.dtype, backward: bool, transposed: bool) -> None:
     own = {name: _laid_out(getattr(a, name), transposed) for name in WEIGHTS}
-    common = {
+    sizes = {
+        "B": a.B, "T": a.T, "C": a.C, "H": a.n_head, "F": a.F, "m_dtype": dtype,
         "product_dtype": cpu_policy().product_dtype(dtype), "sgemm": _sgemm(a.B * a.T, dtype),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    nbytes = _scratch_bytes(
-        dispatch.extension().isa(), B=a.B, T=a.T, C=a.C, H=a.n_head, F=a.F, m_dtype=dtype, backward=backward,
-        drops=a.dropout.p > 0.0, **common,
-    )  # fmt: skip
+    nbytes = _scratch_bytes(dispatch.extension().isa(), backward=backward, drops=a.dropout.p > 0.0, **sizes)
     scratch = WORKSPACE.take(nbytes) if nbytes <= HELD else buffers.empty(a.c_fc_weight, (nbytes,), torch.uint8)
     kernel(
-        own, common, out, a, scratch=scratch, H=a.n_head, transposed=transposed, erf=a.kind,
+        own, sizes, out, a, scratch=scratch, transposed=transposed, erf=a.kind,
         scale=(a.C // a.n_head) ** -0.5 if a.scale is None else a.scale,
         attn_threshold=philox.threshold(a.attn_pdrop), attn_scale=philox.scale(a.attn_pdrop),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,6 +140,42 @@ def test_lora_with_gradient_checkpointing():
         results.append([p.grad for p in model.parameters() if p.requires_grad])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-6)
+
+
+def test_weights_that_accelerate_keeps_elsewhere():
+    """cpu_offload: between two calls every parameter is on the meta device, where no position can be counted."""
+    accelerate = pytest.importorskip("accelerate")
+    tokens, mask, results = ids(), torch.ones(B, T, dtype=torch.long), []
+    mask[0, :3] = 0
+    for model in pair():
+        accelerate.cpu_offload(model, execution_device="cpu")
+        with torch.no_grad():
+            output = model(tokens, attention_mask=mask)
+            cached = model(tokens[:, :1], past_key_values=output.past_key_values)
+            results.append((output.logits[mask.bool()], model(tokens, labels=tokens).loss, cached.logits[1:]))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
+
+
+def test_tensors_without_numbers_and_export():
+    """A mask that is a FakeTensor cannot be looked at; an exported graph takes other batches and lengths."""
+    unpatched, patched = pair()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.zeros(B, T, dtype=torch.long)
+        assert patched(fake, attention_mask=torch.ones_like(fake)).logits.shape == (B, T, V)
+    tokens, longer = ids(), ids(B + 1, T + 2)
+    sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("time", min=2, max=T + 4)}
+    for model in (unpatched, patched):
+        model.config.use_cache = False
+    shapes = {"input_ids": sizes, "attention_mask": sizes}
+    with torch.no_grad():
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        graph = torch.export.export(patched, (), given, dynamic_shapes=shapes, strict=False).module()
+        mask = torch.ones_like(longer)
+        mask[0, :3] = 0
+        expected = unpatched(longer, attention_mask=mask).logits[mask.bool()]
+        actual = graph(input_ids=longer, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
 
 
 def test_lm_evaluation_harness():

@@ -95,11 +95,14 @@ def scaling(module) -> float:
 
 
 def padding(mask: Tensor | None) -> Tensor | None:
-    """attention_mask [B, S] as bool, None where it hides nothing. On a GPU that is not looked at: it would wait."""
+    """attention_mask [B, S] as bool, None where it hides nothing. On a GPU that is not looked at: it would wait.
+
+    Nor is it of a tensor that has no numbers, as a FakeTensor.
+    """
     if mask is None:
         return None
     mask = mask.to(torch.bool)
-    looks = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if looks and bool(mask.all()) else mask
 
 

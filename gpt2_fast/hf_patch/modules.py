@@ -321,7 +321,8 @@ class ModelForward:
         )
         ids, types = (None if t is None else t.view(-1, T) for t in (ids, types))
         if positions is None and (start or ids is None or embedding_taken(self)):
-            positions = torch.arange(start, start + T, device=self.wpe.weight.device)[None]
+            device = (embeds if ids is None else ids).device  # not the table's, which accelerate may have put elsewhere
+            positions = torch.arange(start, start + T, device=device)[None]
         if ids is not None and embedding_taken(self) is None:
             p = _rate(self.drop)
             dropout = Dropout(p, philox.new_key(ids.device) if p > 0.0 else None, FIRST)

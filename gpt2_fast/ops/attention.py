@@ -92,7 +92,7 @@ def segments_from(attention_mask: Tensor | None = None, document_ids: Tensor | N
     if not given:
         raise ValueError("segments_from: attention_mask and document_ids are both None; pass one, or no segments")
     shapes = [tuple(t.shape) for t in given]
-    if len(shapes[0]) != 2 or len(set(shapes)) != 1:
+    if len(shapes[0]) != 2 or shapes[0] != shapes[-1]:  # no set of them: symbolic sizes have no hash
         raise ValueError(f"segments_from: shapes {shapes}; attention_mask and document_ids must be [B, T]")
     if document_ids is None:
         return attention_mask.ne(0).to(torch.int32) - 1

@@ -224,8 +224,9 @@ def serve() -> None:
     A job: {"world", "program": a module whose `main` takes the list of "arguments", "cwd", "patience" seconds,
     "imports": what the program imports as it runs, "streams": see `_redirect`, "folders": in cwd, of
     each rank}, and where something is to happen in front of a step of training {"do", "rank", "step"}, do: the name of
-    a signal to itself, "error" or "hang". A job of "world" 0 is a process that nothing launched. The answer: the ranks'
-    "codes" (None: killed, as it hung), "stderr", "stdout", and "seconds" from the first end to the last.
+    a signal to itself, "error", "hang", or "hang writing", whatever the step, a checkpoint. A job of "world" 0 is
+    a process that nothing launched. The answer: the ranks' "codes" (None: killed, as it hung), "stderr", "stdout", and
+    "seconds" from the first end to the last.
     """
     import torch.distributed  # noqa: F401
 
@@ -258,7 +259,7 @@ def _job(job: dict) -> dict:
             sys.stderr.flush()
             os._exit(code)
     codes, ends = dict.fromkeys(pids), []
-    hangs = pids[job["rank"]] if job.get("do") == "hang" else None
+    hangs = pids[job["rank"]] if job.get("do", "").startswith("hang") else None
     until = time.monotonic() + job.get("patience", 60)
     while any(code is None for pid, code in codes.items() if pid != hangs) and time.monotonic() < until:
         for pid in [pid for pid, code in codes.items() if code is None]:
@@ -311,8 +312,13 @@ def _rank(job: dict, rank: int, port: int) -> int:
 
 
 def _disturb(job: dict, rank: int) -> None:
+    from gpt2_fast.train import loop
     from gpt2_fast.train.step import Step
 
+    if job["do"] == "hang writing":
+        if rank == job["rank"]:
+            loop.save_checkpoint = lambda *_, **__: time.sleep(600)
+        return
     take = Step.__call__
 
     def call(self, inputs, targets, lr, step=0):

@@ -191,11 +191,13 @@ def test_an_error_of_one_process_is_one_line_and_ends_all(place, launch):
     assert answer["seconds"] < 10
 
 
-def test_a_process_that_hangs_ends_by_the_limit(place, launch):
+@pytest.mark.parametrize(("do", "rank"), [("hang", 1), ("hang writing", 0)])
+def test_a_process_that_hangs_ends_by_the_limit(place, launch, do, rank):
+    """Also the first one, in a disk that does not answer, when the others ask it at a validation."""
     begun = time.monotonic()
-    answer = launch(2, *options(place, place / "hangs", timeout_minutes=0.1), do="hang", rank=1, step=1)
-    assert answer["codes"] == [2, None], answer["stderr"]
-    assert "rank 0 waited 0.1 minutes for another process" in one_line(answer)
+    answer = launch(2, *options(place, place / do, timeout_minutes=0.1), do=do, rank=rank, step=1)
+    assert answer["codes"] == [None if r == rank else 2 for r in range(2)], answer["stderr"]
+    assert f"rank {1 - rank} waited 0.1 minutes for another process" in one_line(answer)
     assert time.monotonic() - begun < 25
 
 

@@ -133,7 +133,7 @@ class Checkpoints:
     def better(self, loss: float) -> float | None:
         """`loss` where it is below that of the best checkpoint, else None. A save that is at work may fail."""
         self.saver.settle()
-        return loss if self._group.decide(lambda: loss < self.best.loss) else None
+        return loss if self._group.agree(int(self._group.first and loss < self.best.loss))[0] else None
 
     def save_last(self, step: int, loss: float) -> None:
         """The checkpoint of the last step, where it is not there. loss: its validation loss; inf: it has none."""

@@ -149,12 +149,12 @@ class AdamW(Optimizer):
             model.
 
         Raises:
-            ValueError: another dtype, or a parameter of this optimizer that model has not. Nothing is cast then.
+            ValueError: another dtype, a parameter of this optimizer that model has not, or a model that
+                DistributedDataParallel has wrapped. Nothing is cast then.
         """
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; cast before shard()")
-        if dtype not in dispatch.LOW_PRECISION:
-            raise ValueError(f"AdamW: cast is to {dtype}; a master is kept beside bfloat16 and float16 weights")
+        contract.check_cast(model, dtype)
         params = [p for group in self.param_groups for p in group["params"]]
         known = set(map(id, model.parameters()))
         if missing := [tuple(p.shape) for p in params if id(p) not in known]:

@@ -223,6 +223,18 @@ def check_clip(clip_grad_norm: float | None) -> None:
             raise ValueError(f"AdamW: clip_grad_norm is {clip_grad_norm}; it must be above 0, or None")
 
 
+def check_cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype without masters, and under DDP: its buckets stay those of the weights that it saw,
+    and gradients of another dtype are not averaged over the ranks, without a word."""
+    if dtype not in LOW_PRECISION:
+        raise ValueError(f"AdamW: cast is to {dtype}; a master is kept beside bfloat16 and float16 weights")
+    if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "AdamW: the model is DistributedDataParallel's already, which would no longer average its gradients; call "
+            "cast() on the model before DistributedDataParallel(model)"
+        )
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises ValueError for what a param_group has and a step would not follow."""
     check_flags(group)

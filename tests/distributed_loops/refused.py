@@ -76,6 +76,18 @@ def fsdp_blocks_alone():
 
 
 @case("own")
+def ddp_before_cast():
+    """DDP's buckets would stay float32, and each rank go its own way."""
+    model = DDP(build())
+    optimizer = optimizer_of(model)
+    words = "^AdamW: the model is DistributedDataParallel's already.*call cast.. on the model before"
+    refuses(lambda: optimizer.cast(model, torch.bfloat16), words, model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not optimizer.state
+    return {}
+
+
+@case("own")
 def zero():
     """Refused where a norm is taken, and by advice that works: torch's own clipping before the step."""
     model = DDP(build())

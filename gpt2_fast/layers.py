@@ -41,8 +41,12 @@ class Call(NamedTuple):
     pending: Dropout = NO_DROPOUT
 
     def dropout(self, module: nn.Module, p: float, site: int) -> Dropout:
-        """A dropout of `module`, whose mode decides, at one of the three sites of a layer; site 3: the next's first."""
-        return Dropout(p, self.key, 3 * self.layer + site) if module.training and p > 0.0 else NO_DROPOUT
+        """A dropout of `module` at one of the three sites of a layer; site 3: the next's first.
+
+        The module's mode decides; with a cache nothing is dropped, whatever mode another thread has it in.
+        """
+        drops = module.training and p > 0.0 and self.cache is None
+        return Dropout(p, self.key, 3 * self.layer + site) if drops else NO_DROPOUT
 
     def after(self, block: nn.Module) -> Dropout:
         """The dropout of what `block` leaves to be added: its MLP's. A block of a user's own may have neither."""

@@ -79,7 +79,8 @@ class GPT2Model(nn.Module):
         segments = None
         if attention_mask is not None or document_ids is not None:
             segments = segments_from(attention_mask=attention_mask, document_ids=document_ids)
-        key = (new_key(input_ids.device) if dropout_key is None else dropout_key) if self._drops() else None
+        drops = cache is None and self._drops()
+        key = (new_key(input_ids.device) if dropout_key is None else dropout_key) if drops else None
         call = Call(key, segments, cache)
         m, h = self._embed(input_ids, position_ids, token_type_ids, call), None
         for i, block in enumerate(self.h):

@@ -1,15 +1,13 @@
 """Modules that a fused operation stands for: when it may read their weights, and when it must call them.
 
-State of the process: `_FORWARDS`, the forward that each class had when it was first seen here; `_MODES`, the mode of
-each module that `evaluating` holds.
+State of the process: `_FORWARDS`, the forward that each class had when it was first seen here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +118,13 @@ def foreign_part(transformer: nn.Module) -> str | None:
     return None
 
 
+def is_plain_part(module: nn.Module) -> bool:
+    """Whether the module is a plain one of those that this package's model is made of, head included."""
+    kind = type(module)
+    known = _is_part(kind) or kind in (nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList)
+    return known and not foreign(module, kind)
+
+
 def bias_of(layer: nn.Module) -> Tensor:
     """The bias, or zeros where a layer has none, whose weight is [out, in] or a LayerNorm's then."""
     return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
@@ -204,34 +209,3 @@ class Seen:
             raise RuntimeError(
                 f"{whose}: the sharded model was called again since this output was computed; read .logits before that"
             )
-
-
-_MODES: dict[int, tuple[nn.Module, bool, int]] = {}  # by id: the module, its own mode, and how many use it
-_MODES_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; afterwards each of its modules is in the mode that it had itself.
-
-    Several threads may use a model, or models that share modules: a module gets its mode back from the last of them.
-    Modes are set on each module, without `train()` and `eval()`: what a module makes of these calls besides, as one
-    that merges an adapter does, could not be undone by the other call where its mode differs from the model's.
-    """
-    with _MODES_LOCK:
-        modules = list(model.modules())
-        for module in modules:
-            _, mode, users = _MODES.get(id(module), (module, module.training, 0))
-            _MODES[id(module)] = module, mode, users + 1
-            if module.training:
-                module.training = False
-    try:
-        yield
-    finally:
-        with _MODES_LOCK:
-            for module in modules:
-                _, mode, users = _MODES.pop(id(module))
-                if users > 1:
-                    _MODES[id(module)] = module, mode, users - 1
-                elif module.training != mode:
-                    module.training = mode

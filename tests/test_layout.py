@@ -29,7 +29,7 @@ LAYERS = [
     {"config", "files", "hub_client", "lazy", "modules", "sources", "uncompiled"},
     {"kernels"},
     {"ops"},
-    {"checkpoint", "compat", "data", "hf_patch", "outputs", "parallel"},
+    {"checkpoint", "compat", "data", "hf_patch", "modes", "outputs", "parallel"},
     {"generate", "hf", "optim_state", "report"},
     {"layers"},
     {"model", "optim"},

@@ -10,7 +10,7 @@ from test_model import pair, tokens
 
 from gpt2_fast.evaluate import losses
 from gpt2_fast.generate import generate
-from gpt2_fast.modules import _MODES, evaluating
+from gpt2_fast.modes import _HELD, evaluating
 
 USES = {
     "generate": lambda model: generate(model, [[1, 2, 3]], 3, temperature=0),
@@ -36,7 +36,7 @@ def test_every_part_keeps_its_own_mode(use, training):
     assert len(set(before.values())) == 2
     found = USES[use](model)
     assert modes(model) == before
-    assert not _MODES
+    assert not _HELD
     if use == "generate":
         assert found == expected
     else:
@@ -54,12 +54,25 @@ def test_modes_come_back_after_an_error():
     with pytest.raises(KeyboardInterrupt):
         generate(model, [[1, 2]], 3, on_token=stop)
     assert modes(model) == before
-    assert not _MODES
+    assert not _HELD
 
 
-def test_two_threads_generate_with_a_model_in_training():
-    """The second begins while the first is at it, and ends after it."""
+class _Noisy(torch.nn.Module):
+    """A user's own part, which goes by its mode."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, *inputs):
+        self.seen.append(self.training)
+        return self.inner(*inputs)
+
+
+def test_two_threads_generate_with_a_part_of_its_own():
+    """The second begins while the first is at it, and ends after it: the part is in eval mode for both."""
     model = pair()[1]
+    part = model.transformer.h[0].mlp = _Noisy(model.transformer.h[0].mlp)
     before, began, ended = modes(model), threading.Event(), threading.Event()
 
     def first(token):
@@ -69,15 +82,63 @@ def test_two_threads_generate_with_a_model_in_training():
     def second(token):
         began.set()
         assert ended.wait(60)
-        seen.append(model.training)
 
-    seen = []
-    other = threading.Thread(target=lambda: generate(model, [[1, 2]], 1, on_token=second))
+    other = threading.Thread(target=lambda: generate(model, [[1, 2]], 2, on_token=second))
     generate(model, [[3, 4]], 1, on_token=first)
     ended.set()
     other.join()
-    assert seen == [False]
+    assert part.seen == [False] * 3
     assert modes(model) == before
+    assert not _HELD
+
+
+@pytest.mark.parametrize("weights", [None, "float32"])
+def test_a_step_beside_generation_drops(weights):
+    """As it does alone: the same losses from the same seed, and what train() sets stays."""
+    model = pair(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.3)[1]
+    x, inside, done = tokens(2, 9), threading.Event(), threading.Event()
+
+    def losses_of_steps():
+        torch.manual_seed(0)
+        return [model(x, labels=x).loss.item() for _ in range(3)]
+
+    def wait(token):
+        inside.set()
+        assert done.wait(60)
+
+    def beside(act):
+        inside.clear(), done.clear()
+        thread = threading.Thread(target=lambda: generate(model, [[1, 2, 3]], 2, on_token=wait, weights=weights))
+        thread.start()
+        assert inside.wait(60)
+        try:
+            return act()
+        finally:
+            done.set()
+            thread.join()
+
+    expected = losses_of_steps()
+    assert len(set(expected)) == 3
+    assert beside(losses_of_steps) == expected
+    model.eval()
+    beside(model.train)
+    assert all(modes(model).values())
+
+
+def test_a_model_that_trains_generates_what_it_does_in_eval_mode():
+    """Without packed weights, and with blocks that are recomputed."""
+    model = pair(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.3)[1]
+    model.transformer.gradient_checkpointing = True
+    found = generate(model, [[1, 2, 3], [4, 5]], 6, temperature=0)
+    model.transformer.h[1].mlp = _Noisy(model.transformer.h[1].mlp)  # nothing is packed, in either mode
+    assert found == generate(model.eval(), [[1, 2, 3], [4, 5]], 6, temperature=0)
+
+
+def test_train_beside_an_evaluation_stays():
+    model = pair()[1].eval()
+    with evaluating(model):
+        model.train()
+    assert all(modes(model).values())
 
 
 def test_models_that_share_a_module():

@@ -95,3 +95,59 @@ def test_a_fork_with_one_thread_computes_the_same():
     """As docs/performance.md advises; with more it would wait for threads that a fork does not have, as torch does."""
     done = subprocess.run([sys.executable, "-c", FORKS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "0\n", done.stdout + done.stderr
+
+
+FORKS_BESIDE_THREADS = """
+import os, signal, threading, torch
+from gpt2_fast import GPT2Config, GPT2LMHeadModel, retain_memory
+from gpt2_fast.generate import decoders
+from gpt2_fast.modes import _HELD, evaluating
+from gpt2_fast.ops.runtime import buffers
+retain_memory()
+torch.set_num_threads(1)
+make = lambda: GPT2LMHeadModel(GPT2Config(vocab_size=301, n_positions=48, n_embd=64, n_head=2, n_layer=2))
+model, held, done = make(), threading.Event(), threading.Event()
+def in_child(check):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if check() else 3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def all_train(of):
+    return all(module.training for module in of.modules())
+def hold():
+    with evaluating(model), decoders.PACKING:
+        held.set()
+        done.wait(60)
+def first():
+    model.generate(torch.zeros(1, 2, dtype=torch.int64), max_new_tokens=2, weights="float32")
+    return all_train(model) and not _HELD
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait(60)
+print(in_child(first))
+with evaluating(other := make()):
+    print(in_child(lambda: not other.training and all_train(model) and len(_HELD) == len(list(other.modules()))))
+done.set()
+thread.join()
+print(all_train(model), all_train(other), len(_HELD))
+region, held = buffers._region(), threading.Event()
+def take():
+    with region.lock:
+        held.set()
+        done.wait(1)
+done.clear()
+thread = threading.Thread(target=take)
+thread.start()
+held.wait(60)
+print(in_child(lambda: buffers.empty(torch.empty(0), (1 << 20,), torch.float32).fill_(1).sum() == 1 << 20))
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_beside_other_threads():
+    """A child waits for none of their locks, and has in its own mode what they evaluate."""
+    command = [sys.executable, "-c", FORKS_BESIDE_THREADS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.stdout == "0\n0\nTrue True 0\n0\n", done.stdout + done.stderr

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gpt2_fast.data import TokenDataset
 from gpt2_fast.model import GPT2LMHeadModel
-from gpt2_fast.modules import evaluating
+from gpt2_fast.modes import evaluating
 from gpt2_fast.ops.linear_cross_entropy import chunk_rows
 from gpt2_fast.parallel.group import Group
 
@@ -96,6 +96,8 @@ def dataset_loss(
         limit: at most so many windows, spread evenly.
         between: called after each batch, by every process of the group at once; what it raises ends the evaluation.
         group: the processes that share the batches and then have the same result, that of one process to the bit.
+
+    The model is in eval mode meanwhile, for all threads: none of them may train it.
 
     Returns:
         loss, perplexity (its exponential) and tokens.

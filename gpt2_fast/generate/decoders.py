@@ -1,6 +1,6 @@
 """What generation asks of a model: the prompts at once, then a token a row at a time.
 
-A decoder has `n_positions` (how many it can hold), `length` (how many it holds) and
+A decoder has `n_positions` (how many it can hold), `length` (how many it holds), `calls` (modules that it calls), and
 
     prefill(tokens int64 [B, T], starts int32 [B]) -> logits float32 [B, V]    forgets what it held
     step(tokens int64 [B])                         -> logits float32 [B, V]    appends a token to every row
@@ -22,6 +22,7 @@ each is called: by ModelDecoder, or on a GPU, where none has hooks, by GraphDeco
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Collection
@@ -47,6 +48,7 @@ class Decoder(Protocol):
     """See the top of this file."""
 
     n_positions: int
+    calls: tuple[nn.Module, ...]
 
     @property
     def length(self) -> int: ...
@@ -60,7 +62,7 @@ class ModelDecoder:
     """The model's own forward pass and a KVCache."""
 
     def __init__(self, model: Model, batch_size: int, n_positions: int, cache_type: type[KVCache] = KVCache):
-        self.model, self.n_positions = model, n_positions
+        self.model, self.n_positions, self.calls = model, n_positions, (model.transformer, model.lm_head)
         self.cache = cache_type(model, batch_size, n_positions)
 
     @property
@@ -146,7 +148,7 @@ class PackedDecoder:
     """`ops.decode_step` on packed weights. CPU only."""
 
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
-        self.packed, self.batch_size, self.n_positions = packed, batch_size, n_positions
+        self.packed, self.batch_size, self.n_positions, self.calls = packed, batch_size, n_positions, ()
         self.cache: PackedCache | None = None
         self.logits = torch.empty(batch_size, packed.config.vocab_size, dtype=torch.float32)
         self.scratch = Scratch()
@@ -169,6 +171,16 @@ class PackedDecoder:
 
 PACKED: WeakKeyDictionary[Model, tuple[tuple, Tensor, PackedModel]] = WeakKeyDictionary()
 PACKING = threading.Lock()  # of PACKED: threads that want one model wait for the one that packs it
+
+
+def _forked() -> None:
+    """A child must not wait for a thread that packs in its parent."""
+    global PACKING
+    PACKING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _foreign(model: Model) -> str | None:

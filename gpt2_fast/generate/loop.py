@@ -14,7 +14,7 @@ from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.decoders import Decoder, PackedDecoder, make_decoder
 from gpt2_fast.generate.protocol import Model
 from gpt2_fast.generate.sampling import Sampler, Sampling, check_finite
-from gpt2_fast.modules import evaluating
+from gpt2_fast.modes import evaluating
 
 SLIDE = "slide"
 AT_ONCE = 8  # tokens of a call where nobody waits for each: Ctrl-C is looked at after them
@@ -120,7 +120,7 @@ def run(
     """
     n_positions = min(tokens.shape[1] + max_new_tokens, model.config.n_positions)
     decoder = make_decoder(model, tokens.shape[0], n_positions, weights)
-    with evaluating(model):
+    with evaluating(*decoder.calls, cached=True):
         return _decode(decoder, tokens, starts, max_new_tokens, sampler, tuple(ends), filler, on_token)
 
 

@@ -37,12 +37,12 @@ class Region:
         self.holes = [(0, size)]  # (start, end), by address, no two of them adjacent
         self._returned: collections.deque[tuple[int, int]] = collections.deque()
         self._live: dict[int, weakref.ref] = {}
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """An uninitialised contiguous tensor of at least one element; None where no hole takes it."""
         nbytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
+        with self.lock:
             self.collect()
             span = self._carve(memory.round_up(nbytes, PAGE))
         if span is None:
@@ -83,6 +83,17 @@ def _region() -> Region | None:
         return Region(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except OSError:
         return None
+
+
+def _forking(begin: bool) -> None:
+    """A fork waits for the thread that takes a block: its child has the region whole, and the lock free."""
+    if _region.cache_info().currsize and (region := _region()) is not None:
+        (region.lock.acquire if begin else region.lock.release)()
+
+
+if hasattr(os, "register_at_fork"):
+    end = functools.partial(_forking, False)
+    os.register_at_fork(before=functools.partial(_forking, True), after_in_parent=end, after_in_child=end)
 
 
 def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

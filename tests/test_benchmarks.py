@@ -166,7 +166,7 @@ def test_a_peers_step_clips_and_decays_as_ours_does(monkeypatch):
 
 
 def test_a_worker_that_fails_is_told_in_one_line_and_left_out():
-    with pytest.raises(measure.ProgramFailed, match=r"^status 2: .*error: .* No such file"):
+    with pytest.raises(measure.ProgramFailed, match=r"^status 2: .*error: .*(No such file|unrecognized)"):
         measure.run_worker("json.tool", {"no_such_option": 3, "left_out": None}, timeout=60)
 
     def run(name, index):

@@ -49,6 +49,7 @@ def test_what_a_machine_lacks(lacking, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "system"), [("darwin", "Darwin"), ("win32", "Windows")])
 def test_other_systems_are_not_tried(name, system, lacking, monkeypatch):
+    monkeypatch.setenv("CXX", "g++")  # not looked for: shutil would ask that system where
     monkeypatch.setattr(sys, "platform", name)
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(subprocess, "run", None)

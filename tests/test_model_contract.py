@@ -157,6 +157,44 @@ def test_logits_after_a_step_are_refused(model, ids):
         _ = late.logits
 
 
+def _step_through_data(model) -> None:
+    """As optimizers and averages of weights write that go past autograd: no version counter moves."""
+    for p in model.parameters():
+        p.data.add_(p.grad, alpha=-1e-2)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "n_embd", "compiled"), [(61, 48, True), (61, 48, False), (48, 60, False), (1000, 300, False)]
+)
+def test_logits_after_a_write_that_no_version_counts_are_refused(vocab_size, n_embd, compiled, ids):
+    model = GPT2LMHeadModel(GPT2Config(**SIZES | {"vocab_size": vocab_size, "n_embd": n_embd}))
+    called = torch.compile(model, backend="eager") if compiled else model
+    head = model.lm_head.weight
+    with torch.no_grad():
+        head[0, 0] = head[-1, -1] = torch.nan  # which is no difference
+    ids = ids % 48
+    late = called(ids, labels=ids)
+    late.loss.backward()
+    head.grad.nan_to_num_(0).add_(1)
+    _step_through_data(model)
+    with pytest.raises(RuntimeError, match=r"read \.logits before the step"):
+        _ = late.logits
+    late, before = called(ids, labels=ids), head.detach().clone()
+    head.data[-1] = 3.0  # the row of a new token
+    with pytest.raises(RuntimeError, match="the head has changed"):
+        _ = late.logits
+    head.data.copy_(before)  # an average of weights was there and is gone again
+    assert late.logits.shape == (2, 9, vocab_size)
+
+
+def test_an_optimizer_step_after_a_compiled_model_is_seen(model, ids):
+    late = torch.compile(model, backend="eager")(ids, labels=ids)
+    late.loss.backward()
+    AdamW(model.parameters(), lr=1e-2).step()
+    with pytest.raises(RuntimeError, match=r"read \.logits before the step"):
+        _ = late.logits
+
+
 def test_logits_of_changed_hidden_states_are_refused(model, ids):
     """Also of an output that a walker rebuilt after the change. Logits that were read before it stay."""
     with torch.no_grad():

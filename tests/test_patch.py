@@ -163,11 +163,11 @@ def test_logits_are_computed_when_asked_for():
             assert list(output) == list(expected)
             assert output.logits is output.logits
         assert len(calls) == len(READS)
-    output = patched(tokens, labels=tokens)
-    with torch.no_grad():
-        patched.lm_head.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="patched model: the head has changed since this output was computed"):
-        output.logits  # noqa: B018
+    for write in (lambda weight: weight.detach().mul_(2), lambda weight: weight.data.mul_(2)):  # one is counted
+        output = patched(tokens, labels=tokens)
+        write(patched.lm_head.weight)
+        with pytest.raises(RuntimeError, match="patched model: the head has changed since this output was computed"):
+            output.logits  # noqa: B018
     with torch.no_grad():
         output = patched(tokens, labels=tokens, output_hidden_states=True)
         output.hidden_states[-1].mul_(2)

@@ -141,6 +141,8 @@ READS = [
     lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: o[:2][1], lambda o: o.to_tuple()[1],
     lambda o: dict(o)["logits"], lambda o: dict(o.items())["logits"], lambda o: o.get("logits"),
     lambda o: list(o.values())[1], lambda o: pickle.loads(pickle.dumps(o))[1],
+    lambda o: (o.move_to_end("loss"), o[0], o.move_to_end("loss", last=False))[1],
+    lambda o: (popped := copy.copy(o), popped.move_to_end("logits"), popped.popitem()[1])[2],
 ]  # fmt: skip
 
 
@@ -163,6 +165,12 @@ def test_logits_are_computed_when_asked_for():
             assert list(output) == list(expected)
             assert output.logits is output.logits
         assert len(calls) == len(READS)
+    for raw in (lambda o: vars(o)["logits"], lambda o: dict.__getitem__(o, "logits")):
+        taken = raw(patched(tokens, labels=tokens))
+        for use in (lambda t: t.argmax(-1), lambda t: t[:, -1], lambda t: t * 2, torch.argmax, lambda t: tokens == t):
+            refused = pytest.raises((AttributeError, RuntimeError, TypeError), match="LogitsNotComputedYet|read output")
+            with refused:
+                use(taken)
     for write in (lambda weight: weight.detach().mul_(2), lambda weight: weight.data.mul_(2)):  # one is counted
         output = patched(tokens, labels=tokens)
         write(patched.lm_head.weight)

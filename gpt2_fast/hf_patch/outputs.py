@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from gpt2_fast.modules import Seen, has_changed, hidden_changed, version_of
 
 
-class _Later:
-    """The logits head(hidden), not computed yet."""
+class LogitsNotComputedYet:
+    """The logits head(hidden), not computed yet. Whoever takes it out of the output for a tensor gets an error."""
 
     def __init__(self, head: nn.Module, hidden: Tensor, sharded: bool):
         self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded)
@@ -31,6 +31,19 @@ class _Later:
                 return self.head(self.hidden)
             return F.linear(self.hidden, self.seen.weight)  # given for that call alone, or the head has another by now
 
+    def __getattr__(self, name: str):
+        raise AttributeError(f"{name}: {TAKEN}")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{getattr(func, '__name__', func)}: {TAKEN}")
+
+
+TAKEN = (
+    "the logits beside a loss of a patched model are computed when they are read, and this is what holds their place; "
+    "read output.logits or output['logits'] first"
+)
+
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithCrossAttentions):
@@ -38,8 +51,7 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
 
     @classmethod
     def of(cls, loss: Tensor, head: nn.Module, hidden: Tensor, sharded: bool = False, **others) -> CausalLMOutput:
-        output = cls(loss=loss, logits=loss, **others)  # the loss holds the place of the logits among the keys
-        output.__dict__["_later"] = _Later(head, hidden, sharded)
+        output = cls(loss=loss, logits=LogitsNotComputedYet(head, hidden, sharded), **others)
         if sharded:
             output.__class__ = ShardedCausalLMOutput
             if not torch.is_grad_enabled():
@@ -48,17 +60,17 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
 
     @property
     def logits(self) -> Tensor | None:
-        if "_later" in self.__dict__:
-            self["logits"] = self.__dict__["_later"].compute()
-        return self.__dict__.get("logits")
+        logits = self.__dict__.get("logits")
+        if isinstance(logits, LogitsNotComputedYet):
+            self["logits"] = logits = logits.compute()
+        return logits
 
     @logits.setter
     def logits(self, value) -> None:
-        self.__dict__.pop("_later", None)
         self.__dict__["logits"] = value
 
     def __getitem__(self, key):
-        if key == "loss" or (isinstance(key, int) and key == 0 and self.loss is not None):
+        if key == "loss" or (isinstance(key, int) and key == 0 and next(iter(self)) == "loss"):
             return self.loss
         return super().__getitem__(key)
 
@@ -72,6 +84,10 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
     def values(self):
         self.logits  # noqa: B018
         return super().values()
+
+    def popitem(self, last: bool = True):
+        self.logits  # noqa: B018
+        return super().popitem(last)
 
 
 class ShardedCausalLMOutput(CausalLMOutput):

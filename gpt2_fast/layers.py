@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.modules import bias_of, foreign, is_plain_linear, part
+from gpt2_fast.ops.attention import head_refused
 from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
 
@@ -155,6 +156,8 @@ class GPT2Block(nn.Module):
         if call.cache is not None or not self.ops.takes_block(m):
             return None
         if not (attn.ops is mlp.ops is self.ops) or attn.n_head * attn.head_dim != m.shape[-1]:
+            return None
+        if head_refused(attn.head_dim):  # attention alone is the reference then
             return None
         if (
             foreign(attn, GPT2Attention)

@@ -175,7 +175,7 @@ def _sample(weight: Tensor) -> Tensor | None:
             return None
     V, C = weight.shape
     step = -(-V // min(V, C, SAMPLED))
-    return weight.detach()[(V - 1) % step :: step].diagonal().clone()
+    return weight.detach()[(V - 1) % step :: step].diagonal().clone(memory_format=torch.contiguous_format)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

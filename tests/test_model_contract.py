@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -164,14 +165,16 @@ def _step_through_data(model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "n_embd", "compiled"), [(61, 48, True), (61, 48, False), (48, 60, False), (1000, 300, False)]
+    ("vocab_size", "n_embd", "compiled"),
+    [(61, 48, True), (61, 48, False), (48, 60, False), (97, 1, False), (1000, 300, False)],
 )
 def test_logits_after_a_write_that_no_version_counts_are_refused(vocab_size, n_embd, compiled, ids):
-    model = GPT2LMHeadModel(GPT2Config(**SIZES | {"vocab_size": vocab_size, "n_embd": n_embd}))
+    sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": math.gcd(3, n_embd)}
+    model = GPT2LMHeadModel(GPT2Config(**SIZES | sizes))
     called = torch.compile(model, backend="eager") if compiled else model
     head = model.lm_head.weight
     with torch.no_grad():
-        head[0, 0] = head[-1, -1] = torch.nan  # which is no difference
+        head[0] = torch.nan  # which is no difference
     ids = ids % 48
     late = called(ids, labels=ids)
     late.loss.backward()
@@ -220,6 +223,28 @@ def test_a_copied_output_has_its_logits(model, ids, copied):
     torch.testing.assert_close(other.logits, output.logits, rtol=0, atol=0)
     assert other.loss == output.loss
     assert other.head is None
+
+
+@pytest.mark.parametrize("n_head", [12, 48])
+def test_heads_smaller_than_the_kernels_take(n_head, ids):
+    """Attention alone is the reference, and no layer is one operation; who asks for a kernel gets an error."""
+    model = GPT2LMHeadModel(GPT2Config(**SIZES | {"n_head": n_head}, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+    found = []
+    for impl in ("auto", "reference"):
+        model.transformer.impl = impl
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+        found[-1] += [model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do_sample=False)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    model.transformer.impl = "auto"
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(model.transformer.ops, "attention", None)  # no layer went past it
+        with pytest.raises(TypeError, match="NoneType"):
+            model(ids)
+    model.transformer.impl = "cpp"
+    with pytest.raises(ValueError, match=f"^attention: head size {48 // n_head} is outside 16 to 128"):
+        model(ids)
 
 
 def test_a_second_derivative_raises(model, ids):

@@ -579,7 +579,7 @@ def test_explain():
     model.transformer.h[1].ln_1.register_forward_hook(lambda *_: None)
     model.loss_function = lambda *_, **__: None
     why = {row.module: row.why for row in swap.explain(model) if row.runs == "transformers"}
-    assert why["transformer.h.0.attn"] == "head size 8 is outside 16 to 128"
+    assert why["transformer.h.0.attn"] == "head size 8 is outside 16 to 128, what the kernels take"
     assert why["transformer.h.0.mlp"].endswith("not the tanh GELU")
     assert why["transformer.h.1.ln_1"] == "has hooks"
     assert why["(the model)"] == "its loss_function is another"

@@ -23,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
-from gpt2_fast.ops.attention import HEAD_MAX, HEAD_MIN, attention, attention_decode
+from gpt2_fast.ops.attention import attention, attention_decode, head_refused
 from gpt2_fast.ops.runtime.philox import Dropout
 
 OWN = "gpt2_fast_mask"
@@ -41,7 +41,7 @@ def kept(config) -> str | None:
         return f"its implementation is {name!r}"
     if not getattr(config, "is_causal", True):
         return "the config's is_causal is False"
-    return None if HEAD_MIN <= size <= HEAD_MAX else f"head size {size} is outside {HEAD_MIN} to {HEAD_MAX}"
+    return head_refused(size)
 
 
 def none_is_causal(config) -> bool:

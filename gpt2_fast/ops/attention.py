@@ -163,13 +163,11 @@ def _decode_triton(a, out):
     out.out = kernel.decode(a.q, a.k_cache, a.v_cache, a.starts, a.lengths, _scale(a))
 
 
-def check_head(op: str, head_dim: int) -> None:
-    """Raises ValueError for a head size that the kernels of `op` do not take."""
-    if not HEAD_MIN <= head_dim <= HEAD_MAX:
-        raise ValueError(
-            f"{op}: head size {head_dim} is outside {HEAD_MIN} to {HEAD_MAX}, what the kernels take; "
-            "use impl='reference'"
-        )
+def head_refused(head_dim: int) -> str | None:
+    """Why no kernel takes heads of this size; None where they do."""
+    if HEAD_MIN <= head_dim <= HEAD_MAX:
+        return None
+    return f"head size {head_dim} is outside {HEAD_MIN} to {HEAD_MAX}, what the kernels take"
 
 
 def check_scale(op: str, scale: float | None) -> None:
@@ -182,7 +180,7 @@ OP = Op(
     "attention",
     inputs=(Input("qkv", "B T 3 H D", FLOAT), Input("segments", "B T", (torch.int32,), optional=True)),
     options={"scale": float | None, "dropout": Dropout},
-    limits=lambda qkv, segments, **_: check_head("attention", qkv.shape[-1]),
+    limits=lambda qkv, segments, **_: head_refused(qkv.shape[-1]),
     reference=attention_reference,
     outputs=lambda a: {"out": ((a.B, a.T, a.H, a.D), a.qkv.dtype), "lse": ((a.B, a.H, a.T), torch.float32)},
     output_names=("out", "lse"),
@@ -203,7 +201,7 @@ DECODE = Op(
         Input("lengths", "B", (torch.int32,)),
     ),
     options={"scale": float | None},
-    limits=lambda q, *_, **__: check_head("attention_decode", q.shape[-1]),
+    limits=lambda q, *_, **__: head_refused(q.shape[-1]),
     reference=attention_decode_reference,
     outputs=lambda a: {"out": (a.q.shape, a.q.dtype)},
     output_names=("out",),
@@ -224,7 +222,8 @@ def attention(
     """Causal self-attention of packed queries, keys and values, differentiable in qkv.
 
     Args:
-        qkv: [B, T, 3, H, D], D from 16 to 128. Inside `torch.autocast` it is cast to autocast's dtype.
+        qkv: [B, T, 3, H, D]; kernels take D from 16 to 128, and for others "auto" is the reference. Inside
+            `torch.autocast` it is cast to autocast's dtype.
         scale: > 0, of the scores; D ** -0.5 by default.
         segments: int32 [B, T] padding and documents (`segments_from`), or None: all one document.
         dropout: of the weights.
@@ -234,7 +233,8 @@ def attention(
         [B, T, H, D] in qkv's dtype; 0 where a query sees nothing.
 
     Raises:
-        ValueError: shapes, dtypes, devices, scale or dropout that do not fit; a head size that no kernel takes.
+        ValueError: shapes, dtypes, devices, scale or dropout that do not fit; a head size that the named `impl` does
+            not take.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     check_scale("attention", scale)
@@ -255,7 +255,7 @@ def attention_decode(
     """One query a head against cached keys and values. No gradient.
 
     Args:
-        q: [B, H, D], D from 16 to 128.
+        q: [B, H, D]; D as in `attention`.
         k_cache, v_cache: [B, H, S, D] in q's dtype.
         starts, lengths: int32 [B]; sequence b sees the keys starts[b] <= j < lengths[b] of the S there are: what
             points outside of the cache is not read.
@@ -266,7 +266,7 @@ def attention_decode(
         [B, H, D] in q's dtype; 0 where a sequence sees nothing.
 
     Raises:
-        ValueError: shapes, dtypes, devices or scale that do not fit; a head size that no kernel takes.
+        ValueError: shapes, dtypes, devices or scale that do not fit; a head size that the named `impl` does not take.
         ImplementationUnavailable: the named `impl` cannot run here.
     """
     check_scale("attention_decode", scale)

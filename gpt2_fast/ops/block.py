@@ -205,7 +205,7 @@ OP = Op(
         "dropout": Dropout,
     },
     check=_check,
-    limits=lambda m, *_, n_head, **__: attention.check_head("block", m.shape[-1] // n_head),
+    limits=lambda m, *_, n_head, **__: attention.head_refused(m.shape[-1] // n_head),
     reference=block_reference,
     outputs=_outputs,
     output_names=("m_out", "h_out", "h_mid", "kept", "statistics"),
@@ -257,7 +257,7 @@ def block(
         c_attn_weight, attn_proj_weight, c_fc_weight, mlp_proj_weight: [C, 3 C], [C, C], [C, F] and [F, C], Conv1D's
             layout; nn.Linear's weight.t() does as well, and the gradients then have that layout too.
         c_attn_bias, attn_proj_bias, c_fc_bias, mlp_proj_bias: [3 C], [C], [F] and [C]; all but c_fc's may be None.
-        n_head: heads, C / n_head from 16 to 128.
+        n_head: heads of C / n_head channels, see `attention`.
         scale: > 0, of the scores; (C / n_head) ** -0.5 by default.
         ln_1_eps, ln_2_eps: added to the variances.
         activation: as in `mlp`.

@@ -328,10 +328,13 @@ def test_python_and_the_kernels_agree_on_a_group_of_keys(monkeypatch, threads):
 def test_what_the_kernels_do_not_take_is_named():
     qkv, q, k = torch.randn(2, 5, 3, 2, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16)
     bounds = torch.ones(2, dtype=torch.int32)
-    decode = lambda q, k, scale=None: attention_decode(q, k, k, starts=bounds, lengths=bounds, scale=scale)
-    for call in (lambda: attention(qkv[..., :8]), lambda: decode(q[..., :8], k[..., :8])):
+    decode = lambda q, k, scale=None, impl="auto": attention_decode(
+        q, k, k, starts=bounds, lengths=bounds, scale=scale, impl=impl
+    )
+    for call in (lambda i: attention(qkv[..., :8], impl=i), lambda i: decode(q[..., :8], k[..., :8], impl=i)):
+        assert torch.equal(call("auto"), call("reference"))
         with pytest.raises(ValueError, match=r"head size 8 is outside 16 to 128.*use impl='reference'"):
-            call()
+            call("cpp")
     for scale, said in ((-1.0, "-1.0"), (0, "0"), (float("nan"), "nan"), (float("inf"), "inf")):
         for call in (lambda s: attention(qkv, scale=s), lambda s: decode(q, k, s)):
             with pytest.raises(ValueError, match=rf"scale is {said}; it must be positive and finite"):

@@ -73,7 +73,8 @@ class Op:
         on: device type -> the implementations there, best first, without the reference.
         options: name -> float, int, bool, str, torch.dtype or Dropout; float and torch.dtype may be ``| None``.
         check: (*inputs, **options) raises ValueError for what neither shapes nor dtypes say.
-        limits: (*inputs, **options) raises ValueError for what the kernels do not take and the reference does.
+        limits: (*inputs, **options) -> why the kernels do not take what the reference does, or None. impl="auto" is the
+            reference then, a named implementation raises ValueError.
         saved: what is kept for backward, name -> shape, as in `Input`. "h|x" keeps x under the name h where there is
             no h.
         gradients: from backward's `a`, shape and dtype of each gradient ("dx" of input x), or None.
@@ -101,7 +102,7 @@ class Op:
         on: Mapping[str, Sequence[str]],
         options: Mapping[str, Any] | None = None,
         check: Callable[..., None] | None = None,
-        limits: Callable[..., None] | None = None,
+        limits: Callable[..., str | None] | None = None,
         saved: Mapping[str, str] | None = None,
         gradients: Callable[[Arguments], dict[str, Spec]] | None = None,
         alias: Mapping[str, str] | None = None,
@@ -336,8 +337,10 @@ class Op:
         chosen = dispatch.choose(self.name, impl, first.device, first.dtype)
         if chosen == "reference" or empty:
             return "reference"
-        if self.limits is not None:
-            self.limits(*tensors, **options)
+        if self.limits is not None and (reason := self.limits(*tensors, **options)):
+            if impl != "auto":
+                raise ValueError(f"{self.name}: {reason}; use impl='reference'")
+            return "reference"
         return impl if impl == "auto" and "auto" in self.backends else chosen
 
 

@@ -250,11 +250,17 @@ def test_heads_smaller_than_the_kernels_take(n_head, ids):
 def test_a_second_derivative_raises(model, ids):
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="use impl='reference' for second derivatives"):
+    fix = r"use impl='reference', or gpt2_fast\.unpatch\(model\)"
+    with pytest.raises(RuntimeError, match=f"has no second derivative; {fix}"):
         sum(g.square().sum() for g in gradients).backward()
+    bias = model.transformer.ln_f.bias.detach()
+    loss = lambda bias: torch.func.functional_call(model, {"transformer.ln_f.bias": bias}, (ids,), {"labels": ids}).loss
+    with pytest.raises(RuntimeError, match=f"has a tangent, and its kernels have no forward-mode derivative; {fix}"):
+        torch.func.hessian(loss)(bias)
     model.transformer.impl = "reference"
     gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters, create_graph=True)
     sum(g.square().sum() for g in gradients).backward()
+    assert torch.func.hessian(loss)(bias).abs().sum() > 0
     assert sum(p.grad.square().sum() for p in parameters) > 0
 
 

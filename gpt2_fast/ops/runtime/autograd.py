@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2_fast.ops.runtime.philox import Dropout
-from gpt2_fast.ops.runtime.tracing import refuse_tangents, several_at_once, traced
+from gpt2_fast.ops.runtime.tracing import refuse_tangents, several_at_once, tangent, traced
 
 if TYPE_CHECKING:
     from gpt2_fast.ops.runtime.declare import Op
@@ -109,6 +109,10 @@ def underivable_of(name: str, run: Callable, count: int, why: str) -> type[torch
             raise RuntimeError(f"{name.removesuffix('_backward')}: {why}")
 
         @staticmethod
+        def jvp(ctx, *_):
+            raise tangent(name.removesuffix("_backward"))
+
+        @staticmethod
         def vmap(info, in_dims, *flat):
             return _one_by_one(Underivable, info, in_dims, flat, count)
 
@@ -186,6 +190,10 @@ def functional_of(op: Op) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx, *grads):
             return _gradients(op, ctx, tuple(grads[op.output_names.index(name)] for name in op.returns))
+
+        @staticmethod
+        def jvp(ctx, *_):
+            raise tangent(op.name)
 
         @staticmethod
         def vmap(info, in_dims, *flat):

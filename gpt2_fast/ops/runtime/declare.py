@@ -41,7 +41,7 @@ from gpt2_fast.ops.runtime.contract import (
 from gpt2_fast.ops.runtime.kinds import Kind
 from gpt2_fast.ops.runtime.library import register
 from gpt2_fast.ops.runtime.philox import NO_DROPOUT, Dropout
-from gpt2_fast.ops.runtime.tracing import is_odd, refuse_tangents, under_a_tracer
+from gpt2_fast.ops.runtime.tracing import PLAIN, is_odd, refuse_tangents, under_a_tracer
 from gpt2_fast.ops.runtime.values import Arguments, Outputs, Spec, described, outputs
 
 SCHEMA = {float: "float", int: "SymInt", bool: "bool", str: "str", torch.dtype: "ScalarType", Tensor: "Tensor?"}
@@ -133,8 +133,7 @@ class Op:
         if gradients is not None:
             self._define_backward(dict(zip((n[0] for n in self.saved_names), (saved or {}).values(), strict=True)))
             self._apply, self._traced, self._functional = function_of(self), traced_of(self), functional_of(self)
-            why = "its gradient is computed by a kernel and has no derivative of its own"
-            why += "; use impl='reference' for second derivatives"
+            why = f"its gradient is computed by a kernel and has no second derivative; {PLAIN}"
             self.underivable = underivable_of(f"{name}_backward", self.backward_op, len(self.differentiable), why)
         else:
             why = "its kernels have no gradient; use impl='reference' for one, or call it under torch.no_grad()"

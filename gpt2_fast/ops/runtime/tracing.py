@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 ORDINARY = {Tensor, Parameter}
+PLAIN = "use impl='reference', or gpt2_fast.unpatch(model) of a patched model"  # which derivatives of all kinds take
 
 
 def under_a_tracer() -> bool:
@@ -47,6 +48,9 @@ def refuse_tangents(name: str, tensors: Sequence[Tensor | None]) -> None:
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            f"{name}: an input has a tangent, and its kernels have no forward-mode derivative; use impl='reference'"
-        )
+        raise tangent(name)
+
+
+def tangent(name: str) -> RuntimeError:
+    """The error, one line, for forward-mode autograd of the operation `name`."""
+    return RuntimeError(f"{name}: an input has a tangent, and its kernels have no forward-mode derivative; {PLAIN}")

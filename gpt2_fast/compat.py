@@ -44,7 +44,7 @@ def refuse_others(where: str, neutral: Mapping[str, tuple], given: Mapping[str, 
             raise TypeError(f"{where} has no argument {name!r}")
         if value is None or (isinstance(value, numbers.Number) and value in neutral[name]):
             continue
-        shown = "a tensor" if isinstance(value, Tensor) else f"{value!r:.80}"
+        shown = "a tensor" if isinstance(value, Tensor) else " ".join(f"{value!r:.80}".split())
         raise ValueError(refuse(f"{where}({name}={shown})"))
 
 
@@ -110,6 +110,22 @@ class Compatible(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.get_input_embeddings().weight.dtype
+
+    base_model_prefix, main_input_name = "transformer", "input_ids"
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head."""
+        return self.transformer
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether `gradient_checkpointing_enable` was called last."""
+        return self.transformer.gradient_checkpointing
+
+    def can_generate(self) -> bool:
+        """True: there is a `generate`."""
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -90,6 +90,30 @@ class GPT2Config:
                 f"use at least {-(-self.n_embd // MAX_HEAD_DIM)} heads: a head has at most {MAX_HEAD_DIM}"
             )
 
+    # transformers' names for what has another here, to be read: programs ask a config of any model for them.
+    model_type = "gpt2"
+    is_encoder_decoder = False
+
+    @property
+    def hidden_size(self) -> int:
+        """n_embd."""
+        return self.n_embd
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """n_positions."""
+        return self.n_positions
+
+    @property
+    def num_attention_heads(self) -> int:
+        """n_head."""
+        return self.n_head
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """n_layer."""
+        return self.n_layer
+
     @property
     def head_dim(self) -> int:
         """D, the size of one attention head."""
@@ -117,8 +141,8 @@ class GPT2Config:
         Raises ValueError for another architecture, and for options of transformers' GPT-2 that would change
         the results if ignored (cross-attention, attention that is not causal, quantised weights).
         """
-        model_type = data.get("model_type", "gpt2")
-        if model_type != "gpt2":
+        model_type = data.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
             raise ValueError(f"model_type is {model_type!r}; only 'gpt2' can be loaded")
         if data.get("add_cross_attention"):
             raise ValueError("add_cross_attention is true; a GPT-2 decoder with cross-attention is not supported")
@@ -134,7 +158,7 @@ class GPT2Config:
         fields = {name: getattr(self, name) for name in _FIELDS}
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **fields}
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": self.model_type, **fields}
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> GPT2Config:
@@ -167,8 +191,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_assignment(self: GPT2Config, name: str, value: Any) -> None:
+    field = _ALIASES.get(name, name)
     raise dataclasses.FrozenInstanceError(
-        f"GPT2Config.{name} cannot be set; dataclasses.replace(config, {name}={value!r}) makes a changed copy, and "
+        f"GPT2Config.{name} cannot be set; dataclasses.replace(config, {field}={value!r}) makes a changed copy, and "
         "what sets it, as transformers' Trainer does, takes gpt2_fast.hf.GPT2LMHeadModel"
     )
 

@@ -68,11 +68,19 @@ WORKS = {
     "device, dtype": lambda m: (str(m.device), str(m.dtype)),
     "get_input_embeddings": lambda m: m.get_input_embeddings()(IDS),
     "get_output_embeddings": lambda m: m.get_output_embeddings().weight,
+    "base_model": lambda m: [m.base_model is m.transformer],
+    "constants": lambda m: (m.base_model_prefix, m.main_input_name, m.can_generate(), m.is_gradient_checkpointing),
+    "is_gradient_checkpointing": lambda m: (m.gradient_checkpointing_enable(), m.is_gradient_checkpointing),
+    "config": lambda m: [getattr(m.config, name) for name in (
+        "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "model_type",
+        "is_encoder_decoder")],
     "num_parameters": lambda m: (m.num_parameters(), m.num_parameters(only_trainable=True)),
     "state_dict": lambda m: list(m.state_dict()),
     "gradient_checkpointing_enable": lambda m: _checkpointed(m, lambda m: m.gradient_checkpointing_enable()),
     "gradient_checkpointing_disable": lambda m: _checkpointed(m, _disable),
     "generate": lambda m: m.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None),
+    "generate(use_cache=False)": lambda m: m.generate(
+        IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=False),
     "generate(inputs=)": lambda m: m.generate(inputs=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None),
 }  # fmt: skip
 
@@ -96,7 +104,8 @@ REFUSED = {
     "resize_token_embeddings": (lambda m: m.resize_token_embeddings(99), r"resize_token_embeddings\(\)"),
     "generate(min_new_tokens=)": (lambda m: m.generate(IDS, min_new_tokens=2), "min_new_tokens=2"),
     "generate(logits_processor=)": (lambda m: m.generate(IDS, logits_processor=[1]), "logits_processor="),
-    "generate(generation_config=)": (lambda m: m.generate(IDS, generation_config=1), "generation_config=1"),
+    "generate(generation_config=)": (lambda m: m.generate(IDS, generation_config=transformers.GenerationConfig(
+        max_new_tokens=4, top_k=3)), "generation_config=GenerationConfig"),
     "generate(num_beams=)": (lambda m: m.generate(IDS, num_beams=2), "num_beams=2"),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ DEFAULT_NEW_TOKENS = 20  # as in transformers, where neither max_new_tokens nor 
 
 # What transformers' generate also takes, and the values besides None that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "use_cache": (True,), "min_length": (0,), "min_new_tokens": (0,),
+    "num_beams": (1,), "num_beam_groups": (1,), "use_cache": (True, False), "min_length": (0,), "min_new_tokens": (0,),
     "typical_p": (1.0,), "min_p": (0.0,), "length_penalty": (1.0,), "no_repeat_ngram_size": (0,),
 } | dict.fromkeys((
     "early_stopping", "output_scores", "output_logits", "output_attentions", "output_hidden_states",

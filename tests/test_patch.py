@@ -376,6 +376,17 @@ def test_attention_drops_in_its_own_mode_at_its_dropouts_rate(use_cache):
     assert varies()
 
 
+@pytest.mark.parametrize("path", ["drop", "h.1.attn.attn_dropout", "h.1.attn.resid_dropout", "h.1.mlp.dropout"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_dropout_of_everything(path, use_cache):
+    """torch's takes p = 1, and the operations do not: that part is transformers'."""
+    models, tokens = pair(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0), ids()
+    for model in models:
+        model.transformer.get_submodule(path).p = 1.0
+    logits = [model.train()(tokens, use_cache=use_cache).logits for model in models]
+    torch.testing.assert_close(logits[1], logits[0], rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     """Dropout included: a block computed again drops the same elements."""

@@ -91,7 +91,12 @@ def _is_idle(hook: Callable, module: nn.Module) -> bool:
 
 def foreign(module: nn.Module, *kinds: type) -> str | None:
     """Why `module` must be called as the module it is; None where it is plainly one of `kinds`."""
-    return modules.foreign(module, *kinds, idle=_is_idle)
+    return modules.foreign(module, *kinds, idle=_is_idle) or _drops_all(module)
+
+
+def _drops_all(module: nn.Module) -> str | None:
+    """Why a dropout is none of an operation's, whose p is below 1: torch's takes 1, and gives zeros."""
+    return "drops everything" if module.__dict__.get("p") == 1.0 else None
 
 
 def _layernorm(ln: nn.Module, h: Tensor) -> Tensor:
@@ -235,7 +240,9 @@ def attention_taken(block: nn.Module) -> str | None:
         return f"it {reason}"
     if not getattr(attn, "is_causal", True):
         return "its is_causal is False"
-    return (reason := foreign(attn.resid_dropout, nn.Dropout)) and f"resid_dropout {reason}"
+    if reason := foreign(attn.resid_dropout, nn.Dropout):
+        return f"resid_dropout {reason}"
+    return (reason := _drops_all(attn.attn_dropout)) and f"attn_dropout {reason}"
 
 
 def embedding_taken(model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from gpt2_fast.checkpoint.state_dict import assign_to_both, check_same_head
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.layers import GPT2MLP, Call, Conv1D, GPT2Attention, GPT2Block, add_layernorm
-from gpt2_fast.modules import is_plain_table, is_sharded, part
+from gpt2_fast.modules import check_tied, is_plain_table, is_sharded, part
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import dispatch
@@ -283,6 +283,8 @@ class GPT2LMHeadModel(compat.Compatible):
         keep = compat.logits_to_keep(options, not (labels is None and targets is None)) if options else 0
         if input_ids is None:
             raise ValueError("input_ids is missing; pass token ids, int64 [B, T]")
+        if self.config.tie_word_embeddings:
+            check_tied(self.lm_head, self.transformer.wte)
         hidden = self.transformer(
             input_ids, attention_mask, position_ids, token_type_ids, document_ids, dropout_key=dropout_key
         )

@@ -136,6 +136,29 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
+def check_tied(head: nn.Module, table: nn.Module) -> None:
+    """Raises ValueError where steps would move a tied head and token embedding apart: in a call that records gradients.
+
+    They are one parameter until something replaces one of them, as `parallelize_module` does. Modules of other classes
+    (an adapter's), heads of another shape, weights on "meta" (accelerate's offloading leaves them there) and tensors
+    that stand in for parameters (`functional_call`) pass.
+    """
+    if type(head) is not nn.Linear or type(table) is not nn.Embedding or head.weight is table.weight:
+        return
+    weights = head.weight, table.weight
+    one_is_sharded = hasattr(head.weight, "device_mesh") != hasattr(table.weight, "device_mesh")
+    if not one_is_sharded and not all(isinstance(w, nn.Parameter) for w in weights):
+        return
+    trained = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+    if not trained or head.weight.shape != table.weight.shape or any(w.is_meta for w in weights):
+        return
+    what = "lm_head.weight and transformer.wte.weight are tied and now two parameters, which steps would move apart: "
+    again = "assign lm_head.weight = transformer.wte.weight before the optimizer is made"
+    if one_is_sharded:
+        raise ValueError(f"{what}give both to parallelize_module (or to one fully_shard), then {again}")
+    raise ValueError(f"{what}{again}, or make a model whose config does not tie them")
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often it was changed in place; None of an inference tensor, which counts nothing, and in torch.compile."""
     if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():

@@ -32,7 +32,7 @@ from gpt2_fast.checkpoint.state_dict import assign_to_both, check_expressible, c
 from gpt2_fast.generate.decoders import ModelDecoder
 from gpt2_fast.generate.sampling import sample
 from gpt2_fast.model import GPT2Model
-from gpt2_fast.modules import is_sharded
+from gpt2_fast.modules import check_tied, is_sharded
 from gpt2_fast.ops.runtime import dispatch
 from gpt2_fast.optim import AdamW
 from gpt2_fast.outputs import CausalLMOutput, Head
@@ -182,6 +182,7 @@ class GPT(nn.Module):
         Without targets the logits [B, 1, V] of the last position, and None. With targets int64 [B, T], already
         shifted and -1 where nothing is scored, all logits as a `LazyLogits` [B, T, V], and the mean loss, float32.
         """
+        check_tied(self.lm_head, self.transformer.wte)
         hidden, head = self.transformer(idx), Head(self.lm_head, self.transformer.ops, is_sharded(self))
         if targets is None:
             return head.logits(hidden[:, -1:]), None

@@ -121,6 +121,23 @@ def test_a_state_that_is_loaded_stays_tied(model, ids, tmp_path, assign):
     )
 
 
+def test_a_tied_head_that_is_another_parameter_is_not_trained(model, ids):
+    """Its values are used as ever; copies and what stands in for parameters pass."""
+    params, labels = {name: p.detach() for name, p in model.named_parameters()}, {"labels": ids}
+    torch.func.functional_call(model, params, (ids,), labels)
+    params["lm_head.weight"] = params["transformer.wte.weight"] * 2
+    torch.func.functional_call(model, params, (ids,), labels, tie_weights=False)
+    loss = copy.deepcopy(model)(ids, labels=ids).loss
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="^lm_head.weight and transformer.wte.weight are tied and now two") as raised:
+        model(ids, labels=ids)
+    assert "\n" not in str(raised.value)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=ids).loss, loss, rtol=0, atol=0)
+    model.tie_weights()
+    torch.testing.assert_close(model(ids, labels=ids).loss, loss, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight"])
 def test_one_of_the_tied_two_loads_both(model, assign, name):

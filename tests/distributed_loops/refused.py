@@ -11,12 +11,29 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt2_fast import AdamW
 
-from .setting import CLIP, EPS, LR, alone, apart, batches, build, case, loss_of, mean, mine, optimizer_of, whole
+from .setting import (
+    CLIP,
+    EPS,
+    LR,
+    alone,
+    apart,
+    batches,
+    build,
+    build_nanogpt,
+    case,
+    loss_of,
+    mean,
+    mine,
+    optimizer_of,
+    run,
+    whole,
+)
 
 
 def refuses(step, words: str, model) -> None:
@@ -108,3 +125,27 @@ def zero():
         optimizer.step()
         losses.append(mean(loss))
     return apart(losses, norms, [whole(p) for p in model.parameters()], alone())
+
+
+def tied_head_of_two_parameters(make) -> dict[str, float]:
+    """Refused where steps would move head and embedding apart; as one process by what the refusal asks for."""
+    mesh, ids = init_device_mesh("cpu", (2,)), batches()[0]
+    table = {"transformer.wte": RowwiseParallel(input_layouts=Replicate())}
+    head = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    words = "^lm_head.weight and transformer.wte.weight are tied and now two parameters, .*then assign lm_head.weight ="
+    model = parallelize_module(make(), mesh, table)
+    refuses(lambda: loss_of(model, ids), words, model)
+    model = parallelize_module(make(), mesh, {**table, **head})
+    refuses(lambda: loss_of(model, ids), "move apart: assign lm_head.weight = transformer.wte.weight before", model)
+    model.lm_head.weight = model.transformer.wte.weight
+    return run(model, make=make, rows=lambda batch: batch)
+
+
+@case("own")
+def a_tied_head_of_two_parameters():
+    return tied_head_of_two_parameters(build)
+
+
+@case("own")
+def a_tied_head_of_two_parameters_nanogpt():
+    return tied_head_of_two_parameters(build_nanogpt)

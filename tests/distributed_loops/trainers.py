@@ -15,6 +15,7 @@ from gpt2_fast.hf_patch import swap
 
 from . import setting
 from .own import refuses
+from .refused import tied_head_of_two_parameters
 from .setting import (
     CLIP,
     EPS,
@@ -189,6 +190,17 @@ def patched_fsdp():
     with torch.no_grad():
         found["logits"] = farthest(model(**batch).logits[batch["attention_mask"].bool()], expected[3])
     return found
+
+
+@case("accelerate")
+def a_tied_head_of_two_parameters_patched():
+    return tied_head_of_two_parameters(_build_patched)
+
+
+def _build_patched():
+    import gpt2_fast
+
+    return gpt2_fast.patch(build_hf())
 
 
 def _trainer(**options):

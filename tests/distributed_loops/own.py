@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -20,7 +21,22 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt2_fast.model import GPT2Block
 
-from .setting import alone, batches, build, build_nanogpt, case, is_tied, optimizer_of, run, sharded, train, whole
+from .setting import (
+    CLIP,
+    alone,
+    apart,
+    batches,
+    build,
+    build_nanogpt,
+    case,
+    is_tied,
+    loss_of,
+    optimizer_of,
+    run,
+    sharded,
+    train,
+    whole,
+)
 
 
 @case("own")
@@ -189,6 +205,33 @@ def fsdp_mixed_precision_nanogpt():
     """Layers without a bias: the zeros that operations take have the weights' dtype of the moment."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return run(sharded(build_nanogpt(), mp_policy=policy), expected=_alone_mixed(build_nanogpt))
+
+
+@case("own")
+def pipeline_clips_by_the_norm_of_all_stages():
+    """The lines of docs/distributed-loops.md. A rank steps its stage alone, and gets the other's weights from there."""
+    make = functools.partial(build, tie_word_embeddings=False)
+    model, stages = make(), dist.group.WORLD
+    body = model.transformer
+    halves = [nn.ModuleList([body.wte, body.wpe, body.h[0]]), nn.ModuleList([body.h[1], body.ln_f, model.lm_head])]
+    stage = halves[dist.get_rank()]
+    optimizer = optimizer_of(stage, clip_grad_norm=None)
+    losses, norms = [], []
+    for batch in batches():
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in stage.parameters()])
+        squares = norm.square()
+        dist.all_reduce(squares, group=stages)
+        torch.nn.utils.clip_grads_with_norm_(stage.parameters(), CLIP, squares.sqrt())
+        optimizer.step()
+        for rank, half in enumerate(halves):
+            for p in half.parameters():
+                dist.broadcast(p.detach(), rank)
+        losses.append(loss.item())
+        norms.append(squares.sqrt().item())
+    return apart(losses, norms, [whole(p) for p in model.parameters()], alone(make))
 
 
 @case("own")

@@ -22,7 +22,7 @@ from gpt2_fast.checkpoint.state_dict import assign_to_both, check_same_head
 from gpt2_fast.config import GPT2Config
 from gpt2_fast.generate.hf import generate_batch
 from gpt2_fast.layers import GPT2MLP, Call, Conv1D, GPT2Attention, GPT2Block, add_layernorm
-from gpt2_fast.modules import check_tied, is_plain_table, is_sharded, part
+from gpt2_fast.modules import GATHER, check_tied, has_hooks, is_plain_table, is_sharded, part
 from gpt2_fast.ops.attention import segments_from
 from gpt2_fast.ops.bound import Operations
 from gpt2_fast.ops.runtime import dispatch
@@ -113,6 +113,8 @@ class GPT2Model(nn.Module):
             )  # fmt: skip
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if hasattr(self.wte.weight, "device_mesh") and not has_hooks(self.wte):
+            raise ValueError(f"GPT2Model: {GATHER}, or call that model and not a part of it")
         h = self.wte(input_ids) + self.wpe(position_ids)
         return dropout.rows(h if token_type_ids is None else h + self.wte(token_type_ids))
 

@@ -136,6 +136,20 @@ def is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
+# What to do with a model that `fully_shard` was called on where something reads its weights outside of its forward.
+GATHER = (
+    "the model is sharded by fully_shard, and its weights are whole within its own forward alone; load what "
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict gives into a model that is not sharded"
+)
+
+
+def check_not_sharded(model: nn.Module, what: str) -> None:
+    """Raises ValueError, one line that begins with `what`, for a model that `fully_shard` was called on."""
+    if is_sharded(model):
+        raise ValueError(f"{what}: {GATHER}")
+
+
 def check_tied(head: nn.Module, table: nn.Module) -> None:
     """Raises ValueError where steps would move a tied head and token embedding apart: in a call that records gradients.
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gpt2_fast.data import TokenDataset
 from gpt2_fast.model import GPT2LMHeadModel
 from gpt2_fast.modes import evaluating
+from gpt2_fast.modules import check_not_sharded
 from gpt2_fast.ops.linear_cross_entropy import chunk_rows
 from gpt2_fast.parallel.group import Group
 
@@ -167,6 +168,7 @@ def _score(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """For each row, longest first: its index, the float32 losses of its scored tokens and, if greedy, whether each
     is the most likely token. All on the CPU."""
+    check_not_sharded(model, name)
     device, head = model.lm_head.weight.device, model.lm_head.weight
     ops = model.transformer.ops
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from gpt2_fast.generate.cache import KVCache, StaticCache
 from gpt2_fast.generate.protocol import Model
-from gpt2_fast.modules import foreign, foreign_part, has_hooks, is_plain_head
+from gpt2_fast.modules import check_not_sharded, foreign, foreign_part, has_hooks, is_plain_head
 from gpt2_fast.ops import decode_step
 from gpt2_fast.ops.decode_tokens import decode_tokens
 from gpt2_fast.ops.draw import Scratch
@@ -284,6 +284,7 @@ def make_decoder(
     package's; for int4 of a model whose widths are no multiples of 32; and for hooks on the model itself, which
     generation does not call.
     """
+    check_not_sharded(model, "generate")
     if has_hooks(model):
         raise ValueError("the model has hooks, and generation calls its transformer and lm_head: register them there")
     weight = model.transformer.wte.weight

@@ -14,12 +14,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gpt2_fast.model import GPT2Block
+from gpt2_fast.evaluate import perplexity
+from gpt2_fast.model import GPT2Block, GPT2LMHeadModel
 
 from .setting import (
     CLIP,
@@ -31,6 +33,7 @@ from .setting import (
     case,
     is_tied,
     loss_of,
+    mine,
     optimizer_of,
     run,
     sharded,
@@ -255,6 +258,44 @@ def fsdp_logits():
         optimizer.step()
         model(ids, labels=ids)  # the same memory, other weights
         refuses(output, "the head is sharded again" if reshard else "was called again")
+    return {}
+
+
+@case("own")
+def fsdp_outside_of_forward():
+    """What reads weights that are shards is refused in one line, and the way out that it names gives the same."""
+    model, whole_model, ids = sharded(build()), build(), batches()[0][:, :8]
+    calls = {
+        "generate": lambda m: m.generate(ids, max_new_tokens=2, do_sample=False),
+        "perplexity": lambda m: torch.tensor(perplexity(m, ids.flatten())["loss"]),
+        "GPT2Model": lambda m: m.transformer(ids),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: the model is sharded by .*get_model_state_dict") as raised:
+            call(model)
+        assert "\n" not in str(raised.value)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    torch.manual_seed(1)
+    gathered = GPT2LMHeadModel(model.config)
+    gathered.load_state_dict(state)
+    for call in calls.values():
+        assert torch.equal(call(gathered), call(whole_model))
+    return {}
+
+
+@case("own")
+def fsdp_of_two_dtypes():
+    """Parts of one model in two dtypes, and hidden states that the policy casts: the line says what to change."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    wide = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    mesh, ids = init_device_mesh("cpu", (2,)), mine(batches()[0])
+    for of_blocks, of_root in ((half, MixedPrecisionPolicy()), (MixedPrecisionPolicy(), half), (wide, wide)):
+        model = build()
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh, mp_policy=of_blocks)
+        fully_shard(model, mesh=mesh, mp_policy=of_root)
+        with pytest.raises(ValueError, match="under FSDP2: one param_dtype for all modules, and no other output_dtype"):
+            loss_of(model, ids)
     return {}
 
 

@@ -57,8 +57,11 @@ class Input:
         return f"[{', '.join(self.shape.split())}]"
 
 
-def _wanted_dtype(spec: Input, first: Tensor) -> str:
-    words = {FLOAT: FLOAT, SAME: str(first.dtype), STREAM: f"{first.dtype} or torch.float32"}
+def _wanted_dtype(spec: Input, first: Tensor, name: str) -> str:
+    """name: of `first`."""
+    # Parts of a model that FSDP2 casts to different dtypes are where two meet that nobody converted.
+    same = f"{first.dtype} as {name} is (under FSDP2: one param_dtype for all modules, and no other output_dtype)"
+    words = {FLOAT: FLOAT, SAME: same, STREAM: f"{first.dtype} or torch.float32"}
     return words[spec.dtype] if isinstance(spec.dtype, str) else " or ".join(map(str, spec.dtype))
 
 
@@ -109,7 +112,7 @@ def check(op: str, inputs: Sequence[Input], tensors: Sequence[Tensor | None]) ->
             where = f"{spec.name} is on {t.device} and {inputs[0].name} on {device}"
             raise ValueError(f"{op}: {where}; move them to one device")
         if not spec.takes(t.dtype, dtype):
-            raise ValueError(f"{op}: {spec.name} is {t.dtype}; it must be {_wanted_dtype(spec, first)}")
+            raise ValueError(f"{op}: {spec.name} is {t.dtype}; it must be {_wanted_dtype(spec, first, inputs[0].name)}")
         if t.layout is not torch.strided:
             raise ValueError(f"{op}: {spec.name} is {t.layout}; it must be dense: call .to_dense()")
     return empty or 0 in bound.get("...", ())

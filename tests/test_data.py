@@ -454,6 +454,14 @@ def test_id_outside_the_vocabulary(tmp_path, monkeypatch):
         list(tokens.windows(batch_size=20))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+def test_a_pipe_is_no_data(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe or device, and data is read more than once; write it to"):
+        load_data(tmp_path / name, context=8)
+
+
 def test_missing_empty_and_short_data(tmp_path):
     with pytest.raises(FileNotFoundError) as missing:
         load_data(tmp_path / "nothing.txt", context=2)

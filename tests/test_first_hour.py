@@ -415,6 +415,28 @@ def test_a_prompt_comes_from_a_pipe_or_a_file(folder, capsys, tmp_path, monkeypa
         assert err.count("\n") == 1
 
 
+def test_text_on_the_command_line_is_utf_8(folder, capsys, monkeypatch):
+    """Whatever the locale made of its bytes; and a stdout that cannot show a text is named."""
+    greedy = ["--model", folder, "--max-new-tokens", "2", "--temperature", "0", "--seed", "1", "--device", "cpu"]
+    assert main(["generate", "naïve", "--json", *greedy]) == 0
+    expected = capsys.readouterr().out
+    bytes_of = lambda text: text.encode().decode(
+        "ascii", "surrogateescape"
+    )  # as Python reads arguments in the C locale
+    assert main(["generate", bytes_of("naïve"), "--json", *greedy]) == 0
+    assert capsys.readouterr().out == expected
+    latin = "na\udcefve"
+    for arguments, name in ((["generate", latin], "PROMPT"), (["generate", "a", "--stop", latin], "--stop"),
+                            (["inspect", folder, "--attention", latin], "--attention")):  # fmt: skip
+        assert main([*arguments, *(greedy if "generate" in arguments else [])]) == 2
+        assert capsys.readouterr().err == f"gpt2-fast: {name} is not UTF-8 text (byte 2)\n"
+    for encoding in ("ascii", "latin-1", "cp1252"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert main(["generate", "日", *greedy]) == 2
+        error = f"gpt2-fast: stdout is {encoding}, which has no '\\u65e5'; set PYTHONIOENCODING=utf-8\n"
+        assert capsys.readouterr().err == error
+
+
 def test_json_is_an_object_a_sample_and_can_be_had_again(folder, capsys):
     command = ["generate", "A", "--model", folder, "--max-new-tokens", "6", "--json", "--device", "cpu"]
     assert main([*command, "--num-samples", "2"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import functools
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError as error:
         return 141 if _nobody_reads() else _fail(error)
     except (ValueError, IndexError, OSError, RuntimeError, FloatingPointError) as error:
+        error = _unprintable(error) or error
         if os.environ.get("GPT2_FAST_DEBUG"):
             raise
         return _fail(error, getattr(arguments, "offline", None))
@@ -136,6 +138,17 @@ def _nobody_reads() -> bool:
     except (AttributeError, OSError, ValueError):  # Windows has no poll; a stdout that is none, or is no file
         return False
     return True
+
+
+def _unprintable(error: Exception) -> ValueError | None:
+    """For text that stdout's encoding does not have, an error that says so: another character would be another text."""
+    encoding = getattr(sys.stdout, "encoding", None)
+    if not isinstance(error, UnicodeEncodeError) or encoding is None:
+        return None
+    if error.encoding not in (codecs.lookup(encoding).name, encoding, "charmap", "latin-1"):
+        return None
+    fix = "PYTHONIOENCODING=utf-8:surrogateescape" if error.encoding == "utf-8" else "PYTHONIOENCODING=utf-8"
+    return ValueError(f"stdout is {encoding}, which has no {error.object[error.start]!a}; set {fix}")
 
 
 def _is_first() -> bool:

@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, check_published, choice
+from gpt2_fast.cli.shared import IMPLEMENTATIONS, OFFLINE, as_text, check_published, choice
 
 
 def add(commands) -> None:
@@ -50,7 +50,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         if arguments.prompt_file and arguments.prompt:
             raise ValueError("PROMPT and --prompt-file exclude each other; drop one")
         if arguments.prompt_file is None:
-            return arguments.prompt
+            return as_text(arguments.prompt, "PROMPT")
         source = arguments.prompt_file
     elif arguments.prompt_file:
         raise ValueError("PROMPT and --prompt-file exclude each other; drop one")
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Before the model is read, which may take a while.
     Sampling(arguments.temperature, arguments.top_k or None, arguments.top_p, arguments.repetition_penalty)
     check_seed(arguments.seed)
-    prompt = read_prompt(arguments)
+    prompt, stop = read_prompt(arguments), [as_text(string, "--stop") for string in arguments.stop]
     device = resolve_device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     model = load_model(arguments.model, dtype=dtype, device=device, impl=arguments.impl)
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     stream = _Stream(prompt) if arguments.num_samples == 1 and not arguments.json else None
     found = completions(
         model, tokenizer, prompt, arguments.max_new_tokens, num_samples=arguments.num_samples,
-        stop=arguments.stop, write=stream, temperature=arguments.temperature,
+        stop=stop, write=stream, temperature=arguments.temperature,
         top_k=arguments.top_k or None, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed, weights=arguments.weights, context="slide" if arguments.slide else None,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from gpt2_fast.cli.shared import check_published, refuse_without
+from gpt2_fast.cli.shared import as_text, check_published, refuse_without
 
 
 def add(commands) -> None:
@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2_fast.config import PRESETS, GPT2Config
     from gpt2_fast.report import inspect
 
-    if arguments.attention is None:
+    if arguments.attention is not None:
+        arguments.attention = as_text(arguments.attention, "--attention")
+    else:
         refuse_without(arguments, ("layer", "head"), "--attention")
     kinds = ("weights", "attention", "positions", "histograms")
     kind = next((k for k in kinds if getattr(arguments, k) not in (None, False)), None)

@@ -27,3 +27,17 @@ def check_published(model: str) -> None:
     """Refuses the one preset that is no repository on the hub, before it is looked for there."""
     if model == "nano" and not os.path.isdir(model):
         raise ValueError("nano is a preset without published weights; train one, then give its checkpoint folder")
+
+
+def as_text(argument: str, name: str) -> str:
+    """An argument that is text and not the name of a file: its bytes as UTF-8, in every locale.
+
+    Python decodes arguments by the locale, and keeps what does not fit as surrogates, which no tokenizer knows.
+    Raises ValueError, one line with `name`, where the bytes are no UTF-8.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start})") from None
+    except UnicodeEncodeError as error:  # no argument of a process: of a caller in Python
+        raise ValueError(f"{name} has {error.object[error.start]!r}, which is no character") from None

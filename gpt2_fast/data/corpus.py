@@ -85,6 +85,8 @@ def _open(source: Source, progress: bool) -> tuple[str, list[Shard]]:
             bins = sorted(file for file in path.iterdir() if is_bin(file))
             shards += [read_bin(file) for file in bins]
             documents += [] if bins else by_hash(path, text_files(path))
+        elif path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a pipe or device, and data is read more than once; write it to a file first")
         elif is_bin(path):
             shards.append(read_bin(path))
         else:

@@ -63,7 +63,10 @@ class Tokenizer:
         )
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of a text. <|endoftext|> in it is ordinary text, unless allowed_special names it (or is "all")."""
+        """Ids of a text. <|endoftext|> in it is ordinary text, unless allowed_special names it (or is "all").
+
+        As tiktoken has it, a lone surrogate, which is no character and has no UTF-8, is U+FFFD: JSON may hold some.
+        """
         allowed = "all" if allowed_special == "all" else set(allowed_special)
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
@@ -72,7 +75,7 @@ class Tokenizer:
         allowed = "all" if allowed_special == "all" else set(allowed_special)
         try:
             ids = self.encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which `encode` replaces by U+FFFD
+        except UnicodeEncodeError:  # a lone surrogate, see `encode`
             ids = self.encode(text, allowed)
         return np.asarray(ids, dtype=np.uint16)
 

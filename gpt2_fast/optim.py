@@ -127,7 +127,7 @@ class AdamW(Optimizer):
             return
         contract.check_groups(self.param_groups)
         device = self.param_groups[0]["params"][0].device
-        host = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+        host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         if self._hyper is None or self._hyper.shape != host.shape or self._hyper.device != device:
             self._hyper = torch.empty_like(host, device=device, pin_memory=False)
         self._hyper.copy_(host, non_blocking=True)

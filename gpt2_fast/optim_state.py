@@ -49,7 +49,8 @@ def take(state: State, source: dict[str, Any], p: Tensor, i: int) -> None:
 
     Raises ValueError, which names p by its number i, for another shape.
     """
-    state["step"] = torch.as_tensor(source["step"]).detach().to(p.device, torch.float32, copy=True).reshape(())
+    step = source["step"] if isinstance(source["step"], Tensor) else torch.tensor(source["step"], device="cpu")
+    state["step"] = step.detach().to(p.device, torch.float32, copy=True).reshape(())
     for key in ("exp_avg", "exp_avg_sq", "master"):
         if key in source:
             value = source[key]

@@ -27,9 +27,15 @@ def ordinary_default_afterwards():
 def losses(impl):
     """Loss and gradients with every option."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 32, generator=generator, dtype=torch.float32) for n in (5, 19))
-    labels, found = torch.tensor([0, 18, 3, 2, -100]), []
-    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"num_items": 7}, {"num_items": torch.tensor(7)}):
+    x, weight = (torch.randn(n, 32, generator=generator, dtype=torch.float32, device="cpu") for n in (5, 19))
+    labels, found = torch.tensor([0, 18, 3, 2, -100], device="cpu"), []
+    for options in (
+        {},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"num_items": 7},
+        {"num_items": torch.tensor(7, device="cpu")},
+    ):
         inputs = [t.clone().requires_grad_() for t in (x, weight)]
         loss = linear_cross_entropy(*inputs, labels, impl=impl, **options)
         loss.backward(torch.ones_like(loss))
@@ -43,7 +49,7 @@ def steps(model):
     for dtype in (torch.float32, torch.bfloat16):
         trained = copy.deepcopy(model).to(dtype)
         optimizer = AdamW(trained.parameters(), lr=1e-2, clip_grad_norm=0.5)
-        for scale in (None, torch.tensor(8.0, dtype=torch.float32), None):
+        for scale in (None, torch.tensor(8.0, dtype=torch.float32, device="cpu"), None):
             loss = trained(ids, labels=ids).loss
             loss.backward()
             optimizer.step(grad_scale=scale)
@@ -77,7 +83,7 @@ def texts(model):
             {"seed": 3, "top_p": 0.8, "on_token": lambda token: None},
         ):
             model.train(weights is None)  # then it is called, not packed
-            found.append(torch.tensor(generate(model, prompts, 6, weights=weights, **options)))
+            found.append(torch.tensor(generate(model, prompts, 6, weights=weights, **options), device="cpu"))
     return found
 
 

@@ -37,7 +37,7 @@ def pair(impl="auto", dtype=torch.float32, spread=0.1, **overrides):
 
 
 def tokens(*shape, vocab_size=257, seed=0):
-    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
 
 
 def gradients(model):

@@ -63,7 +63,9 @@ def read_nanogpt(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, Te
             for name, shape in expected_shapes(config).items():
                 if name.endswith(".bias"):
                     weight = state.get(f"{name[:-5]}.weight")
-                    state.setdefault(name, torch.zeros(shape, dtype=None if weight is None else weight.dtype))
+                    state.setdefault(
+                        name, torch.zeros(shape, dtype=None if weight is None else weight.dtype, device="cpu")
+                    )
         state = {name: transposed(name, tensor) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
         state = canonical_state_dict(state, config)
     except ValueError as error:

@@ -154,8 +154,8 @@ def loglikelihoods(
             )
         ids = np.array([*(context or [model.config.bos_token_id]), *continuation], dtype=np.int64)[-n_positions - 1 :]
         rows.append(Row(ids, len(ids) - len(continuation)))
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    matches = torch.zeros(len(rows), dtype=torch.bool) if greedy else None
+    sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    matches = torch.zeros(len(rows), dtype=torch.bool, device="cpu") if greedy else None
     for i, losses, hits in _score(model, rows, batch_size, progress, name, greedy):
         sums[i] = -losses.double().sum()
         if greedy:
@@ -196,7 +196,7 @@ def _score(
 def _pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """int64 [B, T] inputs and targets: a target is the next id where it is scored, else -100."""
     width = max(len(row.ids) for row in rows) - 1
-    inputs = torch.zeros(len(rows), max(width, 1), dtype=torch.int64)
+    inputs = torch.zeros(len(rows), max(width, 1), dtype=torch.int64, device="cpu")
     targets = torch.full_like(inputs, -100)
     for i, row in enumerate(rows):
         ids = torch.from_numpy(row.ids.astype(np.int64))

@@ -56,7 +56,7 @@ def hellaswag(
             lengths = [len(continuation) for _, continuation in pairs]
         else:
             lengths = [len(ending) for _, endings in texts for ending in endings]
-        for measure, values in (("acc", sums), ("acc_norm", sums / torch.tensor(lengths).clamp(min=1))):
+        for measure, values in (("acc", sums), ("acc_norm", sums / torch.tensor(lengths, device="cpu").clamp(min=1))):
             best = [choice.argmax().item() for choice in values.split([len(endings) for _, endings in texts])]
             hits = sum(b == example.label for b, example in zip(best, examples, strict=True))
             found[f"{convention}_{measure}"] = hits / len(examples)
@@ -106,7 +106,8 @@ def load_model(
     if source_format(source) == "hf":
         return GPT2LMHeadModel.from_pretrained(source, dtype=dtype, device=device, impl=impl)
     loaded = load(source)
-    model = GPT2LMHeadModel(loaded.config, impl=impl)
+    with torch.device("cpu"):
+        model = GPT2LMHeadModel(loaded.config, impl=impl)
     model.load_state_dict(loaded.state)
     return model.to(device, dtype or next(iter(loaded.state.values())).dtype).eval()
 

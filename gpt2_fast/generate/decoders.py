@@ -150,7 +150,7 @@ class PackedDecoder:
     def __init__(self, packed: PackedModel, batch_size: int, n_positions: int):
         self.packed, self.batch_size, self.n_positions, self.calls = packed, batch_size, n_positions, ()
         self.cache: PackedCache | None = None
-        self.logits = torch.empty(batch_size, packed.config.vocab_size, dtype=torch.float32)
+        self.logits = torch.empty(batch_size, packed.config.vocab_size, dtype=torch.float32, device="cpu")
         self.scratch = Scratch()
 
     @property
@@ -234,7 +234,7 @@ def _probe(parameter: Tensor) -> Tensor:
     p = parameter.detach()
     if p.ndim != 2:
         return p.flatten().double()
-    i = torch.arange(max(p.shape))
+    i = torch.arange(max(p.shape), device="cpu")
     return p[i % p.shape[0], (i + 1) % p.shape[1]].double()  # not the diagonal, which a transposition leaves
 
 

@@ -195,4 +195,4 @@ class _Listener:
             return None
         for row, i in zip(self.rows, token.tolist(), strict=True):
             row.append(i)
-        return torch.tensor([self.stops.ends(row) for row in self.rows])
+        return torch.tensor([self.stops.ends(row) for row in self.rows], device="cpu")

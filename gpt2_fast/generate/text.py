@@ -165,7 +165,7 @@ def completions(
                 write(piece)
             if streams[row].stopped:
                 reasons[row] = "stop_sequence"
-        return torch.tensor([reason != "length" for reason in reasons])
+        return torch.tensor([reason != "length" for reason in reasons], device="cpu")
 
     generate(model, [ids] * num_samples, max_new_tokens, eos_token_id=ends or None, on_token=on_token, **sampling)
     rests = [stream.close() for stream in streams]

@@ -43,7 +43,7 @@ dispatch.TABLE[OP] = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference
 def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, float32 (float64 if one of them is)."""
     if not grads:
-        return torch.zeros((), dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.contiguous(), dtype=wide) for g in grads]))
 
@@ -127,11 +127,11 @@ def left_out(norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor |
 
 
 def _step_cpp(rows, hyper, norm, max_norm, grad_scale, found_inf):
-    table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": len(rows), "chunk": CHUNK}
+    table = {"table": torch.tensor(rows, dtype=torch.int64, device="cpu"), "tensors": len(rows), "chunk": CHUNK}
     table["chunks"] = rows[-1].first_chunk + rows[-1].chunks
     if max_norm is not None and norm is None:
-        norm = torch.empty((), dtype=torch.float32)
-        cpp.adamw_grad_norm(**table, partial=torch.empty(table["chunks"], dtype=torch.float64), norm=norm)
+        norm = torch.empty((), dtype=torch.float32, device="cpu")
+        cpp.adamw_grad_norm(**table, partial=torch.empty(table["chunks"], dtype=torch.float64, device="cpu"), norm=norm)
         norm = _unscaled(norm, grad_scale)
     limit = -1.0 if max_norm is None else max_norm
     cpp.adamw_update(**table, hyper=hyper, norm=norm, max_norm=limit, grad_scale=grad_scale, found_inf=found_inf)
@@ -287,7 +287,7 @@ def checked(
 
 def _read_in_place(lists: Lists) -> Lists:
     """Without the gradients that kernels read a copy of."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
     return lists._replace(grads=[g if g.is_contiguous() and not is_odd(g) else nothing for g in lists.grads])
 
 

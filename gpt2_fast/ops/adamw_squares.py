@@ -23,9 +23,9 @@ def chunk_squares_reference(flat: Tensor) -> Tensor:
 
 
 def _chunk_squares_cpp(rows, device):
-    partial = torch.empty(rows[0].chunks, dtype=torch.float64)
-    table = {"table": torch.tensor(rows, dtype=torch.int64), "tensors": 1, "chunk": CHUNK, "chunks": rows[0].chunks}
-    cpp.adamw_grad_norm(**table, partial=partial, norm=torch.empty((), dtype=torch.float32))
+    partial = torch.empty(rows[0].chunks, dtype=torch.float64, device="cpu")
+    table = {"table": torch.tensor(rows, dtype=torch.int64, device="cpu"), "tensors": 1, "chunks": rows[0].chunks}
+    cpp.adamw_grad_norm(**table, chunk=CHUNK, partial=partial, norm=torch.empty((), dtype=torch.float32, device="cpu"))
     return partial
 
 

@@ -80,14 +80,14 @@ _pinned = _Pinned()
 def device_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
     """The table on a GPU, without a host sync."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _pinned.capture(torch.tensor(rows, dtype=torch.int64), device)  # of this graph alone
+        return _pinned.capture(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)  # of this graph alone
     return _eager_table(rows, device)
 
 
 @functools.lru_cache(maxsize=8)
 def _eager_table(rows: tuple[Row, ...], device: torch.device) -> Tensor:
     """The same addresses give the same tensor."""
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     if device.type != "cuda":
         return table
     _pinned.put_aside(table, device)

@@ -107,7 +107,7 @@ def _gradients(a):
 @functools.lru_cache(256)
 def _scratch_bytes(isa: str, **sizes: int | torch.dtype) -> int:
     """What csrc/block.cpp needs beside what it reads and writes; isa: the instruction set in use, which decides too."""
-    nbytes = torch.empty(1, dtype=torch.int64)
+    nbytes = torch.empty(1, dtype=torch.int64, device="cpu")
     cpp.block_scratch(sizes, bytes=nbytes)
     return int(nbytes)
 

@@ -49,7 +49,7 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
         weight, bias = (p[: config.n_embd].to(dtype) for p in parameters)
         return F.layer_norm(h, h.shape[-1:], weight, bias, config.layer_norm_epsilon)
 
-    index, starts = torch.arange(last), cache.starts.unsqueeze(1)
+    index, starts = torch.arange(last, device="cpu"), cache.starts.unsqueeze(1)
     visible = (index >= starts).view(B, 1, 1, last) & (index <= index[first:].unsqueeze(1))  # (B, 1, T, last)
     h = packed.wte.dequantised(dtype)[tokens] + packed.wpe.to(dtype)[(index[first:] - starts).clamp(min=0)]
     for i, layer in enumerate(packed.layers):
@@ -69,7 +69,7 @@ def decode_step_reference(packed: PackedModel, tokens: Tensor, cache: PackedCach
 def _rows(tokens: Tensor, cache: PackedCache) -> dict[str, Tensor]:
     """The tokens [B, T] that are no padding, laid flat, and of each its sequence and its position, int32."""
     (B, T), first = tokens.shape, cache.length
-    positions = torch.arange(first, first + T, dtype=torch.int32) - cache.starts.unsqueeze(1)
+    positions = torch.arange(first, first + T, dtype=torch.int32, device="cpu") - cache.starts.unsqueeze(1)
     sequences = cache.sequences.unsqueeze(1).expand(B, T)
     if cache.last_start > first:
         real = positions >= 0
@@ -116,7 +116,8 @@ def decode_step(packed: PackedModel, tokens: Tensor, cache: PackedCache, out: Te
         logits = decode_step_reference(packed, tokens, cache)
         out = logits if out is None else out.copy_(logits)
     else:
-        out = torch.empty(cache.batch_size, packed.config.vocab_size, dtype=torch.float32) if out is None else out
+        if out is None:
+            out = torch.empty(cache.batch_size, packed.config.vocab_size, dtype=torch.float32, device="cpu")
         _decode_step_cpp(packed, tokens, cache, out)
         torch.autograd.graph.increment_version(out)  # who keeps it for a backward is told that it changed
     cache.length += 1 if tokens.ndim == 1 else tokens.shape[1]

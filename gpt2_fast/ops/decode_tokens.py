@@ -92,15 +92,17 @@ def decode_tokens(
 
 def _decode_tokens_cpp(packed, tokens, cache, count, uniforms, ends, out, scratch: Scratch, options):
     B, V = cache.batch_size, packed.config.vocab_size
-    logits = torch.empty(B, V, dtype=torch.float32) if out is None else out
+    logits = torch.empty(B, V, dtype=torch.float32, device="cpu") if out is None else out
     memory, draw_threads = scratch.of(B, V)
-    all_tokens, made = torch.empty(count + 1, B, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    highest = torch.empty(count, B, dtype=torch.float32)
+    all_tokens = torch.empty(count + 1, B, dtype=torch.int64, device="cpu")
+    made = torch.empty(1, dtype=torch.int64, device="cpu")
+    highest = torch.empty(count, B, dtype=torch.float32, device="cpu")
     all_tokens[0] = tokens
     cpp.decode_tokens(
         options_of(V, **options), model=packed._table, cache=cache._table, sequences=cache.sequences, B=B, V=V,
         first=cache.length, tokens=all_tokens, count=count, n_ends=len(ends), logits=logits, highest=highest,
-        ends=torch.tensor([*ends], dtype=torch.int64), scratch=memory, threads=cache.threads, draw_threads=draw_threads,
+        ends=torch.tensor([*ends], dtype=torch.int64, device="cpu"), scratch=memory, threads=cache.threads,
+        draw_threads=draw_threads,
         uniforms=None if uniforms is None else uniforms.detach().resolve_neg().contiguous(), made=made,
     )  # fmt: skip
     torch.autograd.graph.increment_version(logits)

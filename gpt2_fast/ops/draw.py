@@ -79,9 +79,10 @@ class Scratch:
         """float32 [threads, units], and how many threads share `rows`."""
         threads = min(rows, torch.get_num_threads())
         if self.held is None or self.held.shape[0] < threads or self.vocab_size != vocab_size:
-            units = torch.empty(1, dtype=torch.int64)
+            units = torch.empty(1, dtype=torch.int64, device="cpu")
             cpp.draw_scratch(V=vocab_size, units=units)
-            self.held, self.vocab_size = torch.empty(threads, units.item(), dtype=torch.float32), vocab_size
+            self.held = torch.empty(threads, units.item(), dtype=torch.float32, device="cpu")
+            self.vocab_size = vocab_size
         return self.held, threads
 
 
@@ -97,7 +98,7 @@ def _draw_cpp(logits, uniform, temperature, top_k, top_p, scratch: Scratch) -> t
     (B, V), logits = logits.shape, logits.detach().resolve_neg().contiguous()
     uniform = None if uniform is None else uniform.detach().resolve_neg().contiguous()
     memory, threads = scratch.of(B, V)
-    tokens, highest = torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.float32)
+    tokens, highest = torch.empty(B, dtype=torch.int64, device="cpu"), torch.empty(B, dtype=torch.float32, device="cpu")
     cpp.draw(
         options_of(V, temperature, top_k, top_p), logits=logits, uniforms=uniform, B=B, V=V, tokens=tokens,
         highest=highest, scratch=memory, threads=threads,

@@ -64,7 +64,7 @@ def _outside(name: str, value: int, bound: int, where: str) -> IndexError:
 
 
 def _first_outside_cpp(ids: Tensor, bound: int) -> int:
-    first = torch.empty(1, dtype=torch.int64)
+    first = torch.empty(1, dtype=torch.int64, device="cpu")
     cpp.embedding_first_outside(ids=ids, n=ids.numel(), limit=bound, result=first)
     return first.item()
 
@@ -80,7 +80,7 @@ def _check_ranges(first_outside, wte, wpe, input_ids, position_ids, token_type_i
         ("input_ids", input_ids, wte), ("position_ids", position_ids, wpe), ("token_type_ids", token_type_ids, wte)
     ):  # fmt: skip
         if ids is not None and (i := first_outside(ids, table.shape[0])) >= 0:
-            where = [int(k) for k in torch.unravel_index(torch.tensor(i), ids.shape)]
+            where = [int(k) for k in torch.unravel_index(torch.tensor(i, device="cpu"), ids.shape)]
             raise _outside(name, int(ids.flatten()[i]), table.shape[0], str(where))
 
 

@@ -19,13 +19,17 @@ from torch.nn import functional as F
 
 GROUP = 32
 LINE, LINES = 64, 4  # bytes of a line, lines of a group's codes
-LEVELS = torch.tensor([-114, -92, -73, -56, -41, -28, -16, -4, 7, 19, 31, 45, 60, 78, 100, 127], dtype=torch.int8)
+LEVELS = torch.tensor(
+    [-114, -92, -73, -56, -41, -28, -16, -4, 7, 19, 31, 45, 60, 78, 100, 127], dtype=torch.int8, device="cpu"
+)
 STARTS = (float(LEVELS[-1]), float(LEVELS[0]))  # what a group's largest weight is at first taken for
 CHUNK = 1 << 11  # groups at a time: their temporaries stay in the cache
 
 # The code of every half from -128 to 127.5 and of what lies up to the next: where two levels meet is a whole or a half.
 _MEETINGS = (LEVELS[1:].float() + LEVELS[:-1].float()) / 2
-CODE_OF_HALF = torch.bucketize(torch.arange(-256, 256, dtype=torch.float32) / 2, _MEETINGS, right=True).to(torch.uint8)
+CODE_OF_HALF = torch.bucketize(
+    torch.arange(-256, 256, dtype=torch.float32, device="cpu") / 2, _MEETINGS, right=True
+).to(torch.uint8)
 LEVEL_OF_HALF = LEVELS[CODE_OF_HALF.long()].float()
 
 
@@ -67,7 +71,8 @@ def _best(groups: Tensor) -> tuple[Tensor, Tensor]:
 def quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K] and scales bfloat16 [N, K / 32] of a matrix [N, K], K a multiple of 32."""
     N, K = matrix.shape
-    codes, scales = torch.empty(N, K, dtype=torch.uint8), torch.empty(N, K // GROUP, dtype=torch.bfloat16)
+    codes = torch.empty(N, K, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(N, K // GROUP, dtype=torch.bfloat16, device="cpu")
     rows = max(1, CHUNK * GROUP // K)
     for begin in range(0, N, rows):
         part = matrix[begin : begin + rows].float().contiguous().view(-1, GROUP)

@@ -125,8 +125,8 @@ class PackedModel:
         self.wpe = model.wpe.detach().to(torch.float32, copy=True).contiguous()
         self.ln_f = _padded(*model.ln_f)
         constants = [*(layer.scale for layer in self.layers), self.config.layer_norm_epsilon]
-        self._constants = torch.tensor(constants, dtype=torch.float32)
-        self._table = None if self.impl == "reference" else torch.tensor(self._entries())
+        self._constants = torch.tensor(constants, dtype=torch.float32, device="cpu")
+        self._table = None if self.impl == "reference" else torch.tensor(self._entries(), device="cpu")
 
     def _entries(self) -> list[int]:
         c, (ln_f_weight, ln_f_bias) = self.config, self.ln_f
@@ -218,14 +218,18 @@ class PackedCache:
                 f"{OP}: starts is {starts.dtype} {tuple(starts.shape)} on {starts.device}; "
                 f"it must be int32 [{batch_size}] on the CPU, >= 0"
             )
-        self.starts = torch.zeros(batch_size, dtype=torch.int32) if starts is None else starts.clone().contiguous()
-        self.sequences = torch.arange(batch_size, dtype=torch.int32)
+        self.starts = (
+            torch.zeros(batch_size, dtype=torch.int32, device="cpu") if starts is None else starts.clone().contiguous()
+        )
+        self.sequences = torch.arange(batch_size, dtype=torch.int32, device="cpu")
         self.batch_size, self.n_positions, self.length = batch_size, n_positions, 0
         self.threads = torch.get_num_threads()
         self.last_start = int(self.starts.max())
         heads, D = (len(packed.layers), batch_size, config.n_head), config.head_dim
         if packed.impl == "reference":
-            self.keys, self.values = (torch.zeros(*heads, n_positions, D, dtype=packed.dtype) for _ in range(2))
+            self.keys, self.values = (
+                torch.zeros(*heads, n_positions, D, dtype=packed.dtype, device="cpu") for _ in range(2)
+            )
             return
         S, group = round_up(n_positions, PANEL), GROUPS["float32" if packed.weights == "float32" else "bfloat16"]
         memory = HugePages()
@@ -236,17 +240,19 @@ class PackedCache:
     def _allocate(self, config, S: int) -> None:
         """The scratch of a call, and all of it as csrc's DecodeCache."""
         rows, C16, F16 = CHUNK + SPARE, round_up(config.n_embd, PANEL), round_up(config.n_inner_, PANEL)
-        floats = functools.partial(torch.empty, dtype=torch.float32)
+        floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
         self._scratch = {
             "h": floats(rows, C16), "y": floats(rows, C16), "f": floats(rows, F16),
             "qkv": floats(rows, round_up(3 * config.n_embd, PANEL)),
             "newest": floats(self.batch_size, C16),
-            "starts": self.starts, "positions": torch.empty(self.batch_size, dtype=torch.int32),
+            "starts": self.starts, "positions": torch.empty(self.batch_size, dtype=torch.int32, device="cpu"),
             "scores": floats(self.threads, TILE_ROWS, S),
-            "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8),
-            "split_offsets": torch.empty(rows * max(2, round_up(max(C16, F16), GROUP) // GROUP), dtype=torch.int32),
+            "split": torch.empty(2 * rows, max(C16, F16), dtype=torch.int8, device="cpu"),
+            "split_offsets": torch.empty(
+                rows * max(2, round_up(max(C16, F16), GROUP) // GROUP), dtype=torch.int32, device="cpu"
+            ),
             "split_scales": floats(rows),
         }  # fmt: skip
         sizes = {"B": self.batch_size, "S": self.n_positions, "chunk": CHUNK}
         held = {"keys": self.keys, "values": self.values}
-        self._table = torch.tensor(cpp.struct("DecodeCache", **held, **sizes, **self._scratch))
+        self._table = torch.tensor(cpp.struct("DecodeCache", **held, **sizes, **self._scratch), device="cpu")

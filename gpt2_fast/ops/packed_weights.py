@@ -47,7 +47,7 @@ class HugePages:
     ALIGNMENT = 64
 
     def __init__(self):
-        self._part, self._used = torch.empty(0, dtype=torch.uint8), 0
+        self._part, self._used = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of zeros, which keeps its part alive."""
@@ -89,7 +89,7 @@ class PackedMatrix:
         else:
             shape, dtype = (panels, -(-K // GROUPS[weights]), PANEL, GROUPS[weights]), DTYPES[weights]
         self.panels = memory.zeros(shape, dtype)
-        self.scale = torch.zeros(panels * PANEL, dtype=torch.float32) if weights == "int8" else None
+        self.scale = torch.zeros(panels * PANEL, dtype=torch.float32, device="cpu") if weights == "int8" else None
         (_pack_cpp if impl == "cpp" else _pack_reference)(matrix, weights, self.panels, self.scale)
 
     def table(self) -> list[int]:

@@ -129,7 +129,7 @@ class Group:
             return list(values)
         if self._orphaned():
             raise self._without_torchrun()
-        numbers = torch.tensor(values or (0,), dtype=torch.int64)
+        numbers = torch.tensor(values or (0,), dtype=torch.int64, device="cpu")
         with self._talking():
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
@@ -201,7 +201,7 @@ class Group:
                 with self._talking():
                     dist.send(piece.cpu().contiguous(), 0)
             elif self.first:
-                host = torch.empty(piece.shape, dtype=piece.dtype)
+                host = torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
                 with self._talking():
                     dist.recv(host, rank)
                 yield start, host

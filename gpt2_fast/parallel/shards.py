@@ -167,7 +167,7 @@ class Shards:
             whole = [
                 {
                     "step": state["step"].to("cpu", copy=True),
-                    **{key: torch.empty(p.shape, dtype=torch.float32) for key in self._held},
+                    **{key: torch.empty(p.shape, dtype=torch.float32, device="cpu") for key in self._held},
                 }
                 for p, state in zip(self._params, self.states, strict=True)
             ]
@@ -206,7 +206,7 @@ class Shards:
                 if self._group.first:
                     flat = states[i][key].detach().to("cpu", torch.float32).contiguous().view(-1)
                 else:
-                    flat = torch.empty(p.numel(), dtype=torch.float32)
+                    flat = torch.empty(p.numel(), dtype=torch.float32, device="cpu")
                 self._group.broadcast_from_first(flat)
                 if i in mine:
                     _, start, stop, at = mine[i]

@@ -118,7 +118,7 @@ def card_peak(device_name: str, dtype: str) -> float | None:
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of one square product here: the fastest of three after a first, measured once a process."""
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

@@ -84,7 +84,7 @@ def measure(config: TrainConfig, device: torch.device) -> list[float]:
     context = config.context or model.config.n_positions
     step = Step(model, build_optimizer(model, config), config, context)
     shape = (config.grad_accum, config.batch_size, context)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0), device="cpu")
     seconds, begun = [], time.perf_counter()
     first = 4 if config.compile_graph else 1  # the fourth captures the graph
     for index in range(first + MEASURED):

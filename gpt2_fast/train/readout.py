@@ -32,8 +32,10 @@ class Readout:
 
     def __init__(self, device: torch.device):
         self.device, self._cuda = device, device.type == "cuda"
-        self._values = [torch.zeros(4, dtype=torch.float32, pin_memory=self._cuda) for _ in range(self.PLACES)]
-        self._faults = [torch.zeros(embedding.FAULT_WORDS, dtype=torch.int64, pin_memory=self._cuda)
+        self._values = [
+            torch.zeros(4, dtype=torch.float32, pin_memory=self._cuda, device="cpu") for _ in range(self.PLACES)
+        ]
+        self._faults = [torch.zeros(embedding.FAULT_WORDS, dtype=torch.int64, pin_memory=self._cuda, device="cpu")
                         for _ in range(self.PLACES)]  # fmt: skip
         self._events = [torch.cuda.Event() if self._cuda else None for _ in range(self.PLACES)]
         self._there = [[False] * 4 for _ in range(self.PLACES)]

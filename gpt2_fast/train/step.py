@@ -52,7 +52,8 @@ def build_model(
         check_fits(config, model_config, device, world=group.world, sharing=group.local_world)
     group.barrier()
     torch.manual_seed(config.seed)
-    model = GPT2LMHeadModel(model_config, impl=config.impl)
+    with torch.device("cpu"):  # whatever the default device: the numbers of a seed are the CPU's
+        model = GPT2LMHeadModel(model_config, impl=config.impl)
     if state is not None:
         model.load_state_dict(state)
     model.gradient_checkpointing_enable(config.recompute)

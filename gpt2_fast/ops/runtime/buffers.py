@@ -53,7 +53,7 @@ class Region:
         storage = torch.frombuffer(array, dtype=dtype).untyped_storage()
         with torch.inference_mode(False):  # what is saved for backward must be an ordinary tensor
             # Not a view, which autograd would forbid to be changed in place.
-            return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)
 
     def _carve(self, nbytes: int) -> tuple[int, int] | None:
         fitting = [(end - start, start, i) for i, (start, end) in enumerate(self.holes) if end - start >= nbytes]

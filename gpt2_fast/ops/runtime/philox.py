@@ -62,10 +62,10 @@ def micro_batch_keys(seed: int, step: int, micro_batches: range) -> torch.Tensor
     A key depends on (seed, step, micro-batch) alone. So there is no state of a generator to save or to restore, and
     whichever process computes a micro-batch drops the same elements. Ten rounds, as keys are few and each is a seed.
     """
-    micro = torch.arange(micro_batches.start, micro_batches.stop, dtype=torch.int64)
+    micro = torch.arange(micro_batches.start, micro_batches.stop, dtype=torch.int64, device="cpu")
     low, high = (torch.full_like(micro, part & _MASK) for part in (step, step >> 32))
     seed = (seed + 2**63) % 2**64 - 2**63  # as a signed number
-    words = block(torch.tensor(seed), low, high, micro, _KEYS_SITE, rounds=10)
+    words = block(torch.tensor(seed, device="cpu"), low, high, micro, _KEYS_SITE, rounds=10)
     return words[1] << 32 | words[0]
 
 

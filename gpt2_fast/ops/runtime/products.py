@@ -31,7 +31,7 @@ class _Workspace(threading.local):
     def take(self, nbytes: int) -> Tensor:
         """At least so many bytes, until the next call of this thread."""
         if self.buffer is None or self.buffer.numel() < nbytes:
-            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return self.buffer
 
 
@@ -66,7 +66,7 @@ def _own_product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, finish:
         )
     a, b, bias = _unit_stride(a), _unit_stride(b), None if bias is None else bias.float().contiguous()
     pairs = a.dtype == b.dtype == torch.bfloat16 and cpu_policy().native_bfloat16
-    nbytes, threads = torch.empty(1, dtype=torch.int64), torch.get_num_threads()
+    nbytes, threads = torch.empty(1, dtype=torch.int64, device="cpu"), torch.get_num_threads()
     cpp.linear_workspace(M=M, N=N, K=K, pairs=pairs, threads=threads, bytes=nbytes)
     (a_m, a_k), (b_k, b_n) = a.stride(), b.stride()
     with record_function(PROFILED) if torch.autograd._profiler_enabled() else _NOTHING:

@@ -139,7 +139,8 @@ class Group:
         self.agree()
 
     def decide(self, make: Callable[[], Any]) -> Any:
-        """`make()` of the first process, everywhere. The others wait for it as long as it takes.
+        """`make()` of the first process, everywhere. The others wait for it as long as it takes, with no time limit:
+        what is made as a run starts may read a whole data set or checkpoint.
 
         What it makes is sent as JSON, which holds no code: numbers, words, lists, dicts.
         """

@@ -200,13 +200,15 @@ def _sample(weight: Tensor) -> Tensor | None:
     """A number each of rows of weight [V, C], evenly apart, the last among them: a copy where the weight is.
 
     Two views and a copy, as every training step makes one: `generate.decoders` looks closer at what it packs. None
-    where no numbers are at hand: in an export, of meta and fake tensors and within torch.func's transforms, and while a
-    CUDA graph is captured, which a later look would have to wait for.
+    where no numbers are at hand: in an export, of meta and fake tensors, within torch.func's transforms and where a
+    mode sees each operator (make_fx), and while a CUDA graph is captured, which a later look would have to wait for.
     """
     if torch.compiler.is_exporting() or weight.is_meta or weight.numel() == 0:
         return None
     if not torch.compiler.is_compiling():
         if type(weight) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return None
+        if torch._C._len_torch_dispatch_stack():
             return None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
@@ -237,7 +239,7 @@ class Seen:
         self.grad = None if compiling else (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         # A sharded weight lies elsewhere in every pass, and is found by its count.
         self.place = None if compiling or sharded else self._place()
-        self.sample = None if sharded else _sample(self.weight)
+        self.sample, self.sharded = None, sharded
         self.call = None
         if sharded and not compiling:
             self.call = head.__dict__["_passes"] = head.__dict__.get("_passes", 0) + 1
@@ -248,6 +250,11 @@ class Seen:
             return self.weight.shape, self.weight.dtype, self.weight.device, self.weight.data_ptr()
         except RuntimeError:
             return None
+
+    def sampled(self) -> Seen:
+        """This, for logits that are computed after the call: those within it need no look, and a GPU no wait."""
+        self.sample = None if self.sharded else _sample(self.weight)
+        return self
 
     def _has_moved(self) -> bool:
         known = self.place is not None and not torch.compiler.is_compiling()

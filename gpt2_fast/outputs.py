@@ -47,6 +47,7 @@ class Head:
     def loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, ignore_index: int = -100) -> Tensor:
         """The mean cross-entropy, float32, of the targets that are not ignored; or their sum divided by num_items."""
         if not self.called:
+            self.seen.sampled()  # the logits are computed later, if at all
             return self.ops.linear_cross_entropy(
                 hidden, self.weight, targets, num_items=num_items, ignore_index=ignore_index
             )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
@@ -205,6 +206,14 @@ def test_logits_after_a_write_that_no_version_counts_are_refused(vocab_size, n_e
         _ = late.logits
     head.data.copy_(before)  # an average of weights was there and is gone again
     assert late.logits.shape == (2, 9, vocab_size)
+
+
+def test_logits_within_the_call_are_computed_without_a_look(model, ids, monkeypatch):
+    """At the head: it would make every call wait for a GPU, and end make_fx, which sees each operator."""
+    expected = model(ids).logits
+    monkeypatch.setattr(torch, "equal", None)
+    assert (model(ids).logits == expected).all()
+    torch.testing.assert_close(make_fx(lambda ids: model(ids).logits)(ids)(ids), expected)
 
 
 def test_an_optimizer_step_after_a_compiled_model_is_seen(model, ids):

@@ -16,7 +16,7 @@ class LogitsNotComputedYet:
     """The logits head(hidden), not computed yet. Whoever takes it out of the output for a tensor gets an error."""
 
     def __init__(self, head: nn.Module, hidden: Tensor, sharded: bool):
-        self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded)
+        self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded).sampled()
         self.version = version_of(hidden)
         device = hidden.device.type  # it may be asked for after autocast's block
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),

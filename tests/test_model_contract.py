@@ -251,6 +251,17 @@ def test_a_copied_output_has_its_logits(model, ids, copied):
     assert other.head is None
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's: of the trace, and that torch.jit goes
+def test_a_trace(model, ids):
+    """For other tokens and lengths. A loss is not in it: its operation is told what wants a gradient."""
+    model.requires_grad_(False)
+    traced = torch.jit.trace(lambda ids: model(ids).logits, (ids,), check_trace=False)
+    for others in ((ids + 7) % 61, ids[:1, :5]):
+        torch.testing.assert_close(traced(others), model(others).logits)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: torch.jit.trace cannot record .* impl='reference'"):
+        torch.jit.trace(lambda ids: model(ids, labels=ids).loss, (ids,), check_trace=False)
+
+
 @pytest.mark.parametrize("n_head", [12, 48])
 def test_heads_smaller_than_the_kernels_take(n_head, ids):
     """Attention alone is the reference, and no layer is one operation; who asks for a kernel gets an error."""

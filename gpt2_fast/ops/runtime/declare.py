@@ -255,6 +255,8 @@ class Op:
         if chosen == "reference":
             return self.reference(*tensors, **options)
         refuse_tangents(self.name, tensors)
+        if self.ahead and not torch.compiler.is_compiling() and torch._C._is_tracing():
+            raise RuntimeError(f"{self.name}: torch.jit.trace cannot record what its kernels take; {PLAIN}")
         flat = (*tensors, *self._flat_options(options), chosen)
         transformed = torch._C._are_functorch_transforms_active()
         nothing = list(self._wants_none) if self.ahead else False

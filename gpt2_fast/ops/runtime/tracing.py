@@ -17,10 +17,12 @@ PLAIN = "use impl='reference', or gpt2_fast.unpatch(model) of a patched model"  
 
 
 def under_a_tracer() -> bool:
-    """Whether something looks at operators as they are called: a compiler, a transform, a mode, a profiler."""
+    """Whether something looks at operators as they are called: a compiler, a transform, a mode, a profiler, a trace."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
+        return True
+    return torch._C._is_tracing()  # torch.jit.trace, whose sizes are tensors
 
 
 def is_odd(t: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 
 import pytest
 import torch
@@ -110,3 +111,22 @@ def test_only_large_blocks_of_a_retaining_process(retained, monkeypatch):
 def test_full_region_leaves_it_to_malloc(retained):
     kept = [buffers.empty(torch.empty(0), (1 << 22,), F32) for _ in range(5)]
     assert len({t.data_ptr() for t in kept}) == 5
+
+
+def test_what_interrupts_take_in_its_own_thread(monkeypatch):
+    """A signal handler or a finaliser there takes nothing of the region, waits for no lock, and may fork."""
+    region, inside = Region(16 * PAGE), []
+    carve = region._carve
+
+    def interrupted(nbytes: int) -> tuple[int, int] | None:
+        inside.append(region.take((PAGE,), torch.uint8))
+        with region.lock:  # as around a fork
+            return carve(nbytes)
+
+    monkeypatch.setattr(region, "_carve", interrupted)
+    thread = threading.Thread(target=lambda: inside.append(region.take((PAGE,), torch.uint8)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert inside[0] is None
+    assert inside[1].shape == (PAGE,)

@@ -37,14 +37,21 @@ class Region:
         self.holes = [(0, size)]  # (start, end), by address, no two of them adjacent
         self._returned: collections.deque[tuple[int, int]] = collections.deque()
         self._live: dict[int, weakref.ref] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler that forks may interrupt the thread that holds it
+        self._busy = False
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """An uninitialised contiguous tensor of at least one element; None where no hole takes it."""
         nbytes = math.prod(shape) * dtype.itemsize
         with self.lock:
-            self.collect()
-            span = self._carve(memory.round_up(nbytes, PAGE))
+            if self._busy:  # a signal handler or a finaliser within `collect` or `_carve` of this thread
+                return None
+            try:
+                self._busy = True
+                self.collect()
+                span = self._carve(memory.round_up(nbytes, PAGE))
+            finally:
+                self._busy = False
         if span is None:
             return None
         # The storage holds the array, which dies with it. That is noted without the lock: this thread may hold it.

@@ -286,7 +286,7 @@ class GPT2LMHeadModel(compat.Compatible):
         if input_ids is None:
             raise ValueError("input_ids is missing; pass token ids, int64 [B, T]")
         if self.config.tie_word_embeddings:
-            check_tied(self.lm_head, self.transformer.wte)
+            check_tied(self.lm_head, self.transformer.wte, "make the model with tie_word_embeddings=False")
         hidden = self.transformer(
             input_ids, attention_mask, position_ids, token_type_ids, document_ids, dropout_key=dropout_key
         )

@@ -150,12 +150,12 @@ def check_not_sharded(model: nn.Module, what: str) -> None:
         raise ValueError(f"{what}: {GATHER}")
 
 
-def check_tied(head: nn.Module, table: nn.Module) -> None:
+def check_tied(head: nn.Module, table: nn.Module, untie: str) -> None:
     """Raises ValueError where steps would move a tied head and token embedding apart: in a call that records gradients.
 
     They are one parameter until something replaces one of them, as `parallelize_module` does. Modules of other classes
     (an adapter's), heads of another shape, weights on "meta" (accelerate's offloading leaves them there) and tensors
-    that stand in for parameters (`functional_call`) pass.
+    that stand in for parameters (`functional_call`) pass. untie: what makes a model that keeps two on purpose.
     """
     if type(head) is not nn.Linear or type(table) is not nn.Embedding or head.weight is table.weight:
         return
@@ -170,7 +170,7 @@ def check_tied(head: nn.Module, table: nn.Module) -> None:
     again = "assign lm_head.weight = transformer.wte.weight before the optimizer is made"
     if one_is_sharded:
         raise ValueError(f"{what}give both to parallelize_module (or to one fully_shard), then {again}")
-    raise ValueError(f"{what}{again}, or make a model whose config does not tie them")
+    raise ValueError(f"{what}{again}, or {untie}")
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -182,7 +182,8 @@ class GPT(nn.Module):
         Without targets the logits [B, 1, V] of the last position, and None. With targets int64 [B, T], already
         shifted and -1 where nothing is scored, all logits as a `LazyLogits` [B, T, V], and the mean loss, float32.
         """
-        check_tied(self.lm_head, self.transformer.wte)
+        untie = "train a gpt2_fast.GPT2LMHeadModel with tie_word_embeddings=False: nanoGPT's are always tied"
+        check_tied(self.lm_head, self.transformer.wte, untie)
         hidden, head = self.transformer(idx), Head(self.lm_head, self.transformer.ops, is_sharded(self))
         if targets is None:
             return head.logits(hidden[:, -1:]), None

@@ -133,6 +133,7 @@ def test_a_tied_head_that_is_another_parameter_is_not_trained(model, ids):
     with pytest.raises(ValueError, match="^lm_head.weight and transformer.wte.weight are tied and now two") as raised:
         model(ids, labels=ids)
     assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith(", or make the model with tie_word_embeddings=False")
     with torch.no_grad():
         torch.testing.assert_close(model(ids, labels=ids).loss, loss, rtol=0, atol=0)
     model.tie_weights()

@@ -178,6 +178,21 @@ def test_tensors_without_numbers_and_export():
     torch.testing.assert_close(actual, expected, rtol=5e-5, atol=5e-5)
 
 
+def test_two_parameters_on_purpose():
+    """A new head is refused while the config ties it, and trained once it does not, as the error says."""
+    unpatched, patched = pair()
+    head, tokens, results = torch.nn.Linear(unpatched.config.n_embd, V, bias=False), ids(), []
+    for model in (unpatched, patched):
+        model.set_output_embeddings(copy.deepcopy(head))
+    with pytest.raises(ValueError, match="or set model.config.tie_word_embeddings = False$"):
+        patched(tokens, labels=tokens)
+    patched.config.tie_word_embeddings = False
+    for model in (unpatched, patched):
+        model(tokens, labels=tokens).loss.backward()
+        results.append((model.lm_head.weight.grad, model.transformer.wte.weight.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=5e-5, atol=5e-6)
+
+
 def test_lm_evaluation_harness():
     """Log-likelihoods, with the greedy flag, and greedy continuations of HFLM."""
     pytest.importorskip("lm_eval")

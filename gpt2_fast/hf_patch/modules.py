@@ -370,7 +370,8 @@ class LMForward:
     def forward(self, *args, **kwargs):
         call = dict(zip(LM, args, strict=False)) | kwargs
         if isinstance(self, LMForward) and self.config.tie_word_embeddings:
-            modules.check_tied(self.lm_head, self.transformer.wte)
+            untie = "set model.config.tie_word_embeddings = False"
+            modules.check_tied(self.lm_head, self.transformer.wte, untie)
         changed = modules.changed(modeling_gpt2.GPT2LMHeadModel)
         if changed or not isinstance(self, LMForward) or not wants_loss(self, call) or loss_taken(self):
             return modeling_gpt2.GPT2LMHeadModel.forward(self, *args, **kwargs)

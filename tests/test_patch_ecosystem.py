@@ -158,11 +158,16 @@ def test_weights_that_accelerate_keeps_elsewhere():
 
 
 def test_tensors_without_numbers_and_export():
-    """A mask that is a FakeTensor cannot be looked at; an exported graph takes other batches and lengths."""
+    """A mask that is a FakeTensor cannot be looked at, "meta" has no autocast; an export takes other sizes."""
     unpatched, patched = pair()
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.zeros(B, T, dtype=torch.long)
         assert patched(fake, attention_mask=torch.ones_like(fake)).logits.shape == (B, T, V)
+    on_meta = copy.deepcopy(patched).to("meta")
+    on_meta.tie_weights()
+    on_meta.config.pad_token_id = None  # transformers looks for it
+    output = on_meta(ids().to("meta"), labels=ids().to("meta"))
+    assert (output.loss.device.type, output.logits.shape) == ("meta", (B, T, V))
     tokens, longer = ids(), ids(B + 1, T + 2)
     sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("time", min=2, max=T + 4)}
     for model in (unpatched, patched):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,16 @@ class LogitsNotComputedYet:
     def __init__(self, head: nn.Module, hidden: Tensor, sharded: bool):
         self.head, self.hidden, self.seen = head, hidden, Seen(head, sharded).sampled()
         self.version = version_of(hidden)
-        device = hidden.device.type  # it may be asked for after autocast's block
-        self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),
-                         "enabled": torch.is_autocast_enabled(device)}  # fmt: skip
+        device, self.autocast = hidden.device.type, None  # it may be asked for after autocast's block
+        if torch.amp.is_autocast_available(device):  # "meta" has none
+            self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device),
+                             "enabled": torch.is_autocast_enabled(device)}  # fmt: skip
 
     def compute(self) -> Tensor:
         self.seen.check("the logits of a patched model")
         if has_changed(self.hidden, self.version):
             raise hidden_changed("the logits of a patched model")
-        with self.seen.mode(), torch.autocast(**self.autocast):
+        with self.seen.mode(), torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext():
             if self.head.weight is self.seen.weight or hasattr(self.head.weight, "device_mesh"):
                 return self.head(self.hidden)
             return F.linear(self.hidden, self.seen.weight)  # given for that call alone, or the head has another by now

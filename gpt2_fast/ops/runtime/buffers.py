@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import ctypes
 import functools
 import math
@@ -95,12 +96,13 @@ def _region() -> Region | None:
 def _forking(begin: bool) -> None:
     """A fork waits for the thread that takes a block: its child has the region whole, and the lock free."""
     if _region.cache_info().currsize and (region := _region()) is not None:
-        (region.lock.acquire if begin else region.lock.release)()
+        with contextlib.suppress(RuntimeError):  # of a region that another thread made since `begin`
+            (region.lock.acquire if begin else region.lock.release)()
 
 
 if hasattr(os, "register_at_fork"):
-    end = functools.partial(_forking, False)
-    os.register_at_fork(before=functools.partial(_forking, True), after_in_parent=end, after_in_child=end)
+    _forked = functools.partial(_forking, False)
+    os.register_at_fork(before=functools.partial(_forking, True), after_in_parent=_forked, after_in_child=_forked)
 
 
 def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gpt2_fast.modules import Seen, has_changed, hidden_changed, is_plain_head, version_of
+from gpt2_fast.modules import is_plain_head
 from gpt2_fast.ops.bound import Operations
+from gpt2_fast.seen import Seen, has_changed, hidden_changed, version_of
 
 
 class Head:
-    """The head of one forward pass: its weight [V, C] as it was then. sharded: see `modules.Seen`."""
+    """The head of one forward pass: its weight [V, C] as it was then. sharded: see `seen.Seen`."""
 
     def __init__(self, lm_head: nn.Module, ops: Operations, sharded: bool = False):
         self.module, self.ops, self.called, self.sharded = lm_head, ops, not is_plain_head(lm_head), sharded

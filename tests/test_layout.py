@@ -26,7 +26,7 @@ SOURCE = {"triton": "kernels/{}.py", "cpp": "csrc/{}.cpp", "cuda": "csrc/{}.cu"}
 
 # From the leaves up: a room imports from those on lines above its own, and a package from itself.
 LAYERS = [
-    {"config", "files", "hub_client", "lazy", "modules", "sources", "uncompiled"},
+    {"config", "files", "hub_client", "lazy", "modules", "seen", "sources", "uncompiled"},
     {"kernels"},
     {"ops"},
     {"checkpoint", "compat", "data", "hf_patch", "modes", "outputs", "parallel"},

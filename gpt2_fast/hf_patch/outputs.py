@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from gpt2_fast.modules import Seen, has_changed, hidden_changed, version_of
+from gpt2_fast.seen import Seen, has_changed, hidden_changed, version_of
 
 
 class LogitsNotComputedYet:

@@ -149,8 +149,8 @@ class AdamW(Optimizer):
             model.
 
         Raises:
-            ValueError: another dtype, a parameter of this optimizer that model has not, or a model that
-                DistributedDataParallel has wrapped. Nothing is cast then.
+            ValueError: another dtype, a parameter of this optimizer that model has not, or a model that is
+                DistributedDataParallel's. Nothing is cast then.
         """
         if self._shards is not None:
             raise ValueError("AdamW: the parameters are shared out already; cast before shard()")

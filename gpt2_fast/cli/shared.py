@@ -40,4 +40,6 @@ def as_text(argument: str, name: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start})") from None
     except UnicodeEncodeError as error:  # no argument of a process: of a caller in Python
-        raise ValueError(f"{name} has {error.object[error.start]!r}, which is no character") from None
+        if "\ud800" <= error.object[error.start] <= "\udfff":
+            raise ValueError(f"{name} has {error.object[error.start]!r}, which is no character") from None
+        return argument

@@ -72,7 +72,7 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
         self.__dict__["logits"] = value
 
     def __getitem__(self, key):
-        if key == "loss" or (isinstance(key, int) and key == 0 and next(iter(self)) == "loss"):
+        if key == "loss" or (isinstance(key, int) and key == 0 and next(iter(self), None) == "loss"):
             return self.loss
         return super().__getitem__(key)
 

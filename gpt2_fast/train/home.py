@@ -89,7 +89,9 @@ class Home:
         self.say(f"{self.out} was moved away or removed: it is made again, and the run saves there", to="stderr")
 
     def leave(self) -> None:
-        if self.trackers is not None:
-            self.trackers.close()
-        if self.lock is not None:
-            self.lock.release()
+        try:
+            if self.trackers is not None:
+                self.trackers.close()
+        finally:
+            if self.lock is not None:
+                self.lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import threading
@@ -79,8 +80,7 @@ def test_views_and_graphs_keep_a_block():
 @pytest.fixture
 def retained(monkeypatch):
     monkeypatch.setattr(memory, "retained", True)
-    region = Region(64 << 20)
-    monkeypatch.setattr(buffers, "_region", lambda: region)
+    monkeypatch.setattr(buffers, "_region", functools.cache(lambda: Region(64 << 20)))
 
 
 def test_results_are_ordinary_tensors(retained):
@@ -130,3 +130,13 @@ def test_what_interrupts_take_in_its_own_thread(monkeypatch):
     assert not thread.is_alive()
     assert inside[0] is None
     assert inside[1].shape == (PAGE,)
+
+
+def test_a_child_leaves_a_region_that_another_thread_may_be_changing(retained):
+    """One that was made after the forking thread had looked for it, so that its lock was not taken."""
+    region, kept = buffers._region(), buffers.empty(torch.empty(0), (1 << 20,), F32)
+    buffers._forked(child=False)
+    assert buffers._region() is region
+    buffers._forked(child=True)
+    assert buffers._region() is not region
+    kept.fill_(1)  # its memory stays

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import contextlib
 import ctypes
 import functools
 import math
@@ -93,16 +92,27 @@ def _region() -> Region | None:
         return None
 
 
-def _forking(begin: bool) -> None:
+def _forking() -> None:
     """A fork waits for the thread that takes a block: its child has the region whole, and the lock free."""
     if _region.cache_info().currsize and (region := _region()) is not None:
-        with contextlib.suppress(RuntimeError):  # of a region that another thread made since `begin`
-            (region.lock.acquire if begin else region.lock.release)()
+        region.lock.acquire()
+
+
+def _forked(child: bool) -> None:
+    if _region.cache_info().currsize and (region := _region()) is not None:
+        try:
+            region.lock.release()
+        except RuntimeError:  # another thread made the region since `_forking`, and may be in the middle of it
+            if child:
+                _region.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
-    _forked = functools.partial(_forking, False)
-    os.register_at_fork(before=functools.partial(_forking, True), after_in_parent=_forked, after_in_child=_forked)
+    os.register_at_fork(
+        before=_forking,
+        after_in_parent=functools.partial(_forked, child=False),
+        after_in_child=functools.partial(_forked, child=True),
+    )
 
 
 def takes(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -21,6 +21,7 @@ from gpt2_fast import GPT2Config, GPT2LMHeadModel, __version__
 from gpt2_fast.checkpoint import load_pretrained
 from gpt2_fast.cli import main
 from gpt2_fast.cli.command import parse
+from gpt2_fast.cli.shared import as_text
 from gpt2_fast.cli.train import given_options
 from gpt2_fast.generate import completions, tokenizer_of
 from gpt2_fast.train import sample as room
@@ -430,6 +431,11 @@ def test_text_on_the_command_line_is_utf_8(folder, capsys, monkeypatch):
                             (["inspect", folder, "--attention", latin], "--attention")):  # fmt: skip
         assert main([*arguments, *(greedy if "generate" in arguments else [])]) == 2
         assert capsys.readouterr().err == f"gpt2-fast: {name} is not UTF-8 text (byte 2)\n"
+    with monkeypatch.context() as of_a_caller_in_python:
+        of_a_caller_in_python.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+        assert as_text("日", "PROMPT") == "日"
+        with pytest.raises(ValueError, match="^PROMPT has '.ud800', which is no character"):
+            as_text("\ud800", "PROMPT")
     for encoding in ("ascii", "latin-1", "cp1252"):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
         assert main(["generate", "日", *greedy]) == 2

@@ -13,6 +13,7 @@ from small_run import data, names, numbers, out, small
 
 from gpt2_fast.cli import main
 from gpt2_fast.train import loop, resume_run, start_run, trackers
+from gpt2_fast.train.place import Place
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
@@ -182,3 +183,15 @@ def test_a_resume_that_is_refused_changes_nothing(small, data, out, capsys, monk
             "tracker": "--log tensorboard cannot be opened"}  # fmt: skip
     assert said[why] in capsys.readouterr().err
     assert contents(out) == before
+
+
+def test_a_tracker_that_cannot_be_closed_holds_no_folder(small, out, monkeypatch):
+    run = start_run(small())
+
+    def close():
+        raise OSError("no network")
+
+    monkeypatch.setattr(run.home.trackers, "close", close)
+    with pytest.raises(OSError, match="no network"):
+        run._leave()
+    Place(out, new=False).release()

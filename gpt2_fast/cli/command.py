@@ -145,7 +145,11 @@ def _unprintable(error: Exception) -> ValueError | None:
     encoding = getattr(sys.stdout, "encoding", None)
     if not isinstance(error, UnicodeEncodeError) or encoding is None:
         return None
-    if error.encoding not in (codecs.lookup(encoding).name, encoding, "charmap", "latin-1"):
+    try:
+        names = codecs.lookup(encoding).name, encoding, "charmap", "latin-1"
+    except LookupError:  # a stdout that somebody put there
+        return None
+    if error.encoding not in names:
         return None
     fix = "PYTHONIOENCODING=utf-8:surrogateescape" if error.encoding == "utf-8" else "PYTHONIOENCODING=utf-8"
     return ValueError(f"stdout is {encoding}, which has no {error.object[error.start]!a}; set {fix}")
